@@ -1,3 +1,5 @@
+"The package's metadata, read from settings.ini"
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -7,10 +9,23 @@ config = ConfigParser(delimiters=['='])
 config.read(root/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
-setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
-      author=cfg['author'], license='Apache-2.0', python_requires=f">={cfg['min_python']}",
-      long_description=(root/'README.md').read_text(encoding='utf-8') if (root/'README.md').exists() else '',
-      long_description_content_type='text/markdown',
-      packages=find_packages(include=['deepfid', 'deepfid.*']), package_data={'deepfid': cfg['package_data'].split()},
-      install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
-      entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['deepfid=deepfid._modidx:d']})
+def description():
+    "The README, its relative links and pictures made absolute where the repository's address is known"
+    text = (root/'README.md').read_text(encoding='utf-8')
+    if not cfg['git_url']: return text
+    address = lambda view, path: f"{cfg['git_url'].rstrip('/')}/{view}/{cfg['branch']}/{path}"
+    relative = r'(?!\w+:|#|/)'
+    text = re.sub(rf'(!\[[^\]]*\]\(|<img src="){relative}([^)"\s]+)', lambda m: m[1] + address('raw', m[2]), text)
+    return re.sub(rf'(\]\(){relative}([^)\s]+)', lambda m: m[1] + address('blob', m[2]), text)
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
+    long_description=description(), long_description_content_type='text/markdown',
+    license_expression=cfg['license'], license_files=['LICENSE'], url=cfg['git_url'] or None, keywords=cfg['keywords'].split(),
+    classifiers=[f"Development Status :: {cfg['status']}", f"Intended Audience :: {cfg['audience']}",
+                 f"Natural Language :: {cfg['language']}", 'Programming Language :: Python :: 3 :: Only',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=['deepfid', 'deepfid.*']), package_data={'deepfid': cfg['package_data'].split()},
+    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})

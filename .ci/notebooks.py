@@ -1,0 +1,196 @@
+"""Keeps the notebooks in order. `make run`, `make docs` and tests/test_house.py use it.
+
+    python .ci/notebooks.py run nbs/00_core.ipynb   execute as nbdev-test does, keep the outputs, clean
+    python .ci/notebooks.py clean [FILE ...]        clean (all of them, if none is named)
+    python .ci/notebooks.py check [FILE ...]        say what is out of order; exit status 1 if anything is
+    python .ci/notebooks.py readme                  render README.md from nbs/index.ipynb
+"""
+import argparse, base64, copy, hashlib, json, os, posixpath, re, subprocess, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, IMAGES = ROOT/'nbs', 'images'
+MAX_KB, MAX_LINES = 400, 30
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+def notebooks():
+    "Every notebook of the project, in the order of the story"
+    return sorted(p for p in NBS.rglob('*.ipynb') if not any(s[0] in '._' for s in p.relative_to(NBS).parts))
+
+def read(path): return json.loads(Path(path).read_text(encoding='utf-8'))
+def write(path, nb):
+    text = json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n'
+    Path(path).write_text(text, encoding='utf-8', newline='\n')
+
+def source(cell): return ''.join(cell['source'])
+def code(nb): return [c for c in nb['cells'] if c['cell_type'] == 'code']
+def directives(cell):
+    "The `#| name: value` lines on top of a cell, as a dict"
+    lines = re.match(r'(\s*#\s*\|.*\n?)*', source(cell))[0].splitlines()
+    pairs = (re.match(r'\s*#\s*\|\s*([\w-]+)[:\s]*(.*)', l) for l in lines)
+    return {m[1]: m[2].strip() for m in pairs if m}
+
+# -- cleaning -------------------------------------------------------------------------------------------------------
+
+def _text(o, f):
+    "Apply `f` to text that a notebook keeps as a string or as a list of lines"
+    return f(o) if isinstance(o, str) else f(''.join(o)).splitlines(keepends=True)
+
+def _is_noise(output):
+    "Does `output` only make sense beside a running kernel: a warning, a widget, nothing at all?"
+    if output['output_type'] == 'stream': return output['name'] == 'stderr' or not ''.join(output['text']).strip()
+    data = output.get('data')
+    if data is None: return False
+    widget = re.match(r'\s*(\w*Box|\w*Output|\w+Explorer)\(', ''.join(data.get('text/plain', '')))
+    return not data or (set(data) == {'text/plain'} and bool(widget))
+
+def _tidy_output(output):
+    if output['output_type'] == 'stream' and '\r' in ''.join(output['text']):
+        output['text'] = _text(output['text'], lambda s: re.sub(r'[^\n]*\r(?!\n)', '', s))
+    data = output.get('data', {})
+    data.pop(WIDGET, None)
+    if 'image/jpeg' in data: data.pop('image/png', None)
+
+def tidy(nb, name=''):
+    "A copy of notebook `nb` without what changes from run to run: counts, widget state, warnings, progress bars"
+    from nbdev.clean import clean_nb
+    nb = copy.deepcopy(nb)
+    nb['metadata'].pop('widgets', None)
+    for i, c in enumerate(nb['cells']):
+        c.setdefault('id', hashlib.sha1(f'{name}:{i}'.encode()).hexdigest()[:8])
+    for c in code(nb):
+        for o in c['outputs']: _tidy_output(o)
+        c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
+    clean_nb(nb)
+    return nb
+
+def clean(paths):
+    "Clean notebooks in place"
+    for p in paths:
+        old = read(p)
+        new = tidy(old, p.stem)
+        if new != old: write(p, new); print('cleaned', p.relative_to(ROOT))
+
+def run(paths):
+    "Execute notebooks as the tests do, but keep their outputs; returns how many failed"
+    env = dict(os.environ, MPLBACKEND='module://matplotlib_inline.backend_inline', PYTHONUNBUFFERED='1')
+    env.setdefault('OMP_NUM_THREADS', '1')
+    failed = 0
+    for p in paths:
+        start = time.time()
+        cmd = [Path(sys.executable).with_name('nbdev-test'), p, '--save', '--n-workers', '0']
+        bad = subprocess.run(cmd, cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
+        clean([p])
+        print(f"{p.relative_to(ROOT)}: {'FAILED' if bad else 'ok'}, {time.time()-start:.0f} s, {p.stat().st_size/1024:.0f} KB")
+        failed += bool(bad)
+    return failed
+
+# -- checking -------------------------------------------------------------------------------------------------------
+
+def _structure(nb, path):
+    "What is wrong with the cells of `nb`"
+    ids = [c.get('id', '') for c in nb['cells']]
+    if (nb['nbformat'], nb['nbformat_minor']) != (4, 5): yield 'is not in format 4.5, the first with cell ids'
+    if len(set(ids)) < len(ids): yield 'two cells share an id'
+    if not all(re.fullmatch(r'[\w-]{1,64}', i) for i in ids): yield 'a cell has no valid id'
+    first = nb['cells'][0] if nb['cells'] else {'cell_type': 'code', 'source': ''}
+    if first['cell_type'] != 'markdown' or not re.match(r'# \S.*\n+> \S', source(first)):
+        yield 'the first cell must be a title (# ...) and a one-line promise (> ...)'
+    exps = [d['default_exp'] for c in code(nb) if 'default_exp' in (d := directives(c))]
+    module = re.match(r'\d+_(.+)', path.stem)
+    if module and exps != [module[1]]: yield f'must have one `#| default_exp {module[1]}`, not {exps}'
+    if not module and exps: yield 'has no number, so it is no module and exports nothing'
+    for c in code(nb):
+        n = source(c).count('\n') + 1
+        if n > MAX_LINES: yield f"cell {c['id']} has {n} lines of code, more than {MAX_LINES}"
+
+def _outputs(nb):
+    "What is wrong with the outputs of `nb`"
+    if 'widgets' in nb['metadata']: yield 'holds widget state'
+    for c in code(nb):
+        cid = c.get('id')
+        if c['execution_count'] is not None: yield f'cell {cid} has an execution count'
+        for o in c['outputs']:
+            if o.get('execution_count') is not None: yield f'an output of cell {cid} has an execution count'
+            if o['output_type'] == 'error': yield f"cell {cid} holds an error: {o['ename']}"
+            if WIDGET in o.get('data', {}): yield f'cell {cid} holds a widget view'
+            if '\r' in ''.join(o.get('text', '')): yield f'cell {cid} holds the remains of a progress bar'
+
+def problems(path):
+    "All that is out of order in the notebook at `path`: a list of lines, empty if all is well"
+    path, nb = Path(path), read(path)
+    found = [*_structure(nb, path), *_outputs(nb)]
+    kb = path.stat().st_size/1024
+    if kb > MAX_KB: found.append(f'has {kb:.0f} KB, more than {MAX_KB}')
+    if not found and tidy(nb, path.stem) != nb: found.append('is not clean: make docs')
+    return [f'{path.name}: {o}' for o in found]
+
+# -- README.md ------------------------------------------------------------------------------------------------------
+
+def _from_root(text):
+    "Relative links and pictures in Markdown `text` of nbs/index.ipynb, as seen from the root"
+    def move(m): return m[1] + (posixpath.normpath('nbs/' + m[2]) if not re.match(r'\w+:|#|/', m[2]) else m[2])
+    parts = re.split(r'(?ms)(^```.*?^```)', text)
+    return ''.join(p if p.startswith('```') else re.sub(r'(\]\(|\bsrc=")([^)"\s]+)', move, p) for p in parts)
+
+def _show_output(cell, i, output, images):
+    "`output` number `i` of `cell` as README.md shows it; a picture goes into `images`"
+    data = output.get('data', {})
+    for mime, ext in (('image/jpeg', 'jpg'), ('image/png', 'png')):
+        if mime in data:
+            name = f"{IMAGES}/readme-{cell['id']}-{i}.{ext}"
+            images[name] = base64.b64decode(''.join(data[mime]))
+            output['data'] = {'text/markdown': f"![{directives(cell).get('fig-alt', '')}](nbs/{name})"}
+            return output
+    if 'text/markdown' in data: output['data'] = {'text/markdown': _from_root(''.join(data['text/markdown']))}
+    return output
+
+def _show_cell(cell, images):
+    "`cell` as README.md shows it: no directives, no source with `echo: false`, pictures moved into `images`"
+    if cell['cell_type'] == 'markdown': return dict(cell, source=_from_root(source(cell)))
+    d = directives(cell)
+    outputs = [] if d.get('output') == 'false' else cell['outputs']
+    outputs = [_show_output(cell, i, copy.deepcopy(o), images) for i, o in enumerate(outputs)]
+    text = '' if d.get('echo') == 'false' else re.sub(r'\A(\s*#\s*\|.*\n?)+', '', source(cell)).strip()
+    return dict(cell, source=text, outputs=outputs, metadata={} if text else {'tags': ['no-source']})
+
+def readme(path=NBS/'index.ipynb'):
+    "The text of README.md and its pictures {name under nbs: bytes}, rendered from the notebook at `path`"
+    import nbformat
+    from nbconvert import MarkdownExporter
+    from traitlets.config import Config
+    nb, images = read(path), {}
+    nb['cells'] = [_show_cell(c, images) for c in nb['cells'] if not {'hide', 'default_exp'} & set(directives(c))]
+    tags = {'enabled': True, 'remove_input_tags': ['no-source']}
+    exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=tags))
+    text, _ = exporter.from_notebook_node(nbformat.from_dict(nb))
+    text = re.sub(r'\n{3,}', '\n\n', '\n'.join(l.rstrip() for l in text.splitlines())).strip()
+    return f'<!-- Rendered from nbs/index.ipynb by `make docs`: edit the notebook, not this file. -->\n{text}\n', images
+
+def write_readme():
+    "Write README.md and its pictures"
+    text, images = readme()
+    for old in (NBS/IMAGES).glob('readme-*'):
+        if f'{IMAGES}/{old.name}' not in images: old.unlink()
+    for name, data in images.items():
+        (NBS/name).parent.mkdir(exist_ok=True)
+        (NBS/name).write_bytes(data)
+    (ROOT/'README.md').write_text(text, encoding='utf-8', newline='\n')
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('command', choices=['run', 'clean', 'check', 'readme'])
+    parser.add_argument('files', nargs='*', help='notebooks, or folders of them; all if none is named')
+    args = parser.parse_args()
+    paths = [p for f in map(lambda f: Path(f).resolve(), args.files) for p in ([f] if f.is_file() else
+             [p for p in notebooks() if f in p.parents])] if args.files else notebooks()
+    if args.files and not paths: sys.exit(f'no notebook: {" ".join(args.files)}')
+    if args.command == 'run': sys.exit(run(paths))
+    if args.command == 'clean': clean(paths)
+    if args.command == 'readme': write_readme()
+    if args.command == 'check':
+        found = [line for p in paths for line in problems(p)]
+        print('\n'.join(found) or f'{len(paths)} notebooks in order')
+        sys.exit(bool(found))
+
+if __name__ == '__main__': main()
