@@ -91,8 +91,9 @@ def _check_ranges(d):
     _between(d.p, 0, 1, 'p')
     for name,low,high in (('quality',1,100), ('sigma',0,50), ('side',1,d.base)):
         r = getattr(d, name)
-        if len(r)!=2 or not low<=r[0]<=r[1]<=high: raise ImageError(f'{name}={r}: give (low, high) within {low} to {high}')
+        if np.shape(r)!=(2,) or not low<=r[0]<=r[1]<=high: raise ImageError(f'{name}={r}: give (low, high) within {low} to {high}')
     odd = [o for o in d.ops if o not in OPS] + [i for i in d.interpolation if i not in INTERPOLATION]
+    if not d.interpolation: raise ImageError('interpolation is empty: name at least one')
     if odd: raise ImageError(f"'{odd[0]}' is unknown: operations are {', '.join(OPS)}, interpolations {', '.join(INTERPOLATION)}")
 
 def _settings(d, op, rng):

@@ -223,7 +223,7 @@ def bootstrap_counts(
     code = np.arange(n) if groups is None else _codes(groups, n, 'groups')[0]
     has = [np.bincount(code, weights=label==c)>0 for c in (1,0)]
     kinds = [np.flatnonzero(k) for k in (has[0]&~has[1], has[1]&~has[0], has[0]&has[1])]
-    if any(len(k)==1 for k in kinds):
+    if n_boot and any(len(k)==1 for k in kinds):
         warnings.warn('one group alone of its kind (real, fake or both) is drawn every time: the interval is too narrow')
     rng, block = np.random.default_rng(seed), max(1, 4_000_000//n)
     for start in range(0, n_boot, block):
