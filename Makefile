@@ -11,6 +11,8 @@ NB_WORKERS ?= 2
 NB ?= nbs
 # More options for pytest, for instance PYTEST_FLAGS="-k forge"
 PYTEST_FLAGS ?= -q
+# More options for JupyterLab, for instance LAB_FLAGS="--no-browser --port 9999"
+LAB_FLAGS ?=
 
 # bash for `pipefail`; nothing else needs it
 SHELL := bash
@@ -43,7 +45,7 @@ test-python: $(READY) ## Only pytest (PYTEST_FLAGS="-k house": some of it)
 	@$(QUIET) MPLBACKEND=agg $(BIN)/python -m pytest tests $(PYTEST_FLAGS)
 
 lab: $(READY) ## JupyterLab on the notebooks
-	@$(BIN)/python -m jupyterlab --notebook-dir=nbs
+	@$(BIN)/python -m jupyterlab $(LAB_FLAGS) nbs
 
 export: $(READY) ## Write the modules from the notebooks
 	@$(BIN)/nbdev-export
@@ -57,6 +59,7 @@ docs: $(READY) ## After an edit: clean the notebooks, export the modules, render
 	@$(BIN)/python .ci/notebooks.py readme
 
 setup: $(READY) ## Only the environment, in .venv
+	@:
 
 clean: ## Remove the environment and everything that was made
 	rm -rf $(VENV) out build dist *.egg-info

@@ -109,6 +109,19 @@ def test_readme_is_its_notebook():
     stored = {f'images/{p.name}': p.read_bytes() for p in (ROOT/'nbs/images').glob('readme-*')}
     assert stored == images, 'make docs'
 
+def test_readme_shows_what_a_reader_wants(tmp_path):
+    "Hidden cells and directives go, pictures become files, links are seen from the root"
+    cell = lambda i, source, *outputs: dict(id=f'c{i}', cell_type='code', metadata={}, source=source, execution_count=None, outputs=list(outputs))
+    show = lambda mime, value: dict(output_type='display_data', metadata={}, data={mime: value})
+    keeper.write(tmp_path/'index.ipynb', dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
+        dict(id='m', cell_type='markdown', metadata={}, source='# T\n\n[a](00_a.ipynb) [b](../B.md) [c](https://x.org/c)\n```\n[d](e)\n```'),
+        cell(1, '#| hide\nsecret = 1'), cell(2, '#| echo: false\nquiet = 2', show('text/markdown', 'said [f](g.md)')),
+        cell(3, '#| fig-alt: a face\nloud = 3', show('image/jpeg', 'AAEC'))]))
+    text, images = keeper.readme(tmp_path/'index.ipynb')
+    for part in ('[a](nbs/00_a.ipynb) [b](B.md) [c](https://x.org/c)', '[d](e)', 'said [f](nbs/g.md)', 'loud = 3'): assert part in text
+    for part in ('secret', 'quiet', '#|', 'fig-alt'): assert part not in text
+    assert images == {'images/readme-c3-0.jpg': bytes([0, 1, 2])} and '![a face](nbs/images/readme-c3-0.jpg)' in text
+
 def test_readme_leads_somewhere():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     links = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'src="([^"]+)"', text)
