@@ -10,7 +10,6 @@ __all__ = ['FORMATS', 'ORIENT', 'DeepfidError', 'ImageError', 'NoFaceError', 'Co
 
 # %% ../nbs/00_core.ipynb #ae8b9cf4
 import base64, hashlib, io, json, math, os, random, secrets, shutil, stat
-from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ class DataMissingError(DeepfidError): "Data or a model that has to be fetched fi
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 # Reading a picture file safely.
-FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')  # formats read; none runs another program
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')  # formats read; none runs another program
 
 # What EXIF orientation asks for: the picture as stored -> the picture as it should be seen
 ORIENT = {2: lambda a: a[:, ::-1],  3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
@@ -86,7 +85,8 @@ def _bomb(name, size, max_pixels):
 
 def _decode(file, name, max_pixels, background):
     "Open, check the size written in the header, decode, convert, turn upright"
-    try: image = Image.open(file, formats=FORMATS)
+    Image.init()
+    try: image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
     except Image.DecompressionBombError as e: raise _bomb(name, 'far too many', max_pixels) from e
     with image:
         w, h = image.size
@@ -263,24 +263,19 @@ def platt(
     return float(w[0]), float(w[1])
 
 # %% ../nbs/00_core.ipynb #c1f539f0
-class Detector(ABC):
+class Detector:
     "The protocol by which tables, widgets and commands know a detector"
     name:str=''              # short name for tables and files
     calibration:tuple|None=None # (slope, offset) of `platt`; None until `calibrate`
 
-    @abstractmethod
-    def fit(self, manifest, preset=None, recipe='ours', cbs=None)->'Detector': "Train on a manifest; returns self"
-    @abstractmethod
-    def learner(self, dls): "The fastai `Learner` that `fit` runs"
-    @abstractmethod
-    def predict(self, faces, batch_size:int=32)->list: "One `Prediction` a face"
-    @abstractmethod
-    def features(self, faces, batch_size:int=32)->np.ndarray: "(N,D) features of the faces"
-    @abstractmethod
-    def save(self, folder): "Write safetensors and JSON to a folder"
+    # What each detector brings itself:
+    def fit(self, manifest, preset=None, recipe='ours', cbs=None)->'Detector': raise NotImplementedError   # train on a manifest; returns itself
+    def learner(self, dls, cbs=None): raise NotImplementedError                                  # the fastai `Learner` that `fit` runs
+    def predict(self, faces, batch_size:int=32)->list: raise NotImplementedError                 # one `Prediction` a face
+    def features(self, faces, batch_size:int=32)->np.ndarray: raise NotImplementedError          # (N,D)
+    def save(self, folder): raise NotImplementedError                                            # safetensors and JSON, all or nothing
     @classmethod
-    @abstractmethod
-    def load(cls, folder)->'Detector': "Read what `save` wrote"
+    def load(cls, folder)->'Detector': raise NotImplementedError                                 # what `save` wrote
 
     def calibrate(self, faces, labels, batch_size:int=32)->'Detector':
         "Fit `predict_proba` on validation faces and labels (1 = real); returns self"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'FORGERS', 'STATISTICS', 'Forgery', 'check_consent', 'check_landmarks', 'either', 'region_size', 'soften',
-           'face_mask', 'blend', 'match_colour', 'detail', 'rerender', 'squeeze', 'displace', 'half_width', 'selfblend',
-           'resynth', 'swap', 'move_expression', 'reenact', 'mouth_mask', 'mouth', 'forgers_for', 'forge',
+           'face_mask', 'blend', 'match_colour', 'detail', 'rerender', 'squeeze', 'resynth', 'displace', 'half_width',
+           'move_expression', 'reenact', 'swap', 'mouth_mask', 'mouth', 'selfblend', 'forgers_for', 'forge',
            'global_statistics', 'shortcut_probe']
 
 # %% ../../nbs/02_data.forge.ipynb #b3b80ad7
@@ -14,20 +14,7 @@ import cv2
 import numpy as np
 from ..core import ConsentError, DeepfidError, Face, face_region
 
-# %% ../../nbs/02_data.forge.ipynb #85b5bbbb
-STRENGTHS = dict(
-    inset=(0., .10),      # how far the seam lies inside the face region, as a share of the region's size
-    feather=(.006, .02),  # softness of the seam, likewise
-    gain=(.01, .06),      # each colour channel, brighter or darker by this factor
-    tint=(4., 11.),      # each colour channel, up or down by so many levels
-    sharp=(.25, .6),      # |log| of the ratio of detail inside to what was there
-    lean=dict(swap=-.12, resynth=-.12, reenact=-.06, mouth=-.04, selfblend=-.06), # added to that log: seams and grain bring detail of their own
-    bottleneck=(.28, .5), # `resynth`, `mouth`: share of the resolution that passes
-    shift=(.01, .03), stretch=(.01, .04), elastic=.03, # `selfblend`: how the copy is moved, in region sizes
-    smile=(.08, .18), opening=(.06, .20), brows=(.05, .12), # `reenact`, `mouth`: in half face widths
-)
-
-# %% ../../nbs/02_data.forge.ipynb #4465f06c
+# %% ../../nbs/02_data.forge.ipynb #1eb7138b
 class Forgery(NamedTuple):
     "A real face and its forged form, pixel for pixel in the same place"
     real: np.ndarray  # uint8 RGB (H,W,3)
@@ -36,7 +23,7 @@ class Forgery(NamedTuple):
     method: str       # name of the forger
     face: Face        # the face that was forged
 
-# %% ../../nbs/02_data.forge.ipynb #55c62d2e
+# %% ../../nbs/02_data.forge.ipynb #e04d5e8a
 def check_consent(
     method:str, # forger
     *faces:Face # target and donors
@@ -50,7 +37,20 @@ def check_landmarks(method, *faces):
     for f in faces:
         if f.landmarks is None: raise DeepfidError(f"{f.identity or f.source or 'this face'}: {method!r} needs 68 landmarks; use 'resynth', 'mouth' or 'selfblend'")
 
-# %% ../../nbs/02_data.forge.ipynb #9ba44b56
+# %% ../../nbs/02_data.forge.ipynb #bdcd56a6
+STRENGTHS = dict(
+    inset=(0., .10),      # how far the seam lies inside the face region, as a share of the region's size
+    feather=(.006, .02),  # softness of the seam, likewise
+    gain=(.01, .06),      # each colour channel, brighter or darker by this factor
+    tint=(4., 11.),      # each colour channel, up or down by so many levels
+    sharp=(.25, .6),      # |log| of the ratio of detail inside to what was there
+    lean=dict(swap=-.12, resynth=-.12, reenact=-.06, mouth=-.04, selfblend=-.06), # added to that log: seams and grain bring detail of their own
+    bottleneck=(.28, .5), # `resynth`, `mouth`: share of the resolution that passes
+    shift=(.01, .03), stretch=(.01, .04), elastic=.03, # `selfblend`: how the copy is moved, in region sizes
+    smile=(.08, .18), opening=(.06, .20), brows=(.05, .12), # `reenact`, `mouth`: in half face widths
+)
+
+# %% ../../nbs/02_data.forge.ipynb #d42e4918
 def either(
     rng,       # numpy Generator
     low, high  # range of the size
@@ -69,7 +69,7 @@ def soften(
     "A mask with a soft edge that really ends"
     return np.clip((cv2.GaussianBlur(mask.astype(np.float32), (0, 0), max(.3, sigma))-.02)/.96, 0, 1)
 
-# %% ../../nbs/02_data.forge.ipynb #0045082b
+# %% ../../nbs/02_data.forge.ipynb #c668aa57
 def face_mask(
     face:Face,
     rng,
@@ -91,7 +91,7 @@ def blend(
     image = image.astype(np.float32)
     return np.clip(np.rint(image+mask[..., None]*(source-image)), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/02_data.forge.ipynb #b294bee4
+# %% ../../nbs/02_data.forge.ipynb #e052de00
 def match_colour(
     source, image, # float (H,W,3)
     mask           # where to measure
@@ -109,7 +109,7 @@ def detail(
     grey = cv2.cvtColor(np.clip(image, 0, 255).astype(np.float32), cv2.COLOR_RGB2GRAY)
     return float(cv2.Laplacian(grey, cv2.CV_32F)[mask>.5].std())+1e-3
 
-# %% ../../nbs/02_data.forge.ipynb #1eb7138b
+# %% ../../nbs/02_data.forge.ipynb #f0327217
 def rerender(
     source, image, # float (H,W,3): what is put in, what was there
     mask, rng, method,
@@ -127,7 +127,7 @@ def rerender(
     middle = source[inside].mean(0)
     return ((source-middle)*gain+middle+tint).astype(np.float32)
 
-# %% ../../nbs/02_data.forge.ipynb #3c4caf3b
+# %% ../../nbs/02_data.forge.ipynb #0f9d4d53
 def squeeze(
     image,   # float (H,W,3)
     share:float, # of the resolution that passes
@@ -142,7 +142,18 @@ def squeeze(
     elsewhere = np.roll(lost, rng.integers(2, 6, 2)*rng.choice([-1, 1], 2), (0, 1))
     return low+.8*elsewhere+.4*noise*(lost.std()/noise.std())
 
-# %% ../../nbs/02_data.forge.ipynb #e04d5e8a
+# %% ../../nbs/02_data.forge.ipynb #96105735
+def resynth(
+    face:Face, seed:int=0, strength:float=1.
+)->Forgery:
+    "The face through a low-resolution bottleneck, as an autoencoder returns it"
+    check_consent('resynth', face)
+    rng, image = np.random.default_rng([2, seed]), face.image.astype(np.float32)
+    mask = face_mask(face, rng)
+    copy = squeeze(image, rng.uniform(*STRENGTHS['bottleneck']), rng)
+    return Forgery(face.image, blend(face.image, rerender(copy, image, mask, rng, 'resynth', strength), mask), mask, 'resynth', face)
+
+# %% ../../nbs/02_data.forge.ipynb #5b49b451
 def displace(
     image,     # float (H,W,3)
     to, start, # (N,2) points: what is seen at `to` came from `start`
@@ -162,55 +173,7 @@ def half_width(face)->float:
     if face.landmarks is not None: return float(np.linalg.norm(face.landmarks[16]-face.landmarks[0]))/2
     return float(np.linalg.norm(face.points[1]-face.points[0]))*1.15
 
-# %% ../../nbs/02_data.forge.ipynb #62bd503b
-def selfblend(
-    face:Face,         # landmarks, points or a region
-    seed:int=0,
-    strength:float=1.  # 0 = nothing happens to colour and detail
-)->Forgery:
-    "A face blended with a moved and re-rendered copy of itself (self-blended images, Shiohara and Yamasaki 2022)"
-    rng, image = np.random.default_rng([1, seed]), face.image.astype(np.float32)
-    mask = face_mask(face, rng)
-    size, (h, w) = region_size(mask), mask.shape
-    wave = [cv2.resize(rng.standard_normal((6, 6), np.float32), (w, h), interpolation=cv2.INTER_CUBIC)*np.float32(STRENGTHS['elastic']*size) for _ in range(2)]
-    y, x = np.mgrid[:h, :w].astype(np.float32)
-    mask = cv2.remap(mask, x+wave[0], y+wave[1], cv2.INTER_LINEAR)
-    cx, cy = np.argwhere(mask>.5).mean(0)[::-1] if (mask>.5).any() else (w/2, h/2)
-    k, dx, dy = 1+either(rng, *STRENGTHS['stretch']), either(rng, *STRENGTHS['shift'])*size, either(rng, *STRENGTHS['shift'])*size/2
-    move = np.float32([[k, 0, (1-k)*cx+dx], [0, k, (1-k)*cy+dy]])
-    copy = cv2.warpAffine(image, move, (w, h), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-    return Forgery(face.image, blend(face.image, rerender(copy, image, mask, rng, 'selfblend', strength), mask), mask, 'selfblend', face)
-
-# %% ../../nbs/02_data.forge.ipynb #3775d55d
-def resynth(
-    face:Face, seed:int=0, strength:float=1.
-)->Forgery:
-    "The face through a low-resolution bottleneck, as an autoencoder returns it"
-    check_consent('resynth', face)
-    rng, image = np.random.default_rng([2, seed]), face.image.astype(np.float32)
-    mask = face_mask(face, rng)
-    copy = squeeze(image, rng.uniform(*STRENGTHS['bottleneck']), rng)
-    return Forgery(face.image, blend(face.image, rerender(copy, image, mask, rng, 'resynth', strength), mask), mask, 'resynth', face)
-
-# %% ../../nbs/02_data.forge.ipynb #bdcd56a6
-def swap(
-    face:Face, donor:Face, # both with landmarks and consent
-    seed:int=0, strength:float=1.
-)->Forgery:
-    "Another person's face, moved by its landmarks to where this one's are, and matched in colour"
-    check_consent('swap', face, donor)
-    check_landmarks('swap', face, donor)
-    rng, image = np.random.default_rng([3, seed]), face.image.astype(np.float32)
-    mask, here, there = face_mask(face, rng), face.landmarks, donor.landmarks
-    h, w = mask.shape
-    to_donor = cv2.estimateAffinePartial2D(here, there, method=cv2.LMEDS)[0]
-    back = cv2.invertAffineTransform(to_donor)
-    near = cv2.warpAffine(donor.image.astype(np.float32), back, (w, h), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-    near = displace(near, here, there@back[:, :2].T+back[:, 2], .15*half_width(face))
-    near = np.clip(match_colour(near, image, mask), 0, 255)
-    return Forgery(face.image, blend(face.image, rerender(near, image, mask, rng, 'swap', strength), mask), mask, 'swap', face)
-
-# %% ../../nbs/02_data.forge.ipynb #db083463
+# %% ../../nbs/02_data.forge.ipynb #03bb70e5
 def move_expression(
     points,  # (68,2) landmarks
     unit,    # half face width, pixels
@@ -239,7 +202,25 @@ def reenact(
     copy = displace(image, to, face.landmarks, .2*unit)
     return Forgery(face.image, blend(face.image, rerender(copy, image, mask, rng, 'reenact', strength), mask), mask, 'reenact', face)
 
-# %% ../../nbs/02_data.forge.ipynb #d42e4918
+# %% ../../nbs/02_data.forge.ipynb #a6de02e3
+def swap(
+    face:Face, donor:Face, # both with landmarks and consent
+    seed:int=0, strength:float=1.
+)->Forgery:
+    "Another person's face, moved by its landmarks to where this one's are, and matched in colour"
+    check_consent('swap', face, donor)
+    check_landmarks('swap', face, donor)
+    rng, image = np.random.default_rng([3, seed]), face.image.astype(np.float32)
+    mask, here, there = face_mask(face, rng), face.landmarks, donor.landmarks
+    h, w = mask.shape
+    to_donor = cv2.estimateAffinePartial2D(here, there, method=cv2.LMEDS)[0]
+    back = cv2.invertAffineTransform(to_donor)
+    near = cv2.warpAffine(donor.image.astype(np.float32), back, (w, h), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+    near = displace(near, here, there@back[:, :2].T+back[:, 2], .15*half_width(face))
+    near = np.clip(match_colour(near, image, mask), 0, 255)
+    return Forgery(face.image, blend(face.image, rerender(near, image, mask, rng, 'swap', strength), mask), mask, 'swap', face)
+
+# %% ../../nbs/02_data.forge.ipynb #bc04aa86
 def mouth_mask(face, rng):
     "A soft ellipse around the mouth, from landmarks or from the two mouth corners"
     h, w = face.image.shape[:2]
@@ -261,10 +242,29 @@ def mouth(
         to = move_expression(face.landmarks, unit, either(rng, *s['smile']), rng.uniform(*s['opening']), 0)
         copy = displace(image, to[48:], face.landmarks[48:], .18*unit)
     copy = squeeze(copy, rng.uniform(*s['bottleneck']), rng)
-    copy = rerender(copy, image, mask, rng, 'mouth', 1.5*strength)
+    copy = rerender(copy, image, mask, rng, 'mouth', 1.2*strength)
     return Forgery(face.image, blend(face.image, copy, mask), mask, 'mouth', face)
 
-# %% ../../nbs/02_data.forge.ipynb #ac1b29e8
+# %% ../../nbs/02_data.forge.ipynb #aedd7fd0
+def selfblend(
+    face:Face,         # landmarks, points or a region
+    seed:int=0,
+    strength:float=1.  # 0 = nothing happens to colour and detail
+)->Forgery:
+    "A face blended with a moved and re-rendered copy of itself (self-blended images, Shiohara and Yamasaki 2022)"
+    rng, image = np.random.default_rng([1, seed]), face.image.astype(np.float32)
+    mask = face_mask(face, rng)
+    size, (h, w) = region_size(mask), mask.shape
+    wave = [cv2.resize(rng.standard_normal((6, 6), np.float32), (w, h), interpolation=cv2.INTER_CUBIC)*np.float32(STRENGTHS['elastic']*size) for _ in range(2)]
+    y, x = np.mgrid[:h, :w].astype(np.float32)
+    mask = cv2.remap(mask, x+wave[0], y+wave[1], cv2.INTER_LINEAR)
+    cx, cy = np.argwhere(mask>.5).mean(0)[::-1] if (mask>.5).any() else (w/2, h/2)
+    k, dx, dy = 1+either(rng, *STRENGTHS['stretch']), either(rng, *STRENGTHS['shift'])*size, either(rng, *STRENGTHS['shift'])*size/2
+    move = np.float32([[k, 0, (1-k)*cx+dx], [0, k, (1-k)*cy+dy]])
+    copy = cv2.warpAffine(image, move, (w, h), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+    return Forgery(face.image, blend(face.image, rerender(copy, image, mask, rng, 'selfblend', strength), mask), mask, 'selfblend', face)
+
+# %% ../../nbs/02_data.forge.ipynb #1338627d
 FORGERS = dict(swap=swap, resynth=resynth, reenact=reenact, mouth=mouth, selfblend=selfblend)
 
 def forgers_for(
@@ -286,7 +286,7 @@ def forge(
     if donor is None: raise DeepfidError("'swap' needs a donor, another person's face")
     return swap(face, donor, seed, strength)
 
-# %% ../../nbs/02_data.forge.ipynb #34a701f3
+# %% ../../nbs/02_data.forge.ipynb #fc5ed413
 STATISTICS = tuple(f'{where} {what}' for where in ('picture', 'region') for what in
     ('red mean', 'green mean', 'blue mean', 'red std', 'green std', 'blue std', 'detail', 'saturation'))+('JPEG size',)
 
@@ -302,7 +302,7 @@ def global_statistics(
         out += [*p.mean(0), *p.std(0), np.log(laplacian[inside].var()+1), (p.max(1)-p.min(1)).mean()]
     return np.array([*out, len(cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1])])
 
-# %% ../../nbs/02_data.forge.ipynb #c668aa57
+# %% ../../nbs/02_data.forge.ipynb #a9c782eb
 def shortcut_probe(
     reals, fakes, # (N,17) statistics of each pair, from `global_statistics`
     train,        # bool (N,): pairs to fit on; the others, of other people, are judged

@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
+from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.metrics import RocAucBinary, accuracy
@@ -33,7 +35,7 @@ PRESETS = {
     'full': dict(arch='ssaaformer_small', size=224, bs=32, epochs=20),
 }
 RECIPES = {
-    'ours': dict(lr=2e-3, wd=.05, smoothing=.1, ema=.99, pool='mean', svr=dict(scale=True)),
+    'ours': dict(lr=3e-3, wd=.05, smoothing=.1, ema=.99, pool='mean', svr=dict(scale=True)),
 }
 
 # %% ../../nbs/23_fidelity.learner.ipynb #9757145f
@@ -115,11 +117,11 @@ def learner(self:DeepFidelity,
     dls,      # image -> label `DataLoaders`
     cbs=None  # more callbacks
 )->Learner:
-    "The network's `Learner`: two classes, label smoothing, AdamW, averaged weights"
+    "The network's `Learner`: two classes, label smoothing, AdamW, gradients of norm at most 1, averaged weights"
     if self.model is None: self.configure()
     c = self.config
     return Learner(dls, self.model, LabelSmoothingCrossEntropyFlat(eps=c['smoothing']), partial(OptimWrapper, opt=torch.optim.AdamW),
-        lr=c['lr'], splitter=decay_split, metrics=[accuracy, RocAucBinary()], cbs=[EMA(c['ema']), *(cbs or [])])
+        lr=c['lr'], splitter=decay_split, metrics=[accuracy, RocAucBinary()], cbs=[ChannelsLast(), GradientClip(1.), EMA(c['ema']), *(cbs or [])])
 
 # %% ../../nbs/23_fidelity.learner.ipynb #2c21fa68
 @patch

@@ -1,0 +1,99 @@
+"The table, its checks, the loaders, and pairs forged in parallel"
+import filecmp
+import cv2, numpy as np, pandas as pd, pytest, torch
+from deepfid.core import ManifestError
+from deepfid.data.manifest import Manifest, build_pairs, dataloaders, split_identities, synth_sources
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory): return build_pairs(synth_sources(30, 2, seed=77), tmp_path_factory.mktemp('m')/'set', pairs=(30, 10, 10), workers=1, quality=np.mean)
+
+def changed(built, tmp_path, change):
+    "The manifest's file with something changed in its table, beside links to its images"
+    table = change(pd.read_csv(built.folder/'manifest.csv', keep_default_na=False))
+    for sub in ('faces', 'masks'): (tmp_path/sub).symlink_to(built.folder/sub)
+    table.to_csv(tmp_path/'manifest.csv', index=False)
+    return tmp_path/'manifest.csv'
+
+def put(column, row, value):
+    def change(t):
+        t[column] = t[column].astype(object)
+        t.loc[row, column] = value
+        return t
+    return change
+
+@pytest.mark.parametrize('change, says', [
+    (lambda t: t.drop(columns='label'), "no column 'label'"),
+    (put('label', 3, 'maybe'), "label 'maybe'"),
+    (put('label', 3, 2), "label '2'"),
+    (lambda t: t.assign(path=t['path'].where(t.index!=5, t['path'][4])), 'same path'),
+    (put('split', 0, 'holdout'), "split 'holdout'"),
+    (lambda t: t.assign(split=t['split'].where(t['pair']!=t['pair'][0], 'test')), 'identity'),
+    (put('path', 2, 'faces/gone.jpg'), 'gone.jpg'),
+    (put('quality', 1, 'good'), "quality 'good'"),
+    (lambda t: t[:0], 'no rows'),
+], ids=['missing column', 'unknown label', 'label 2', 'duplicate path', 'unknown split', 'identity in two splits', 'missing image', 'quality in words', 'empty'])
+def test_a_bad_manifest_is_refused_in_one_line(built, tmp_path, change, says):
+    with pytest.raises(ManifestError, match=says) as e: Manifest.read(changed(built, tmp_path, change))
+    assert '\n' not in str(e.value) and 'manifest.csv' in str(e.value)
+
+def test_missing_file_and_nonsense(tmp_path):
+    with pytest.raises(ManifestError, match='no such manifest'): Manifest.read(tmp_path/'x.csv')
+    (tmp_path/'x.csv').write_bytes(b'\x00\x01\x02')
+    with pytest.raises(ManifestError): Manifest.read(tmp_path/'x.csv')
+
+def test_nan_quality_is_refused_only_for_fidelity(built):
+    table = built.table.assign(quality=np.nan)
+    dataloaders(Manifest(table, built.folder), bs=8)
+    with pytest.raises(ManifestError, match='quality'): dataloaders(Manifest(table, built.folder), 'fidelity', bs=8, targets=lambda q, r: q)
+
+def test_splits_do_not_depend_on_order():
+    names = [f'p{i}' for i in range(50)]
+    a = split_identities(names, seed=3)
+    assert a==split_identities(names[::-1]*2, seed=3)!=split_identities(names, seed=4)
+    assert {s: list(a.values()).count(s) for s in ('train', 'valid', 'test')}==dict(train=35, valid=5, test=10)
+
+def test_pairs_are_complete_and_disjoint(built):
+    t = built.table
+    assert len(t)==100 and (t.groupby('pair')['label'].agg(['sum', 'size'])==[1, 2]).all().all()
+    assert t.groupby('identity')['split'].nunique().max()==1
+    donors = t[t['donor']!='']
+    split_of = t.groupby('identity')['split'].first()
+    assert (donors['donor']!=donors['identity']).all() and all(split_of.get(d, s)==s for d, s in zip(donors['donor'], donors['split']))
+    assert set(t['method'])=={'real', 'swap', 'resynth', 'reenact', 'mouth', 'selfblend'} and t['quality'].notna().all()
+
+def test_masks_show_where_real_and_fake_differ(built):
+    for i in range(0, 20, 2):
+        j = i+1
+        assert built.table['pair'][i]==built.table['pair'][j]
+        d = np.abs(built.image(i).astype(int)-built.image(j)).mean(-1)
+        m = built.mask(j)
+        assert built.mask(i).max()==0 and d[m>.5].mean()>3*d[cv2.dilate(m, np.ones((17, 17)))==0].mean()
+
+def test_the_same_whatever_the_number_of_workers(tmp_path):
+    a, b = (build_pairs(synth_sources(15, 2, seed=5), tmp_path/str(w), pairs=(10, 3, 4), workers=w) for w in (1, 2))
+    assert (tmp_path/'1'/'manifest.csv').read_bytes()==(tmp_path/'2'/'manifest.csv').read_bytes()
+    names = [*a.table['path'], *a.table['mask'][a.table['mask']!='']]
+    assert filecmp.cmpfiles(tmp_path/'1', tmp_path/'2', names, shallow=False)[0]==names
+
+def test_nothing_half_written_when_a_source_fails(tmp_path):
+    class Broken:
+        identity, dataset, consent, landmarks = 'x', 'd', True, True
+        def __init__(self, i): self.identity = f'x{i}'
+        def load(self, size): raise RuntimeError('no such camera')
+    with pytest.raises(RuntimeError): build_pairs([Broken(i) for i in range(10)], tmp_path/'set', pairs=(4, 1, 1), workers=1)
+    assert list(tmp_path.iterdir())==[]
+
+def test_batches_are_balanced_pairs_moved_alike(built):
+    dls = dataloaders(built, 'label+mask', bs=8)
+    for x, (y, mask) in dls.train:
+        assert x.shape[1:]==(3, 112, 112) and -1<=x.min() and x.max()<=1 and mask.shape==(len(x), 1, 112, 112)
+        assert (y==torch.tensor([1, 0]*(len(y)//2))).all() and mask[::2].max()==0
+        far = torch.nn.functional.max_pool2d(mask[1::2], 17, 1, 8)==0
+        apart = (x[::2]-x[1::2]).abs().mean(1, keepdim=True)
+        assert apart[far].mean()<.5*apart[mask[1::2]>.5].mean()
+
+def test_validation_is_in_order_and_untouched(built):
+    dls, valid = dataloaders(built, bs=8), built.of('valid')
+    x = torch.cat([x for x, _ in dls.valid])
+    np.testing.assert_allclose(x[3].permute(1, 2, 0).numpy(), valid.image(3)/127.5-1, atol=1e-5)
+    assert torch.cat([y for _, y in dls.valid]).tolist()==valid.table['label'].tolist()
