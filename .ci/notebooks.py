@@ -5,7 +5,7 @@
     python .ci/notebooks.py check [FILE ...]        say what is out of order; exit status 1 if anything is
     python .ci/notebooks.py readme                  render README.md from nbs/index.ipynb
 """
-import argparse, base64, copy, hashlib, json, os, posixpath, re, subprocess, sys, time
+import argparse, base64, copy, hashlib, io, json, os, posixpath, re, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +71,23 @@ def clean(paths):
         new = tidy(old, p.stem)
         if new != old: write(p, new); print('cleaned', p.relative_to(ROOT))
 
+def _smaller(mime, text):
+    "A freshly made picture with fewer bytes, if it has many: JPEG at a lower quality, PNG (a plot) in 64 colours"
+    from PIL import Image
+    image, out = Image.open(io.BytesIO(base64.b64decode(text))), io.BytesIO()
+    if mime == 'image/jpeg': image.save(out, 'JPEG', quality=50, optimize=True)
+    else: image.convert('RGB').quantize(64).save(out, 'PNG', optimize=True)
+    return min(text, base64.b64encode(out.getvalue()).decode(), key=len)
+
+def lighten(path, limit=20_000):
+    "Pictures of more than `limit` characters in a notebook that was just executed, made smaller"
+    nb = read(path)
+    for output in (o for c in code(nb) for o in c['outputs']):
+        for mime, text in output.get('data', {}).items():
+            text = ''.join(text)
+            if mime in ('image/jpeg', 'image/png') and len(text) > limit: output['data'][mime] = _smaller(mime, text)
+    write(path, nb)
+
 def run(paths):
     "Execute notebooks as the tests do, but keep their outputs; returns how many failed"
     env = dict(os.environ, MPLBACKEND='module://matplotlib_inline.backend_inline', PYTHONUNBUFFERED='1')
@@ -80,6 +97,7 @@ def run(paths):
         start = time.time()
         cmd = [Path(sys.executable).with_name('nbdev-test'), p, '--save', '--n-workers', '0']
         bad = subprocess.run(cmd, cwd=ROOT, env=env, stdout=subprocess.DEVNULL).returncode
+        lighten(p)
         clean([p])
         print(f"{p.relative_to(ROOT)}: {'FAILED' if bad else 'ok'}, {time.time()-start:.0f} s, {p.stat().st_size/1024:.0f} KB")
         failed += bool(bad)

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# %% ../nbs/00_core.ipynb #1c340b61
+# %% ../nbs/00_core.ipynb #a458cf3c
 # Errors meant for a person: one line that names the thing and says what to do.
 class DeepfidError(Exception):
     "Base of every error meant for a person: one line, names the thing, says what to do"
@@ -32,7 +32,7 @@ class ManifestError(DeepfidError):    "A table of faces with a wrong column, lab
 class WeightsError(DeepfidError):     "A folder of weights with a missing file, a wrong shape or a wrong hash"
 class DataMissingError(DeepfidError): "Data or a model that has to be fetched first"
 
-# %% ../nbs/00_core.ipynb #9cf2e53f
+# %% ../nbs/00_core.ipynb #b2bac147
 # Reading a picture file safely.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')  # formats read; none runs another program
 
@@ -41,7 +41,7 @@ ORIENT = {2: lambda a: a[:, ::-1],  3: lambda a: a[::-1, ::-1], 4: lambda a: a[:
           5: lambda a: a.swapaxes(0, 1),             6: lambda a: np.rot90(a, -1),
           7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a)}
 
-# %% ../nbs/00_core.ipynb #845d43fc
+# %% ../nbs/00_core.ipynb #e9060e3d
 def to_uint8(
     image, # PIL image in any mode
     background:tuple=(255, 255, 255), # RGB put behind transparent pixels
@@ -58,7 +58,7 @@ def to_uint8(
         image = Image.alpha_composite(Image.new('RGBA', image.size, (*background, 255)), image)
     return np.array(image.convert('RGB'))
 
-# %% ../nbs/00_core.ipynb #37696ca3
+# %% ../nbs/00_core.ipynb #d61edf84
 def _check_file(path):
     "Refuse what is not a plain, non-empty file before anything opens it"
     if not path.exists():  raise ImageError(f'{path}: no such file; check the path')
@@ -77,7 +77,7 @@ def _open_source(source, name):
     if hasattr(source, 'read'): return source, str(name or getattr(source, 'name', 'open file'))
     raise ImageError(f'{name or "picture"}: read_image takes a path, bytes or an open file, not {type(source).__name__}')
 
-# %% ../nbs/00_core.ipynb #a458cf3c
+# %% ../nbs/00_core.ipynb #5de58528
 def _bomb(name, size, max_pixels):
     "The error for a picture too large to decode"
     return ImageError(f'{name}: {size} pixels, more than max_pixels={max_pixels:,}; refused before decoding. '
@@ -96,7 +96,7 @@ def _decode(file, name, max_pixels, background):
         except Exception: orientation = 1            # a broken EXIF block does not make the pixels unreadable
         return np.ascontiguousarray(ORIENT.get(orientation, lambda a: a)(to_uint8(image, background)))
 
-# %% ../nbs/00_core.ipynb #9474c4e9
+# %% ../nbs/00_core.ipynb #7d7431fa
 def read_image(
     source, # path, bytes or an open binary file
     max_pixels:int=100_000_000, # refuse larger pictures before decoding them
@@ -116,7 +116,7 @@ def read_image(
     except Exception as e:   # decoders of broken files raise anything: OSError, SyntaxError, struct.error, zlib.error ...
         raise ImageError(f'{name}: is truncated or damaged ({e}); copy or download it again') from e
 
-# %% ../nbs/00_core.ipynb #b2bac147
+# %% ../nbs/00_core.ipynb #8e836ca5
 # Preset, device, seed, data folder.
 def default_device():
     "The first CUDA GPU where there is one, else the CPU (Apple's MPS is never chosen by itself)"
@@ -131,6 +131,7 @@ def get_preset(
     if name not in ('tiny', 'full'): raise DeepfidError(f"preset {name!r} is unknown; choose 'tiny' or 'full'")
     return name
 
+# %% ../nbs/00_core.ipynb #26764659
 def set_seed(
     seed:int, # any whole number; taken modulo 2**32, which is what NumPy accepts
 ):
@@ -148,7 +149,7 @@ def data_dir()->Path|None: # the folder, or None where the variable is not set
     if not path.is_dir(): raise DataMissingError(f'DEEPFID_DATA={value}: no such folder; correct the variable or unset it')
     return path
 
-# %% ../nbs/00_core.ipynb #9aa86ada
+# %% ../nbs/00_core.ipynb #ed2fd7fa
 # A face: pixels plus what is known about them.
 def _array(value, name, shape, dtype=np.float32):
     "`value` as a finite array of `shape`, or one line saying what it is instead"
@@ -166,7 +167,7 @@ def five_points(
     p = _array(landmarks, 'landmarks', (68, 2))
     return np.stack([p[36:42].mean(0), p[42:48].mean(0), p[30], p[48], p[54]])
 
-# %% ../nbs/00_core.ipynb #295ffa05
+# %% ../nbs/00_core.ipynb #bdcb5e73
 @dataclass(eq=False)
 class Face:
     "One face picture and what is known about it"
@@ -196,7 +197,7 @@ class Face:
         known = [k for k in ('landmarks', 'points', 'region') if getattr(self, k) is not None]
         return f'Face({w}x{h}, identity={self.identity!r}, source={self.source!r}, {"+".join(known) or "image only"})'
 
-# %% ../nbs/00_core.ipynb #d61edf84
+# %% ../nbs/00_core.ipynb #667ac44c
 def _ellipse(points):
     "(centre, semi-axes, angle in degrees) of the brows-to-chin ellipse of five points"
     eyes, mouth = points[:2].mean(0), points[3:].mean(0)
@@ -224,7 +225,7 @@ def face_region(
     else: raise DeepfidError(f'{face.source or "face"}: has no landmarks, points or region; find the points with data.faces.find_face')
     return face.region
 
-# %% ../nbs/00_core.ipynb #7d7431fa
+# %% ../nbs/00_core.ipynb #8574efaa
 # What every detector returns, and what every detector is.
 @dataclass(eq=False)
 class Prediction:
@@ -242,7 +243,7 @@ class Prediction:
         more = [f'{k} {np.shape(v)}' for k in ('mask', 'similarity') if (v := getattr(self, k)) is not None]
         return f'Prediction({", ".join([f"fidelity={self.fidelity:.3f}", *more])})'
 
-# %% ../nbs/00_core.ipynb #3981d44c
+# %% ../nbs/00_core.ipynb #72d2a63c
 def platt(
     fidelity, # (N,) raw scores on validation data
     labels, # (N,) 1 = real, 0 = fake
@@ -262,7 +263,7 @@ def platt(
         if np.abs(step).max() < 1e-9: break
     return float(w[0]), float(w[1])
 
-# %% ../nbs/00_core.ipynb #c1f539f0
+# %% ../nbs/00_core.ipynb #f57d75a4
 class Detector:
     "The protocol by which tables, widgets and commands know a detector"
     name:str=''              # short name for tables and files
@@ -287,7 +288,7 @@ class Detector:
         a, b = self.calibration
         return 1/(1 + np.exp(-(a*np.array([p.fidelity for p in self.predict(faces, batch_size)], np.float64) + b)))
 
-# %% ../nbs/00_core.ipynb #8372e4f1
+# %% ../nbs/00_core.ipynb #99867d33
 # Pictures of pictures, for notebooks and reports.
 def _as_rgb(image)->np.ndarray:
     "uint8 (H,W,3) of a Face, a grey or colour array (float in [0,1], bool or uint8), or a PIL image"
@@ -300,6 +301,7 @@ def _as_rgb(image)->np.ndarray:
         a = np.rint(np.clip(np.nan_to_num(a.astype(np.float32)), 0, 1)*255).astype(np.uint8)
     return np.ascontiguousarray(np.repeat(a[..., None], 3, 2) if a.ndim == 2 else a[..., :3])
 
+# %% ../nbs/00_core.ipynb #93312680
 def _wrap(text, font, width):
     "Lines of `text` no wider than `width` pixels; a word that is too long is cut with an ellipsis"
     lines = []
@@ -318,7 +320,7 @@ def _zoom(a, scale):
     size = tuple(max(1, round(s*scale)) for s in a.shape[1::-1])
     return cv2.resize(a, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
-# %% ../nbs/00_core.ipynb #8e836ca5
+# %% ../nbs/00_core.ipynb #918adba6
 def montage(
     images, # arrays (H,W[,3]) of any sizes, uint8, bool or float in [0,1]; or faces
     titles=None, # one string per image, wrapped to its width; None = no titles
@@ -345,7 +347,7 @@ def montage(
         page.paste(Image.fromarray(im), (x + (w - im.shape[1])//2, y + top + (h - im.shape[0])//2))
     return np.array(page)
 
-# %% ../nbs/00_core.ipynb #26764659
+# %% ../nbs/00_core.ipynb #61edcaef
 class Picture:
     "An array that a notebook shows as a small JPEG"
     def __init__(self,
@@ -366,7 +368,7 @@ class Picture:
         write_atomically(path, self.jpeg())
     def __repr__(self): return f'Picture({self.image.shape[1]}x{self.image.shape[0]})'
 
-# %% ../nbs/00_core.ipynb #a91deaef
+# %% ../nbs/00_core.ipynb #7999e2ee
 # Writing: a file or folder appears under its final name only when it is complete.
 def _beside(path):
     "A fresh hidden name in the same folder, with the same ending"
@@ -388,7 +390,7 @@ def write_atomically(
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #ed2fd7fa
+# %% ../nbs/00_core.ipynb #b558db05
 @contextmanager
 def atomic_folder(
     path, # final name; an existing folder there is replaced when the block ends well
@@ -410,7 +412,7 @@ def atomic_folder(
         shutil.rmtree(tmp, ignore_errors=True)
         if path.exists(): shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #bdcb5e73
+# %% ../nbs/00_core.ipynb #01c7f192
 def _plain(o):
     "`o` with NumPy values, paths and tuples made JSON's own; NaN and infinity become null"
     if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
@@ -428,6 +430,7 @@ def to_json(
     "JSON of ordinary and NumPy values"
     return json.dumps(_plain(obj), indent=indent, allow_nan=False, ensure_ascii=False)
 
+# %% ../nbs/00_core.ipynb #e82d8e8f
 def write_json(path, obj)->Path:
     "Write `obj` as JSON, atomically"
     return write_atomically(path, to_json(obj) + '\n')

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['DATA', 'CREDIT', 'LIMITS', 'demo_sources', 'stage', 'peak_memory_mib', 'epoch_printer', 'train_and_test', 'extremes',
-           'show_faces', 'summarise', 'demo_report', 'demo_pairs', 'run_demo', 'write_demo']
+           'show_faces', 'summarise', 'demo_report', 'demo_pairs', 'compare', 'run_demo', 'write_demo']
 
 # %% ../nbs/65_demo.ipynb #caac7e6f
-import json, os, sys, tempfile, time
+import json, os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-from .core import DeepfidError, montage, set_seed, write_json
-from .data.manifest import build_pairs, split_identities
+from .core import DeepfidError, montage, write_json
+from .data.manifest import build_pairs, synth_sources
 
-# %% ../nbs/65_demo.ipynb #357a2eb0
+# %% ../nbs/65_demo.ipynb #653a57f0
 DATA = {
-    'synthetic': dict(pairs=(2000, 200, 640), epochs=5, title='drawn faces'),
+    'synthetic': dict(pairs=(1800, 200, 640), epochs=6, title='drawn faces'),
     'london': dict(pairs=(1200, 120, 300), epochs=8, title='photographs of the London set'),
     'portraits': dict(pairs=(1200, 120, 300), epochs=8, title='self-blended portraits'),
 }
@@ -26,20 +26,19 @@ CREDIT = {
     'portraits': 'Official portraits of U.S. representatives, public domain. Their forged forms are never shown.',
 }
 
-# %% ../nbs/65_demo.ipynb #653a57f0
+# %% ../nbs/65_demo.ipynb #b2a6f68a
 def demo_sources(
     data,   # 'synthetic' | 'london' | 'portraits'
     pairs,  # (train, valid, test) pairs to be made
     seed=0
 ): # list of face sources
     "The faces that a demo forges"
-    from deepfid.data import datasets, manifest
+    from deepfid.data import datasets
     if data=='london': return datasets.london()
     if data=='portraits': return datasets.portraits()
-    if data=='synthetic': return manifest.synth_sources(max(12, sum(pairs)//2), 2, seed)
-    raise DeepfidError(f"no demo data {data!r}: choose one of {', '.join(DATA)}")
+    return synth_sources(max(12, sum(pairs)//2), 2, seed)
 
-# %% ../nbs/65_demo.ipynb #3d340e8d
+# %% ../nbs/65_demo.ipynb #8cd38e3c
 @contextmanager
 def stage(
     name,  # what is going on
@@ -52,7 +51,7 @@ def stage(
     times[name] = time.time()-start
     print(f'  {times[name]:.0f} s', flush=True)
 
-# %% ../nbs/65_demo.ipynb #8cd38e3c
+# %% ../nbs/65_demo.ipynb #8b2f0970
 def peak_memory_mib(
     workers=0 # processes that drew at the same time
 )->float:
@@ -63,7 +62,7 @@ def peak_memory_mib(
     most = lambda who: resource.getrusage(who).ru_maxrss/unit
     return most(resource.RUSAGE_SELF) + workers*most(resource.RUSAGE_CHILDREN)
 
-# %% ../nbs/65_demo.ipynb #8b2f0970
+# %% ../nbs/65_demo.ipynb #0d1fffaf
 def epoch_printer(epochs):
     "A fastai callback that prints one line an epoch"
     from fastai.callback.core import Callback
@@ -77,7 +76,7 @@ def epoch_printer(epochs):
             print(f'  epoch {self.epoch+1}/{self.n_epoch}  loss {loss:.3f}  validation AUC {auc:.3f}  {left:.0f} s left', flush=True)
     return EpochPrinter()
 
-# %% ../nbs/65_demo.ipynb #480bf2ee
+# %% ../nbs/65_demo.ipynb #31b6ff8e
 def train_and_test(
     detector, manifest, # a fresh detector and the forged faces
     epochs              # for the progress lines
@@ -90,7 +89,7 @@ def train_and_test(
     label, identity = test.table['label'].to_numpy(), test.table['identity'].to_numpy()
     return evaluate(fidelity, label, detector.threshold, groups=identity), fidelity
 
-# %% ../nbs/65_demo.ipynb #16d6f1af
+# %% ../nbs/65_demo.ipynb #c6d4671b
 def extremes(
     fidelity, label, # (N,) of the test faces
     n=6              # of each kind
@@ -108,7 +107,7 @@ def show_faces(
     method = manifest.table['method'].to_numpy()
     return montage([manifest.image(i) for i in rows], [f'{method[i]} {fidelity[i]:.2f}' for i in rows])
 
-# %% ../nbs/65_demo.ipynb #c6d4671b
+# %% ../nbs/65_demo.ipynb #3adf85f0
 def summarise(
     data, preset, seconds, strengths,  # what was run
     detector, plain,                   # their Metrics
@@ -122,7 +121,7 @@ def summarise(
         seconds=sum(seconds.values()), stages=seconds, peak_memory_mib=memory, test_pairs=detector.n_fake,
         test_people=detector.n_groups, metrics=detector.flat(), baseline=plain.flat())
 
-# %% ../nbs/65_demo.ipynb #3adf85f0
+# %% ../nbs/65_demo.ipynb #e3b55cb1
 def _verdict(summary):
     a, b = summary['auc'], summary['baseline_auc']
     people = summary['test_people']
@@ -141,9 +140,9 @@ def _opening(page, summary, manifest, settings):
     page.table([[split, *map(int, row)] for split, row in zip(counts.index, counts.to_numpy())], ['split', *counts.columns])
     page.text('Every forged face has its real partner in the same split, cut by the same box and taken by the same camera with the same noise. '
               'No person is in two splits, not even as the donor of a swapped face.')
-    page.table([(k, json.dumps(v)) for k, v in settings.items()], ('setting', 'value'))
+    page.table([(k, v if isinstance(v, (int, str)) else json.dumps(v)) for k, v in (settings|dict(strengths=s['strengths'])).items()], ('setting', 'value'))
 
-# %% ../nbs/65_demo.ipynb #e3b55cb1
+# %% ../nbs/65_demo.ipynb #9d3696e3
 def _pairs_picture(manifest, n=5):
     "One pair per forger: real above, forged below"
     t = manifest.table.reset_index(drop=True)
@@ -164,7 +163,7 @@ def _results(page, test, label, scores, threshold, summary):
     page.plot(plot_intervals(rows), "AUC of each forger's fakes against all real test faces, with 95 % intervals over people.")
     page.plot(plot_roc({'DeepFidelity': (fidelity, label), 'plain network': (plain, label)}), 'Both detectors on the same test faces.')
 
-# %% ../nbs/65_demo.ipynb #9d3696e3
+# %% ../nbs/65_demo.ipynb #6796a0ac
 def _metric_rows(detector, plain):
     names = dict(auc='AUC', ap='average precision (fake)', eer='equal error rate', accuracy='accuracy', f1='F1 (fake)', accuracy_at_half='accuracy at 0.5')
     return [(text, str(detector[k]), str(plain[k])) for k, text in names.items()]
@@ -177,7 +176,7 @@ def _cases(page, data, test, fidelity, label):
         page.picture(show_faces(test, rows, fidelity), f'{kind}: forger and fidelity. {CREDIT[data]}')
     if data=='portraits': page.text('Forged forms of real people who did not agree to them are measured here, and not shown.')
 
-# %% ../nbs/65_demo.ipynb #6796a0ac
+# %% ../nbs/65_demo.ipynb #acbf5470
 def demo_report(
     data, manifest, summary, settings,  # what was run, on what, and its numbers
     metrics, scores, detector           # of (detector, plain); the trained detector
@@ -199,7 +198,7 @@ def demo_report(
     page.section('Where the time went').table([(k, f'{v:.0f} s') for k, v in summary['stages'].items()], ('stage', 'time'))
     return page
 
-# %% ../nbs/65_demo.ipynb #0d37174b
+# %% ../nbs/65_demo.ipynb #ee64bbb0
 LIMITS = {
     'synthetic': 'Drawn faces are not photographs, and these forgers are not the ones that made the videos you have seen. What is learned here '
                  'is how the parts work together; a score of this detector for a photograph means nothing.',
@@ -220,32 +219,41 @@ def demo_pairs(
     n = shares if pairs is None else [max(8, round(pairs*s/sum(shares))) for s in shares]
     return build_pairs(demo_sources(data, n, seed), folder, pairs=tuple(n), size=112, seed=seed, workers=workers, quality=load_niqe('synth').score, progress=True)
 
-# %% ../nbs/65_demo.ipynb #ee64bbb0
+# %% ../nbs/65_demo.ipynb #d562973e
+def compare(
+    manifest, epochs, seed, # forged faces; passes over them; of weights and batches
+    seconds                 # dict: gets the times
+): # the trained detector, the Metrics of both, the test scores of both
+    "DeepFidelity and the plain network, on the same faces"
+    from deepfid.fidelity.learner import DeepFidelity
+    detector, plain = DeepFidelity(epochs=epochs, seed=seed), DeepFidelity(epochs=epochs, seed=seed, ssaa_blocks=0, mapping=None)
+    with stage('training DeepFidelity', seconds): ours, scores = train_and_test(detector, manifest, epochs)
+    with stage('training the plain network', seconds): theirs, plain_scores = train_and_test(plain, manifest, epochs)
+    return detector, (ours, theirs), (scores, plain_scores)
+
+# %% ../nbs/65_demo.ipynb #c042ea3d
 def run_demo(
     data='synthetic',  # 'synthetic' | 'london' | 'portraits'
     out='out/demo',    # folder for report.html, summary.json, faces and the trained detector
     pairs=None,        # real/fake pairs in all
     epochs=None,       # passes over the training pairs
     seed=0, workers=None
-)->dict: # where things are, and the summary
+)->dict: # where things are, and the AUC
     "Draw or read, forge, train, test, and report"
     from deepfid.data.forge import STRENGTHS
     from deepfid.evaluate.metrics import per_group
-    from deepfid.fidelity.learner import DeepFidelity
-    out, seconds = Path(out), {}
-    epochs = epochs or DATA[data]['epochs']
+    if data not in DATA: raise DeepfidError(f"no demo data {data!r}: choose one of {', '.join(DATA)}")
+    out, seconds, epochs = Path(out), {}, epochs or DATA[data]['epochs']
     with stage(f"forging {DATA[data]['title']}", seconds): manifest = demo_pairs(data, out/'faces', pairs, seed, workers)
-    detector, plain = DeepFidelity(epochs=epochs, seed=seed), DeepFidelity(epochs=epochs, seed=seed, ssaa_blocks=0, mapping=None)
-    with stage('training DeepFidelity', seconds): ours, fidelity = train_and_test(detector, manifest, epochs)
-    with stage('training the plain network', seconds): theirs, plain_scores = train_and_test(plain, manifest, epochs)
+    detector, metrics, scores = compare(manifest, epochs, seed, seconds)
     test = manifest.of('test').table
-    forgers = per_group(fidelity, test['label'], test['method'], groups=test['identity'])
-    memory = peak_memory_mib(workers or os.cpu_count() or 1)
-    summary = summarise(data, 'tiny', seconds, STRENGTHS, ours, theirs, forgers, memory)
-    settings = dict(seed=seed, epochs=epochs, network=detector.config['arch'], size=detector.config['size'], strengths=STRENGTHS)
-    page = demo_report(data, manifest, summary, settings, (ours, theirs), (fidelity, plain_scores), detector)
-    return write_demo(out, page, summary, detector)
+    forgers = per_group(scores[0], test['label'], test['method'], groups=test['identity'])
+    summary = summarise(data, detector.config['preset'], seconds, STRENGTHS, *metrics, forgers, peak_memory_mib(workers or os.cpu_count() or 1))
+    settings = {k: detector.config[k] for k in ('arch', 'size', 'bs', 'epochs', 'lr', 'seed')}|dict(pairs=int((manifest.table['label']==0).sum()))
+    summary |= dict(config=settings, curves=detector.history)
+    return write_demo(out, demo_report(data, manifest, summary, settings, metrics, scores, detector), summary, detector)
 
+# %% ../nbs/65_demo.ipynb #8469ccb3
 def write_demo(
     out, page, summary, detector # folder, Report, numbers, trained detector
 )->dict:

@@ -38,11 +38,7 @@ def tiny_detector(
 # %% ../nbs/99_testing.ipynb #e4e45b98
 PACKAGES = ('torch', 'timm', 'fastai', 'scikit-learn', 'numpy', 'opencv-python-headless')
 
-def _commit():
-    "The commit this ran at, with a plus if files were changed"
-    git = lambda *a: subprocess.run(['git', *a], cwd=Path(deepfid.__file__).parent, capture_output=True, text=True).stdout.strip()
-    head = git('rev-parse', '--short', 'HEAD')
-    return head+('+' if head and git('status', '--porcelain', '--untracked-files=no') else '') or 'unknown'
+def _git(*args): return subprocess.run(['git', *args], cwd=Path(deepfid.__file__).parent, capture_output=True, text=True).stdout.strip()
 
 def describe_run(
     config:dict, data:str, seed, seconds:float, # settings, name of the data, seed or seeds, wall time
@@ -52,7 +48,7 @@ def describe_run(
     "A run as it is recorded"
     device = default_device()
     hardware = f'{os.cpu_count()} cores, {platform.machine()}' if device.type=='cpu' else __import__('torch').cuda.get_device_name()
-    return dict(config=config, data=data, seed=seed, commit=_commit(), hardware=hardware, versions={p: version(p) for p in PACKAGES}|{'deepfid': deepfid.__version__},
+    return dict(config=config, data=data, seed=seed, commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain', '--untracked-files=no')), hardware=hardware, versions={p: version(p) for p in PACKAGES}|{'deepfid': deepfid.__version__},
                 seconds=seconds, metrics=metrics, **more)
 
 def record(

@@ -35,7 +35,7 @@ PRESETS = {
     'full': dict(arch='ssaaformer_small', size=224, bs=32, epochs=20),
 }
 RECIPES = {
-    'ours': dict(lr=3e-3, wd=.05, smoothing=.1, ema=.99, pool='mean', svr=dict(scale=True)),
+    'ours': dict(lr=3e-3, wd=.05, smoothing=.1, ema=.99, pool='mean', svr=dict(scale=True, C=.1)),
 }
 
 # %% ../../nbs/23_fidelity.learner.ipynb #9757145f
@@ -169,7 +169,7 @@ def calibrate_on(self:DeepFidelity, dl):
     self.threshold = -offset/slope
     return self
 
-# %% ../../nbs/23_fidelity.learner.ipynb #7e4d3795
+# %% ../../nbs/23_fidelity.learner.ipynb #ea049734
 @patch
 @torch.inference_mode()
 def _run(self:DeepFidelity, batches, f):

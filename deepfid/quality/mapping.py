@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from sklearn.base import BaseEstimator
 from ..core import DeepfidError
 
-# %% ../../nbs/12_quality.mapping.ipynb #6fc4cc56
+# %% ../../nbs/12_quality.mapping.ipynb #d5983d85
 CLASSES = ('fake', 'real')
 
 def check_quality(
@@ -41,7 +41,7 @@ def check_labels(
     try: return np.broadcast_to(a.astype(bool), shape)
     except ValueError: raise DeepfidError(f'{a.size} labels for {int(np.prod(shape))} qualities; give one label each') from None
 
-# %% ../../nbs/12_quality.mapping.ipynb #0581e956
+# %% ../../nbs/12_quality.mapping.ipynb #a6bc0056
 def minmax_knots(
     q:np.ndarray, # float64 (N,)
 )->tuple: # (qualities, positions in [0,1]); between them the position is linear
@@ -58,7 +58,7 @@ def rank_knots(
 
 KNOTS = dict(minmax=minmax_knots, rank=rank_knots)
 
-# %% ../../nbs/12_quality.mapping.ipynb #319a919d
+# %% ../../nbs/12_quality.mapping.ipynb #97f63252
 class FidelityMapping(BaseEstimator):
     "Quality to fidelity: each class onto a band of its own, best picture at the upper end"
     def __init__(self,
@@ -78,7 +78,7 @@ class FidelityMapping(BaseEstimator):
         self.knots_ = {name: KNOTS[self.method](q[real == k]) for k,name in enumerate(CLASSES) if (real == k).any()}
         return self
 
-# %% ../../nbs/12_quality.mapping.ipynb #97f63252
+# %% ../../nbs/12_quality.mapping.ipynb #bc2e20d7
 @patch
 def transform(self:FidelityMapping,
     quality, # numbers of any shape, higher = better
@@ -100,7 +100,7 @@ def fit_transform(self:FidelityMapping, quality, is_real):
     "`fit`, then `transform` the same"
     return self.fit(quality, is_real).transform(quality, is_real)
 
-# %% ../../nbs/12_quality.mapping.ipynb #bc2e20d7
+# %% ../../nbs/12_quality.mapping.ipynb #6486ebb5
 @patch
 def _check_options(self:FidelityMapping):
     "Refuse an unknown method or bands outside [0,1]"
@@ -116,7 +116,7 @@ def to_dict(self:FidelityMapping)->dict: # only lists, numbers and strings
     state = {name: [a.tolist() for a in knots] for name,knots in getattr(self, 'knots_', {}).items()}
     return dict(method=self.method, bands=[[float(v) for v in b] for b in self.bands], knots=state)
 
-# %% ../../nbs/12_quality.mapping.ipynb #6486ebb5
+# %% ../../nbs/12_quality.mapping.ipynb #979fc1e5
 @patch(cls_method=True)
 def from_dict(cls:FidelityMapping,
     state:dict, # what to_dict gave
