@@ -281,6 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deepfid.data.synth.window': ('data.synth.html#window', 'deepfid/data/synth.py'),
                                     'deepfid.data.synth.with_traits': ('data.synth.html#with_traits', 'deepfid/data/synth.py')},
             'deepfid.demo': { 'deepfid.demo._cases': ('demo.html#_cases', 'deepfid/demo.py'),
+                              'deepfid.demo._compare': ('demo.html#_compare', 'deepfid/demo.py'),
                               'deepfid.demo._metric_rows': ('demo.html#_metric_rows', 'deepfid/demo.py'),
                               'deepfid.demo._opening': ('demo.html#_opening', 'deepfid/demo.py'),
                               'deepfid.demo._pairs_picture': ('demo.html#_pairs_picture', 'deepfid/demo.py'),

@@ -111,12 +111,13 @@ def show_faces(
 def summarise(
     data, preset, seconds, strengths,  # what was run
     detector, plain,                   # their Metrics
+    difference,                        # Interval of AUC(detector) - AUC(plain), paired
     forgers,                           # forger -> Interval, of the detector
     memory                             # MiB
 )->dict: # JSON-able
     "The numbers of summary.json"
     three = lambda name, i: {name: i.value, f'{name}_low': i.low, f'{name}_high': i.high}
-    return dict(**three('auc', detector['auc']), **three('baseline_auc', plain['auc']),
+    return dict(**three('auc', detector['auc']), **three('baseline_auc', plain['auc']), **three('difference', difference),
         per_forger={k: three('auc', v) for k, v in forgers.items()}, strengths=strengths, data=data, preset=preset,
         seconds=sum(seconds.values()), stages=seconds, peak_memory_mib=memory, test_pairs=detector.n_fake,
         test_people=detector.n_groups, metrics=detector.flat(), baseline=plain.flat())
@@ -168,6 +169,13 @@ def _metric_rows(detector, plain):
     names = dict(auc='AUC', ap='average precision (fake)', eer='equal error rate', accuracy='accuracy', f1='F1 (fake)', accuracy_at_half='accuracy at 0.5')
     return [(text, str(detector[k]), str(plain[k])) for k, text in names.items()]
 
+def _compare(page, summary):
+    "What the two networks' difference is worth"
+    d, low, high = (summary[k] for k in ('difference', 'difference_low', 'difference_high'))
+    word = 'better' if low>0 else 'worse' if high<0 else 'neither better nor worse'
+    page.text(f'On the same test faces the AUC of DeepFidelity minus that of the plain network is {d:+.3f}, with a 95 % interval from {low:+.3f} to {high:+.3f}: '
+              f'in this run it is {word}. One run with one seed; another seed can turn a small difference around.')
+
 def _cases(page, data, test, fidelity, label):
     "Best and worst cases; of the portraits only the untouched photographs"
     page.section('Where it was right, and where it was not')
@@ -192,6 +200,7 @@ def demo_report(
     page.section('How well it does').table(_metric_rows(*metrics), ('on test faces', 'DeepFidelity', 'plain network'))
     page.text('Each number with its 95 % interval, found by drawing the test people again and again with replacement. '
               f'The threshold of {detector.threshold:.3f} was chosen on validation faces.')
+    _compare(page, summary)
     _results(page, test, label, scores, detector.threshold, summary)
     _cases(page, data, test, scores[0], label)
     page.section('What this does not show').text(LIMITS[data])
@@ -241,14 +250,15 @@ def run_demo(
 )->dict: # where things are, and the AUC
     "Draw or read, forge, train, test, and report"
     from deepfid.data.forge import STRENGTHS
-    from deepfid.evaluate.metrics import per_group
+    from deepfid.evaluate.metrics import auc_difference, per_group
     if data not in DATA: raise DeepfidError(f"no demo data {data!r}: choose one of {', '.join(DATA)}")
     out, seconds, epochs = Path(out), {}, epochs or DATA[data]['epochs']
     with stage(f"forging {DATA[data]['title']}", seconds): manifest = demo_pairs(data, out/'faces', pairs, seed, workers)
     detector, metrics, scores = compare(manifest, epochs, seed, seconds)
     test = manifest.of('test').table
     forgers = per_group(scores[0], test['label'], test['method'], groups=test['identity'])
-    summary = summarise(data, detector.config['preset'], seconds, STRENGTHS, *metrics, forgers, peak_memory_mib(workers or os.cpu_count() or 1))
+    difference = auc_difference(scores[1], scores[0], test['label'], groups=test['identity'])
+    summary = summarise(data, detector.config['preset'], seconds, STRENGTHS, *metrics, difference, forgers, peak_memory_mib(workers or os.cpu_count() or 1))
     settings = {k: detector.config[k] for k in ('arch', 'size', 'bs', 'epochs', 'lr', 'seed')}|dict(pairs=int((manifest.table['label']==0).sum()))
     summary |= dict(config=settings, curves=detector.history)
     return write_demo(out, demo_report(data, manifest, summary, settings, metrics, scores, detector), summary, detector)

@@ -114,7 +114,9 @@ class FaceFinder:
         threshold:float=.7, # least score
         longest:int=640     # larger pictures are searched on a copy of this size
     ):
-        self.net = cv2.FaceDetectorYN.create(str(yunet_path(model)), '', (320, 320), threshold)
+        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR) # its notes on back ends are for developers
+        try: self.net = cv2.FaceDetectorYN.create(str(yunet_path(model)), '', (320, 320), threshold)
+        finally: cv2.utils.logging.setLogLevel(level)
         self.longest = longest
 
     def find(self,
