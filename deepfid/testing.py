@@ -48,7 +48,7 @@ def describe_run(
     "A run as it is recorded"
     device = default_device()
     hardware = f'{os.cpu_count()} cores, {platform.machine()}' if device.type=='cpu' else __import__('torch').cuda.get_device_name()
-    return dict(config=config, data=data, seed=seed, commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain', '--untracked-files=no')), hardware=hardware, versions={p: version(p) for p in PACKAGES}|{'deepfid': deepfid.__version__},
+    return dict(config=config, data=data, seed=seed, commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain', '--untracked-files=no', '.')), hardware=hardware, versions={p: version(p) for p in PACKAGES}|{'deepfid': deepfid.__version__},
                 seconds=seconds, metrics=metrics, **more)
 
 def record(

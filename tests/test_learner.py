@@ -99,7 +99,7 @@ def test_unknown_settings_are_refused():
 def test_some_qualities_missing_is_refused_before_training(manifest):
     table = manifest.table.copy()
     table.loc[3, 'quality'] = np.nan
-    with pytest.raises(DeepfidError, match='1 of 100 qualities are NaN'): DeepFidelity(epochs=1, size=64).fit(Manifest(table, manifest.folder), 'tiny')
+    with pytest.raises(DeepfidError, match='1 of 100 training faces have no quality'): DeepFidelity(epochs=1, size=64).fit(Manifest(table, manifest.folder), 'tiny')
 
 def test_no_validation_rows_is_refused(manifest):
     with pytest.raises(ManifestError): DeepFidelity(epochs=1, size=64).fit(manifest.of('train'), 'tiny')

@@ -440,7 +440,7 @@ def paired_rows(table, rng, balanced=True, together=True):
     if not together: units = np.stack([rng.permutation(c) for c in units.T], 1)
     return units[rng.permutation(len(units))]
 
-# %% ../../nbs/07_data.manifest.ipynb #64dc3d29
+# %% ../../nbs/07_data.manifest.ipynb #ea230ba6
 def move(
     batch,  # uint8 (B,C,H,W)
     flips,  # bool (B,), True = mirror left and right
@@ -462,7 +462,7 @@ def normalise(
     "What models see: float, mean and deviation 0.5"
     return batch.to(device).float().mul_(2/255).sub_(1)
 
-# %% ../../nbs/07_data.manifest.ipynb #ea230ba6
+# %% ../../nbs/07_data.manifest.ipynb #017c963c
 class FaceLoader:
     "Batches of a `FaceSet`: what fastai's `Learner` needs of a DataLoader, and no more"
     n_inp, c, vocab = 1, 2, ('fake', 'real')
@@ -483,7 +483,7 @@ class FaceLoader:
         self.epoch = self.num_workers = 0
         self.count()
 
-# %% ../../nbs/07_data.manifest.ipynb #4dd1301f
+# %% ../../nbs/07_data.manifest.ipynb #816d03a3
 @patch
 def count(self:FaceLoader):
     "How many faces an epoch shows"
@@ -500,7 +500,7 @@ def __iter__(self:FaceLoader):
     self.epoch += 1
     return self.batches(self.epoch-1)
 
-# %% ../../nbs/07_data.manifest.ipynb #017c963c
+# %% ../../nbs/07_data.manifest.ipynb #78c6d819
 @patch
 def one_batch(self:FaceLoader): return next(self.batches(self.epoch))
 
@@ -517,7 +517,7 @@ def new(self:FaceLoader, dataset=None, **changes)->FaceLoader:
     other.count()
     return other
 
-# %% ../../nbs/07_data.manifest.ipynb #816d03a3
+# %% ../../nbs/07_data.manifest.ipynb #29fcae62
 @patch
 def order(self:FaceLoader, epoch):
     "The rows of one epoch; the same seed and epoch give the same order"
@@ -542,7 +542,7 @@ def batch(self:FaceLoader, rows, rng=None):
     if data.kind!='label+mask': return x, target
     return x, (target, pixels[:,3:].to(self.device).float().div_(255))
 
-# %% ../../nbs/07_data.manifest.ipynb #78c6d819
+# %% ../../nbs/07_data.manifest.ipynb #2de97382
 @patch
 def vary(self:FaceLoader, pixels, rng):
     "Move each face a little (a real and its fake alike), then degrade it if asked"
@@ -555,7 +555,7 @@ def vary(self:FaceLoader, pixels, rng):
         for p in moved: p[:3] = self.degrade(np.ascontiguousarray(p[:3].transpose(1, 2, 0))).transpose(2, 0, 1)
     return torch.from_numpy(moved)
 
-# %% ../../nbs/07_data.manifest.ipynb #29fcae62
+# %% ../../nbs/07_data.manifest.ipynb #cbc962e3
 def dataloaders(
     manifest:Manifest,    # with rows in train and valid
     kind='label',         # 'label': x,y with y 1 = real; 'fidelity': x,f; 'label+mask': x,(y,mask)
@@ -579,7 +579,7 @@ def dataloaders(
     return DataLoaders(FaceLoader(train, bs, True, True, balanced, pairs_together, flip, shift, degrade, seed),
                        FaceLoader(valid, bs, seed=seed), device=device)
 
-# %% ../../nbs/07_data.manifest.ipynb #2de97382
+# %% ../../nbs/07_data.manifest.ipynb #8599fedb
 def faces_to_batch(
     images,      # faces or uint8 arrays (H,W,3), square
     size=None,   # side in pixels; that of the first image if not given

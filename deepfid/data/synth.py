@@ -150,7 +150,7 @@ def turn(yaw, pitch, roll)->np.ndarray: # (3,3)
     (cy, sy), (cp, sp), (cr, sr) = [(np.cos(a), np.sin(a)) for a in (yaw, pitch, roll)]
     return np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])@np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])@np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
 
-# %% ../../nbs/01_data.synth.ipynb #4ca42c2a
+# %% ../../nbs/01_data.synth.ipynb #9611ead6
 SHEET = 1024 # side of a sheet of texture, pixels: the largest picture that can be drawn
 
 @functools.lru_cache(maxsize=None)
@@ -174,7 +174,7 @@ def texture(
     piece = sheets()[name][y:y+h, x:x+w]
     return piece[:, ::-1] if rng.random()<.5 else piece
 
-# %% ../../nbs/01_data.synth.ipynb #a9e323d4
+# %% ../../nbs/01_data.synth.ipynb #3ba7ae2a
 SUB = 4 # fractional bits of OpenCV's coordinates: sixteenths of a pixel
 
 def window(
@@ -201,7 +201,7 @@ def stencil(
     if blur: mask = cv2.GaussianBlur(mask, (0, 0), blur)
     return mask.astype(np.float32)*np.float32(1/255)
 
-# %% ../../nbs/01_data.synth.ipynb #3ba7ae2a
+# %% ../../nbs/01_data.synth.ipynb #dc25db71
 def paint(
     image,        # float32 (S,S,3), changed in place
     points,       # (N,2) pixels
@@ -225,7 +225,7 @@ def oval(centre, rx, ry=None, n=16)->np.ndarray: # (n,2)
     t = np.arange(n)*(2*np.pi/n)
     return np.asarray(centre)+np.c_[rx*np.cos(t), (rx if ry is None else ry)*np.sin(t)]
 
-# %% ../../nbs/01_data.synth.ipynb #907fb55a
+# %% ../../nbs/01_data.synth.ipynb #443610de
 class Canvas:
     "A picture being painted: pixels, textures, and the way from face coordinates to pixels"
     def __init__(self, person, shot, seed, size):
@@ -250,7 +250,7 @@ class Canvas:
     def body(self, points): # (N,2) in face widths, not turned with the head
         return np.asarray(points)*self.unit+self.centre-[0, .35*self.unit]
 
-# %% ../../nbs/01_data.synth.ipynb #6645df15
+# %% ../../nbs/01_data.synth.ipynb #b7d5d0b7
 def paint_background(c:Canvas)->np.ndarray: # float32 (S,S,3)
     "Two colours, a direction, and cloud"
     two = np.float32(c.rng.uniform(40, 220, (2, 3))*.6+c.rng.uniform(30, 200)*.4)
@@ -275,7 +275,7 @@ def paint_behind(image, c:Canvas):
         ear = np.c_[side*(1.0*p.width+.10*np.cos(bend)), .12+.24*np.sin(bend)]
         paint(image, c.project(ear, -.05), .85*p.skin, blur=.5, grain=c.skin_grain)
 
-# %% ../../nbs/01_data.synth.ipynb #d36ca695
+# %% ../../nbs/01_data.synth.ipynb #6a5d6bab
 def relief(
     c:Canvas,
     head # (N,2) pixels: outline
@@ -303,7 +303,7 @@ def shading(c:Canvas, head)->np.ndarray: # float32 (S,S), 1 = as bright as the s
     shade = np.clip(c.shot.ambient+.32-2.2*len(height)/112*slope, .3, 1.35)
     return cv2.resize(shade, (c.size, c.size), interpolation=cv2.INTER_LINEAR)
 
-# %% ../../nbs/01_data.synth.ipynb #6a5d6bab
+# %% ../../nbs/01_data.synth.ipynb #00b2dffa
 def paint_head(image, c:Canvas):
     "Skin: its colour, shaded, with pores, blotches, flush, moles, cheeks and beard"
     p, P = c.person, c.points
@@ -320,7 +320,7 @@ def paint_head(image, c:Canvas):
     for a, b in ((31, 2), (35, 14)): paint(image, oval((P[a]+P[b])/2, .2*c.unit), p.skin*[1.05, .85, .85], .25, blur=.1*c.unit)
     if p.beard>.1: paint(image, np.r_[P[2:15], P[54:55], [.6*P[33]+.4*P[51]], P[48:49]], .9*p.hair, min(.85, p.beard), blur=.04*c.unit, grain=.3*c.strands+.2*c.pores)
 
-# %% ../../nbs/01_data.synth.ipynb #367aa3ad
+# %% ../../nbs/01_data.synth.ipynb #1ab114f1
 def paint_eye(image, c:Canvas, eye, brow):
     "One eye with its socket, iris, pupil, highlight, lashes, crease and brow; eye and brow are slices of the landmarks"
     p, E, B, u = c.person, c.points[eye], c.points[brow], c.unit
@@ -339,7 +339,7 @@ def paint_eye(image, c:Canvas, eye, brow):
     thick = (.05+.03*p.brows)*u
     paint(image, np.r_[B-[0, .5*thick], (B+[0, .6*thick])[::-1]], .75*p.hair, .85, blur=.018*u+.3, grain=.32*c.strands)
 
-# %% ../../nbs/01_data.synth.ipynb #00b2dffa
+# %% ../../nbs/01_data.synth.ipynb #5f0a6bda
 def paint_nose_and_mouth(image, c:Canvas):
     "Nostrils and the shadow under the nose; lips, teeth and the line between"
     p, P, u = c.person, c.points, c.unit
@@ -369,7 +369,7 @@ def paint_front(image, c:Canvas):
             paint(image, np.r_[ring, ring[:1]], (25, 25, 28), .95, blur=.3, line=max(1, .04*u))
         paint(image, [P[39]+[.1*u, -.03*u], P[42]+[-.1*u, -.03*u]], (25, 25, 28), .95, blur=.3, line=max(1, .04*u))
 
-# %% ../../nbs/01_data.synth.ipynb #1ab114f1
+# %% ../../nbs/01_data.synth.ipynb #e2d1f3df
 def face_hull(points, size)->np.ndarray: # float32 (S,S): 1 from brows to chin
     "The region open to forgery: the convex hull of jaw and brows. What covers the face (glasses, hair) is not cut out"
     hull = cv2.convexHull(np.float32(points[:27]))[:, 0]
@@ -384,7 +384,7 @@ def with_traits(
         if not any(k in n for n in names): raise DeepfidError(f"no trait {k!r}: there are {', '.join(sorted(names[0]|names[1]))}")
     return tuple(replace(x, **{k: v for k, v in traits.items() if k in n}) for x, n in zip((person, shot), names))
 
-# %% ../../nbs/01_data.synth.ipynb #5f0a6bda
+# %% ../../nbs/01_data.synth.ipynb #3a12ce96
 def draw_face(
     seed:int,          # of the picture: pose, expression, light, background
     size:int=224,      # side, pixels, 32 to 1024
@@ -407,7 +407,7 @@ def draw_face(
     return Face(np.clip(image, 0, 255).astype(np.uint8), landmarks=np.float32(c.points), region=face_hull(c.points, size), identity=f'drawn-{identity}',
                 source='synth', consent=True, meta=dict(seed=int(seed), size=size, yaw=shot.yaw, pitch=shot.pitch, roll=shot.roll, glasses=person.glasses))
 
-# %% ../../nbs/01_data.synth.ipynb #2dacfdab
+# %% ../../nbs/01_data.synth.ipynb #5b9fd96c
 def camera_settings(
     seed:int
 )->dict: # blur, motion (pixels), angle, noise (levels), quality (JPEG)
@@ -425,7 +425,7 @@ def sensor_noise(
     common = .6*texture('pores', rng, h, w)+.15*texture('cloud', rng, h, w)
     return np.dstack([common+.5*texture('pores', rng, h, w) for _ in range(3)])
 
-# %% ../../nbs/01_data.synth.ipynb #5ac70bf5
+# %% ../../nbs/01_data.synth.ipynb #dfd5180e
 def expose(
     image,     # uint8 RGB (H,W,3), sides up to 1024
     seed:int,

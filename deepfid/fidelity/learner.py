@@ -35,7 +35,7 @@ PRESETS = {
     'full': dict(arch='ssaaformer_small', size=224, bs=32, epochs=20),
 }
 RECIPES = {
-    'ours': dict(lr=3e-3, wd=.05, smoothing=.1, ema=.99, pool='mean', svr=dict(scale=True, C=.1)),
+    'ours': dict(lr=1.5e-3, wd=.05, smoothing=.1, ema=.99, pool='mean', svr=dict(scale=True, C=.1)),
 }
 
 # %% ../../nbs/23_fidelity.learner.ipynb #9757145f
@@ -151,6 +151,8 @@ def targets(self:DeepFidelity, manifest):
     train = manifest.of('train')
     quality, real = train.table['quality'].to_numpy(), train.table['label'].to_numpy()==1
     if np.isnan(quality).all(): quality = load_niqe('synth').score([train.image(i) for i in range(len(train))])
+    if bad := int((~np.isfinite(quality)).sum()):
+        raise ManifestError(f'{manifest.name}: {bad} of {len(train)} training faces have no quality; measure all of them, or leave the whole column empty')
     self.mapping = FidelityMapping(self.config['mapping'], self.config['bands']).fit(quality, real)
     return self.mapping.transform(quality, real)
 
