@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'ORIENT', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
            'DataMissingError', 'to_uint8', 'read_image', 'default_device', 'get_preset', 'set_seed', 'data_dir',
            'five_points', 'Face', 'face_region', 'Prediction', 'platt', 'Detector', 'montage', 'Picture',
-           'write_atomically', 'atomic_folder', 'to_json', 'write_json', 'read_json', 'file_hash']
+           'write_atomically', 'atomic_folder', 'to_json', 'write_json', 'read_json', 'file_hash', 'model_file']
 
 # %% ../nbs/00_core.ipynb #ae8b9cf4
 import base64, hashlib, io, json, math, os, random, secrets, shutil, stat
@@ -447,3 +447,26 @@ def read_json(
 def file_hash(path)->str: # 64 hexadecimal digits
     "sha256 of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_core.ipynb #aa0f210b
+def model_file(
+    name:str,    # of the file
+    sha256:str,  # of its content
+    url:str,     # where it can be fetched
+    path=None,   # of a copy; default: `models` under `DEEPFID_DATA`, then the cache, then `url`
+)->Path:
+    "A checked copy of somebody's model on this machine"
+    def checked(p):
+        if file_hash(p)!=sha256: raise WeightsError(f'{p}: is not {name} (its sha256 differs); delete it and fetch it again')
+        return p
+    root = data_dir()
+    for p in [Path(path)] if path else [root/'models'/name] if root else []:
+        if p.is_file(): return checked(p)
+        if path: raise DataMissingError(f'{p}: no such model file; leave it out to have {name} fetched')
+    import pooch
+    pooch.get_logger().setLevel('WARNING')
+    cache = pooch.os_cache('deepfid')
+    try: return Path(pooch.retrieve(url, f'sha256:{sha256}', name, cache))
+    except Exception as e:
+        raise DataMissingError(f'{name} could not be fetched ({type(e).__name__}); download it from {url} and put it into {cache}, '
+                               'or into the folder models under DEEPFID_DATA') from None

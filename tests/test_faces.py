@@ -60,4 +60,4 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch):
     def fail(*a, **k): raise ConnectionError('no network')
     monkeypatch.setattr(pooch, 'retrieve', fail)
     monkeypatch.delenv('DEEPFID_DATA', raising=False)
-    with pytest.raises(DataMissingError, match='OpenCV Zoo'): yunet_path()
+    with pytest.raises(DataMissingError, match='opencv_zoo'): yunet_path()

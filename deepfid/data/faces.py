@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'MARGIN', 'YUNET', 'YUNET_SHA256', 'YUNET_URL', 'template', 'crop_matrix', 'warp', 'align', 'yunet_path',
-           'check_model', 'Detection', 'FaceFinder', 'left_first', 'default_finder', 'find_face']
+           'Detection', 'FaceFinder', 'left_first', 'default_finder', 'find_face']
 
 # %% ../../nbs/05_data.faces.ipynb #f3ab25bd
 import functools, os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import cv2
 import numpy as np
-from ..core import DataMissingError, DeepfidError, Face, NoFaceError, WeightsError, data_dir, file_hash, read_image
+from ..core import DataMissingError, DeepfidError, Face, NoFaceError, data_dir, model_file, read_image
 
 # %% ../../nbs/05_data.faces.ipynb #1c74e5a0
 TEMPLATE = np.float32([[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37], [70.73, 92.20]])
@@ -82,21 +82,7 @@ def yunet_path(
     model=None # path of the model; default: look for it, fetch it if need be
 )->Path:
     "A checked copy of YuNet on this machine"
-    root = data_dir()
-    for path in [Path(model)] if model else [root/'models'/YUNET] if root else []:
-        if path.is_file(): return check_model(path)
-        if model: raise DataMissingError(f'{path}: no such model file; leave it out to have YuNet fetched')
-    import pooch
-    pooch.get_logger().setLevel('WARNING')
-    try: return Path(pooch.retrieve(YUNET_URL, f'sha256:{YUNET_SHA256}', YUNET, pooch.os_cache('deepfid')))
-    except Exception as e:
-        raise DataMissingError(f'{YUNET} could not be fetched ({type(e).__name__}); download it from OpenCV Zoo (face_detection_yunet) and put it into '
-                               f'{pooch.os_cache("deepfid")}, or into the folder models under DEEPFID_DATA') from None
-
-def check_model(path):
-    "The path, if the file is YuNet to the last byte"
-    if file_hash(path)!=YUNET_SHA256: raise WeightsError(f'{path}: is not {YUNET} (its sha256 differs); delete it and fetch it again')
-    return path
+    return model_file(YUNET, YUNET_SHA256, YUNET_URL, model)
 
 # %% ../../nbs/05_data.faces.ipynb #0bef4cf7
 @dataclass
