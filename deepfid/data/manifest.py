@@ -480,7 +480,7 @@ class FaceLoader:
         device='cpu',
     ):
         store_attr()
-        self.epoch = self.num_workers = 0
+        self.epoch, self.num_workers, self.part = 0, 0, (0, 1)
         self.count()
 
 # %% ../../nbs/07_data.manifest.ipynb #816d03a3
@@ -530,8 +530,16 @@ def order(self:FaceLoader, epoch):
 def batches(self:FaceLoader, epoch):
     "One epoch, batch by batch"
     import torch
-    rng, rows = np.random.default_rng([self.seed, epoch, 1]), torch.as_tensor(self.order(epoch))
-    for start in range(0, self.n, self.bs): yield self.batch(rows[start:start+self.bs], rng)
+    (k, parts), rows = self.part, torch.as_tensor(self.order(epoch))
+    rng, own = np.random.default_rng([self.seed, epoch, 1, k]), self.bs//parts
+    for start in range(k*own, self.n, self.bs): yield self.batch(rows[start:start+own], rng)
+
+# %% ../../nbs/07_data.manifest.ipynb #2de97382
+@patch
+def part_of(self:FaceLoader, k, parts)->FaceLoader:
+    "The loader of one of several processes: its own part of each batch, all batches whole"
+    if self.bs%(2*parts): raise DeepfidError(f'bs={self.bs}: {parts} processes need a batch that is a multiple of {2*parts}')
+    return self if self.part==(k, parts) else self.new(part=(k, parts), drop_last=True)
 
 @patch
 def batch(self:FaceLoader, rows, rng=None):
@@ -542,7 +550,7 @@ def batch(self:FaceLoader, rows, rng=None):
     if data.kind!='label+mask': return x, target
     return x, (target, pixels[:,3:].to(self.device).float().div_(255))
 
-# %% ../../nbs/07_data.manifest.ipynb #2de97382
+# %% ../../nbs/07_data.manifest.ipynb #cbc962e3
 @patch
 def vary(self:FaceLoader, pixels, rng):
     "Move each face a little (a real and its fake alike), then degrade it if asked"
@@ -555,7 +563,7 @@ def vary(self:FaceLoader, pixels, rng):
         for p in moved: p[:3] = self.degrade(np.ascontiguousarray(p[:3].transpose(1, 2, 0))).transpose(2, 0, 1)
     return torch.from_numpy(moved)
 
-# %% ../../nbs/07_data.manifest.ipynb #cbc962e3
+# %% ../../nbs/07_data.manifest.ipynb #8599fedb
 def dataloaders(
     manifest:Manifest,    # with rows in train and valid
     kind='label',         # 'label': x,y with y 1 = real; 'fidelity': x,f; 'label+mask': x,(y,mask)
@@ -579,7 +587,7 @@ def dataloaders(
     return DataLoaders(FaceLoader(train, bs, True, True, balanced, pairs_together, flip, shift, degrade, seed),
                        FaceLoader(valid, bs, seed=seed), device=device)
 
-# %% ../../nbs/07_data.manifest.ipynb #8599fedb
+# %% ../../nbs/07_data.manifest.ipynb #88d20855
 def faces_to_batch(
     images,      # faces or uint8 arrays (H,W,3), square
     size=None,   # side in pixels; that of the first image if not given
