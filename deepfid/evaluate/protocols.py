@@ -47,6 +47,7 @@ class Table:
     columns: Callable                     # from the manifests' names, in the order given, to a list of `Column`
     paper: str = ''                       # the paper's own numbers, as Markdown
     needs: int = 1                        # manifests, at least
+    figure: Callable|None = None          # function that draws a recorded table
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #66c92250
 def manifest_key(

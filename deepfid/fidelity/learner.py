@@ -25,7 +25,7 @@ from . import ssaaformer
 from .checkpoint import load_checkpoint
 from .regressor import FidelityRegressor
 from .training import (EMA, RECIPES, SCHEDULES, CentreCrop, Checkpoint, EpochSeed, ImageNetAugment, KeepBest, LoadBest,
-    TokenLoss, centre_crop, decay_split, distributed, fidelity_loss, precision)
+    TokenLoss, centre_crop, decay_split, distributed, fidelity_loss, precision, share)
 from ..quality.mapping import FidelityMapping
 
 # %% ../../nbs/23_fidelity.learner.ipynb #81354a5c
@@ -147,6 +147,7 @@ def fit(self:DeepFidelity,
     cbs = [*(cbs or []), *([Checkpoint(resume, self.config)] if resume else [])]
     learn = self.learner(dls, cbs, self._selection(manifest, dls))
     with learn.no_bar(), learn.no_logging(): self.train(learn)
+    share(self.model)
     names = ('train_loss', 'valid_loss', 'accuracy', 'auc')
     self.history = [dict(zip(names, map(float, row))) for row in learn.recorder.values if len(row)>1]
     self.regress(dls.train, targets)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'SCHEDULES', 'KEPT', 'one_cycle', 'cosine', 'warm_up_of_five', 'TokenLoss', 'fidelity_loss', 'decay_split',
            'ImageNetAugment', 'centre_crop', 'CentreCrop', 'bare', 'EMA', 'KeepBest', 'LoadBest', 'EpochSeed',
-           'Checkpoint', 'Autocast', 'precision', 'distributed']
+           'read_checkpoint', 'Checkpoint', 'Autocast', 'precision', 'distributed', 'share']
 
 # %% ../../nbs/22a_fidelity.training.ipynb #16b82a31
 import io, json
@@ -189,29 +189,40 @@ class EpochSeed(Callback):
     def before_epoch(self): set_seed(self.seed*1009+self.epoch)
 
 # %% ../../nbs/22a_fidelity.training.ipynb #f210d872
+def read_checkpoint(
+    path, config # `training.pt`; settings that must be the same
+)->dict|None: # None where there is none
+    "The state of an interrupted training, or one line that says why it cannot be used"
+    if not path.is_file(): return None
+    then = read_json(path.with_suffix('.json'))
+    if differ := [k for k in sorted(then|config) if then.get(k)!=config.get(k)]:
+        k = differ[0]
+        raise DeepfidError(f'{path.parent}: holds a training with {k}={then.get(k)!r}, not {config.get(k)!r}; give another folder, or the same settings')
+    try: return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e: raise DeepfidError(f'{path}: is not a checkpoint of a training ({type(e).__name__}); delete the folder and begin again') from None
+
 class Checkpoint(Callback):
     "Write the state of a training after each epoch; begin where the last one ended"
     order = 80
     def __init__(self,
         folder, # for `training.pt` and `training.json`
         config  # dict that must be the same when a training goes on
-    ): self.path, self.config, self.done = Path(folder)/'training.pt', json.loads(to_json(config)), 0
+    ):
+        self.path, self.config = Path(folder)/'training.pt', json.loads(to_json(config))
+        self.state = read_checkpoint(self.path, self.config)
+        self.done = self.state['epoch'] if self.state else 0
 
-    def before_fit(self):
-        if not self.path.is_file(): return
-        then = read_json(self.path.with_suffix('.json'))
-        if differ := [k for k in sorted(then|self.config) if then.get(k)!=self.config.get(k)]:
-            k = differ[0]
-            raise DeepfidError(f'{self.path.parent}: holds a training with {k}={then.get(k)!r}, not {self.config.get(k)!r}; give another folder, or the same settings')
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except Exception as e: raise DeepfidError(f'{self.path}: is not a checkpoint of a training ({type(e).__name__}); delete the folder and begin again') from None
-        self.done = self.dls.train.epoch = state['epoch']
-        bare(self.learn.model).load_state_dict(state['model'])
-        self.learn.opt.load_state_dict(state['opt'])
-        self.learn.recorder.values[:] = state['history']
-        for name, kept in state['callbacks'].items(): vars(getattr(self.learn, name)).update(kept)
+# %% ../../nbs/22a_fidelity.training.ipynb #b7a33641
+@patch
+def before_fit(self:Checkpoint):
+    if not self.state: return
+    self.dls.train.epoch = self.done
+    bare(self.learn.model).load_state_dict(self.state['model'])
+    self.learn.opt.load_state_dict(self.state['opt'])
+    self.learn.recorder.values[:] = self.state['history']
+    for name, kept in self.state['callbacks'].items(): vars(getattr(self.learn, name)).update(kept)
 
-# %% ../../nbs/22a_fidelity.training.ipynb #6b8daf38
+# %% ../../nbs/22a_fidelity.training.ipynb #5c1e0d0d
 KEPT = dict(ema=('average', 'steps'), keep_best=('best', 'weights')) # callback: what it must remember from epoch to epoch
 
 @patch
@@ -223,12 +234,14 @@ def after_epoch(self:Checkpoint):
     if self.epoch<self.done or rank_distrib(): return
     callbacks = {name: {k: getattr(cb, k) for k in keys} for name, keys in KEPT.items() if (cb := getattr(self.learn, name, None))}
     history = [[float(v) for v in row] for row in self.learn.recorder.values if len(row)>1]
-    data = io.BytesIO()
-    torch.save(dict(epoch=self.epoch+1, model=bare(self.learn.model).state_dict(), opt=self.learn.opt.state_dict(), history=history, callbacks=callbacks), data)
+    opt, data = self.learn.opt.state_dict(), io.BytesIO()
+    for group in opt['param_groups']: group['lr'] = float(group['lr'])   # a schedule may leave numpy's kind of number
+    for group in opt['param_groups']: group['betas'] = tuple(map(float, group['betas']))
+    torch.save(dict(epoch=self.epoch+1, model=bare(self.learn.model).state_dict(), opt=opt, history=history, callbacks=callbacks), data)
     write_json(self.path.with_suffix('.json'), self.config)
     write_atomically(self.path, data.getvalue())
 
-# %% ../../nbs/22a_fidelity.training.ipynb #12969a78
+# %% ../../nbs/22a_fidelity.training.ipynb #47bc464b
 def _float(out):
     "Logits, or the parts of a `TokenOutput`, in 32 bits"
     if isinstance(out, TokenOutput): return TokenOutput(*(v.float() if torch.is_tensor(v) else v for v in out))
@@ -258,7 +271,7 @@ def precision(
     from fastai.callback.fp16 import AMPMode, MixedPrecision
     return [MixedPrecision(amp_mode=AMPMode.FP16)]
 
-# %% ../../nbs/22a_fidelity.training.ipynb #02e8b8de
+# %% ../../nbs/22a_fidelity.training.ipynb #0d9d9815
 def distributed(
     device # of the network
 )->list:   # of callbacks: none where there is but one process
@@ -272,3 +285,9 @@ def distributed(
         def _wrap_dl(self, dl): return dl.part_of(rank_distrib(), num_distrib()) if dl.shuffle else dl
     cpu = torch.device(device).type=='cpu'
     return [Parts(sync_bn=not cpu, cpu=cpu)]
+
+def share(model):
+    "Give every process the first one's network: running statistics of batch norms differ a little between them"
+    if num_distrib():
+        for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)
+    return model

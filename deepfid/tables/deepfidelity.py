@@ -6,7 +6,8 @@
 __all__ = ['PLAIN', 'SSAA', 'PLAIN_MAPPED', 'BOTH', 'TABLE_1', 'TABLES_2_3', 'TABLE_4', 'intra', 'cross', 'ablation', 'TABLE_5',
            'quality', 'TABLE_6', 'ranges', 'FIGURE_5', 'blocks', 'SEED', 'RIDGE', 'BOOSTING', 'MLP', 'MAPPED',
            'recipes', 'learned', 'regressors', 'mappings', 'TABLES', 'each', 'crossed', 'Judgeability', 'judged',
-           'in_range', 'by_quality', 'blocks_table', 'ridge', 'boosting', 'mlp', 'band_row']
+           'in_range', 'by_quality', 'blocks_table', 'block_maps', 'maps_picture', 'plot_blocks', 'ridge', 'boosting',
+           'mlp', 'band_row']
 
 # %% ../../nbs/55_tables.deepfidelity.ipynb #de8a918e
 import numpy as np
@@ -137,11 +138,59 @@ FIGURE_5 = 'Figure 5 of the paper is a curve without numbers: accuracy, AUC and 
 def blocks_table(most=4):
     "A row for each number of mirrored blocks; `tiny` has four convolutional blocks, `large` fifteen"
     rows = [Row(f'{n} blocks', DeepFidelity, dict(ssaa_blocks=n, mapping=None)) for n in range(most+1)]
-    return Table('blocks', 'How many blocks see the mirror (Figure 5)', rows, crossed, FIGURE_5)
+    return Table('blocks', 'How many blocks see the mirror (Figure 5)', rows, crossed, FIGURE_5, figure=plot_blocks)
+
+# %% ../../nbs/55_tables.deepfidelity.ipynb #d167f9f0
+def block_maps(
+    model, # an `SSAAFormer`
+    x,     # float (1,3,H,W)
+    n=15   # blocks, from the first; a network has as many as it has
+)->list:   # of float arrays (h,w), 0 to 1
+    "The output of each of the first blocks: mean over channels of its absolute value, each map stretched to its own range"
+    import torch
+    blocks = [b for i in range(1, 5) for b in getattr(model, f'blocks{i}')][:n]
+    maps, hooks = [], []
+    def keep(_, __, out): maps.append(out[0].abs().mean(0).float().cpu().numpy())
+    for b in blocks: hooks.append(b.register_forward_hook(keep))
+    try:
+        with torch.no_grad(): model.eval().stage_maps(x)
+    finally:
+        for h in hooks: h.remove()
+    return [(m-m.min())/max(np.ptp(m), 1e-9) for m in maps]
+
+# %% ../../nbs/55_tables.deepfidelity.ipynb #9196fe83
+def maps_picture(
+    detector, face, n=15 # trained `DeepFidelity`; uint8 RGB crop; blocks
+): # uint8 picture
+    "Figure 4 of the paper for one face"
+    import cv2
+    from deepfid.core import montage
+    from deepfid.data.manifest import faces_to_batch
+    face = cv2.resize(np.asarray(getattr(face, 'image', face)), (detector.config['size'],)*2, interpolation=cv2.INTER_AREA)
+    maps = block_maps(detector.model, faces_to_batch([face], device=detector.device), n)
+    colour = lambda m: cv2.applyColorMap(cv2.resize(np.uint8(255*m), face.shape[1::-1], interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    return montage([face, *map(colour, maps)], ['face', *(f'block {k+1}' for k in range(len(maps)))], ncols=8)
+
+def plot_blocks(record): # of the table `blocks`; returns a matplotlib Figure
+    "Figure 5: accuracy, AUC and their mean against the number of blocks, one panel for each column"
+    from matplotlib.figure import Figure
+    found = record['results']
+    columns = list(dict.fromkeys(r['column'] for r in found))
+    fig = Figure(figsize=(4*len(columns), 2.8), layout='constrained')
+    for ax, column in zip(np.atleast_1d(fig.subplots(1, len(columns))), columns):
+        line = {m: np.array([r['value'] for r in found if (r['column'], r['metric'])==(column, m)]) for m in ('accuracy', 'auc')}
+        spread = {m: np.array([(r['low'], r['high']) for r in found if (r['column'], r['metric'])==(column, m)]) for m in line}
+        for (m, y), colour, name in zip(line.items(), ('#d1603d', '#1b7f79'), ('accuracy', 'AUC')):
+            ax.plot(100*y, 'o-', color=colour, label=name)
+            ax.fill_between(range(len(y)), *100*spread[m].T, color=colour, alpha=.12, lw=0)
+        ax.plot(50*(line['accuracy']+line['auc']), 'o--', color='#667', ms=3, label='their mean')
+        ax.set(title=column, xlabel='blocks that see the mirror', xticks=range(len(line['auc'])))
+    ax.legend(frameon=False)
+    return fig
 
 blocks = blocks_table()
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #d167f9f0
+# %% ../../nbs/55_tables.deepfidelity.ipynb #e805a9c8
 SEED = dict(random_state=0)
 RIDGE, BOOSTING = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))), HistGradientBoostingRegressor(max_iter=150, **SEED)
 MLP = make_pipeline(StandardScaler(), MLPRegressor((64,), alpha=1e-2, early_stopping=True, max_iter=200, **SEED))
@@ -156,7 +205,7 @@ recipes = Table('recipes', 'Three recipes', [SSAA, BOTH, Row('paper', DeepFideli
 learned = Table('targets', 'What the network learns', [SSAA, BOTH, Row('fidelity, its own output', DeepFidelity, MAPPED|dict(target='fidelity', regression='head')),
     Row('fidelity, then the SVR', after='fidelity, its own output', settings=dict(regression='svr'))], each)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #9196fe83
+# %% ../../nbs/55_tables.deepfidelity.ipynb #3da4a69f
 regressors = Table('regressors', 'Which regression', [SSAA, Row('SVR, ours', after='SSAA', settings=MAPPED),
     Row('SVR, as released', after='SSAA', settings=MAPPED|dict(svr={})), Row('ridge', after='SSAA', settings=MAPPED, refit=ridge),
     Row('boosting', after='SSAA', settings=MAPPED, refit=boosting), Row('small MLP', after='SSAA', settings=MAPPED, refit=mlp)], each)

@@ -1,0 +1,122 @@
+"Tables as data: what is run, what is kept, what is printed"
+import json
+import numpy as np, pytest
+from deepfid import cli
+from deepfid.core import DeepfidError, Detector, Prediction
+from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, over_seeds
+from deepfid.evaluate.protocols import Column, Row, Table, TableRun, describe_run, gains, markdown_table, show_record
+from deepfid.testing import tiny_manifest
+
+calls = []
+class Sharp(Detector):
+    "How much detail there is, and some noise"
+    name = 'sharp'
+    def __init__(self, seed=0, noise=0., epochs=None): self.rng, self.noise, self.threshold = np.random.default_rng(seed), noise, 5.
+    def fit(self, manifest, preset=None, recipe='ours', cbs=None):
+        calls.append(('fit', self.noise))
+        return self
+    def predict(self, faces, batch_size=32): return [Prediction(np.abs(np.diff(f.astype(float), axis=1)).mean()+self.noise*self.rng.normal()) for f in faces]
+    def refit(self, manifest, noise):
+        calls.append(('refit', noise))
+        other = Sharp(1, noise)
+        return other
+
+TABLE = Table('toy', 'A toy', [Row('a', Sharp), Row('b', Sharp, dict(noise=3.)), Row('c', after='b', settings=dict(noise=9.))],
+    lambda names: [Column('all', names[0], names[0]), Column('swap', names[0], names[-1], lambda t: t['method'].isin(['real', 'swap']))], paper='| theirs |')
+
+@pytest.fixture(scope='module')
+def manifests(): return {'x': tiny_manifest((24, 8, 20))}
+
+def run(manifests, cache, table=TABLE, **kw): return TableRun(table, manifests, kw.pop('seeds', 2), 'tiny', cache, lambda s: None, **kw).run()
+
+def test_what_is_trained_is_trained_once(manifests, tmp_path):
+    calls.clear()
+    r = run(manifests, tmp_path)
+    assert [c for c in calls if c[0]=='fit']==[('fit', 0.), ('fit', 3.)]*2 and len([c for c in calls if c[0]=='refit'])==2
+    calls.clear()
+    assert run(manifests, tmp_path).results()==r.results() and not calls
+
+def test_another_setting_is_another_cell(manifests, tmp_path):
+    run(manifests, tmp_path)
+    calls.clear()
+    run(manifests, tmp_path, epochs=3)
+    assert calls
+    changed = Table('toy', '', [Row('a', Sharp, dict(noise=.5))], TABLE.columns)
+    calls.clear()
+    run(manifests, tmp_path, changed)
+    assert calls==[('fit', .5)]*2
+
+def test_interrupted_table_goes_on(manifests, tmp_path):
+    class Cut(Exception): pass
+    r = TableRun(TABLE, manifests, 2, 'tiny', tmp_path, lambda s: None)
+    def stop(*a): raise Cut
+    r.cell(TABLE.rows[0], 'x', 'x', 0)
+    calls.clear()
+    run(manifests, tmp_path)
+    assert calls.count(('fit', 0.))==1
+
+def test_numbers_are_those_of_the_scores(manifests, tmp_path):
+    r = run(manifests, tmp_path)
+    label = manifests['x'].of('test').table['label'].to_numpy()
+    found = {(f['row'], f['column'], f['metric']): f for f in r.results()}
+    want = [auc(r.cells['b', 'x', 'x', s]['fidelity'], label) for s in range(2)]
+    assert found['b', 'all', 'auc']['seeds']==pytest.approx(want) and found['b', 'all', 'auc']['value']==pytest.approx(np.mean(want))
+    assert found['a', 'all', 'auc']['gain'] is None
+    swap = np.isin(manifests['x'].of('test').table['method'], ['real', 'swap'])
+    assert found['a', 'swap', 'accuracy']['faces']==swap.sum()
+    correct = (np.array(r.cells['a', 'x', 'x', 0]['fidelity'])>=5.)==label
+    assert found['a', 'swap', 'accuracy']['seeds'][0]==pytest.approx(correct[swap].mean())
+
+def test_record_can_be_repeated_and_shown(manifests, tmp_path):
+    record = run(manifests, tmp_path).record()
+    assert {'config', 'data', 'seed', 'commit', 'hardware', 'versions', 'seconds', 'metrics'}<=set(record)
+    assert all({'value', 'low', 'high'}==set(v) for v in record['metrics'].values())
+    text = show_record(json.loads(json.dumps(record)), TABLE.paper)
+    assert 'other data' in text and '| theirs |' in text and '±' in text and '| c |' in text
+    assert markdown_table(record['results']).count('\n')==4 and 'first row' in gains(record['results'])
+
+def test_one_class_has_an_accuracy_and_no_auc(manifests):
+    runs = [(np.array([1., 2., 3.]), 2.)]
+    assert over_seeds(runs, np.ones(3), 'accuracy').value==pytest.approx(2/3)
+    with pytest.raises(MetricError, match='both'): over_seeds(runs, np.ones(3))
+    with pytest.raises(MetricError, match='unknown'): over_seeds([(np.array([1., 2.]), 1.)], np.array([0, 1]), 'beauty')
+
+def test_over_seeds_is_the_usual_interval_for_one_seed():
+    rng = np.random.default_rng(0)
+    label, a, b = np.repeat([0, 1], 60), rng.normal(size=120), rng.normal(size=120)
+    a[60:] += 1
+    assert over_seeds([(a, 0)], label, n_boot=200)==pytest.approx(auc_interval(a, label, n_boot=200))
+    assert over_seeds([(b, 0)], label, minus=[(a, 0)], n_boot=200)==pytest.approx(auc_difference(a, b, label, n_boot=200))
+
+def test_table_that_needs_more_manifests(manifests, tmp_path):
+    with pytest.raises(DeepfidError, match='needs 2 manifests'): TableRun(Table('t', '', TABLE.rows, TABLE.columns, needs=2), manifests)
+
+# -- the paper's tables --
+def test_every_table_of_the_paper_can_be_set_up(manifests, tmp_path):
+    from deepfid.tables.deepfidelity import TABLES
+    assert {'intra', 'cross', 'ablation', 'quality', 'ranges', 'blocks'}<=set(TABLES)
+    for t in TABLES.values():
+        r = TableRun(t, {'x': manifests['x'], 'y': manifests['x']}, 1, 'tiny', tmp_path)
+        assert r.columns and all(row.after in r.rows for row in t.rows if row.after)
+        assert len({r.key(row, ('x', 'x'), 0) for row in t.rows})==len(t.rows), t.name
+
+def test_ranges_of_quality_hold_every_face_once(manifests):
+    from deepfid.tables.deepfidelity import by_quality
+    t = manifests['x'].of('test').table.reset_index(drop=True)
+    columns = by_quality(['x'])
+    for part in (columns[:8], columns[8:]): assert (sum(c.only(t).astype(int) for c in part)==1).all()
+
+def test_command(manifests, tmp_path, capsys):
+    manifests['x'].save()
+    status = cli.main(['table', 'ablation', '--manifest', str(manifests['x'].folder/'manifest.csv'), '--seeds', '1', '--epochs', '1', '--preset', 'tiny', '--out', str(tmp_path)])
+    out = capsys.readouterr().out
+    assert status==0 and 'SSAA and mapping' in out and 'other data' in out
+    record = json.loads((tmp_path/'table-ablation.json').read_text())
+    assert record['seed']==[0] and len(record['results'])==8
+    assert list(tmp_path.glob('detectors/*/network.safetensors'))
+
+@pytest.mark.parametrize('argv, says', [(['table', 'beauty', '--manifest', 'synthetic'], 'no table'), (['table', 'cross', '--manifest', 'none.csv'], 'none.csv')])
+def test_command_refuses_in_one_line(argv, says, capsys, tmp_path):
+    assert cli.main([*argv, '--out', str(tmp_path/'o')])==1
+    err = capsys.readouterr().err
+    assert says in err and err.count('\n')==1 and not (tmp_path/'o').exists()

@@ -1,0 +1,218 @@
+"Three recipes, interruption, another regression on the same network, several processes"
+import os, subprocess, sys, textwrap
+from pathlib import Path
+import cv2, numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from sklearn.linear_model import Ridge
+from deepfid.core import DeepfidError, ManifestError
+from deepfid.data.manifest import FaceLoader, FaceSet, Manifest
+from deepfid.evaluate.metrics import auc
+from deepfid.fidelity.learner import DeepFidelity
+from deepfid.fidelity.training import (RECIPES, SCHEDULES, ImageNetAugment, TokenLoss, centre_crop, decay_split, warm_up_of_five)
+from deepfid.fidelity.ssaaformer import SSAAFormer, TokenOutput
+
+SMALL = dict(size=64, bs=20)
+
+def write_pairs(folder, n=60, seed=0):
+    "Pairs that differ in how sharp their middle is"
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n):
+        split = 'train' if i<n*5//9 else 'valid' if i<n*7//9 else 'test'
+        real = cv2.GaussianBlur(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8), (0, 0), 1.)
+        fake = real.copy()
+        fake[16:48, 16:48] = cv2.GaussianBlur(real, (0, 0), 1.5)[16:48, 16:48]
+        for label, image in ((1, real), (0, fake)):
+            cv2.imwrite(str(folder/f'{i}_{label}.png'), image)
+            rows.append(dict(path=f'{i}_{label}.png', label=label, identity=f'p{i}', split=split, pair=str(i), quality=rng.normal(), method='real' if label else 'blur'))
+    return Manifest(pd.DataFrame(rows), folder).check()
+
+@pytest.fixture(scope='module')
+def manifest(tmp_path_factory): return write_pairs(tmp_path_factory.mktemp('pairs'))
+
+@pytest.fixture(scope='module')
+def trained(manifest): return DeepFidelity(epochs=2, ema=.5, **SMALL).fit(manifest, 'tiny')
+
+def images(manifest, split='test'):
+    part = manifest.of(split)
+    return [part.image(i) for i in range(len(part))]
+
+def scores(detector, manifest): return np.array([p.fidelity for p in detector.predict(images(manifest))])
+
+# -- the recipes --
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_every_recipe_trains_and_comes_back_from_disk(manifest, recipe, tmp_path):
+    d = DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', recipe)
+    assert np.isfinite(scores(d, manifest)).all() and d.config['recipe']==recipe
+    d.save(tmp_path/'d')
+    np.testing.assert_allclose(scores(DeepFidelity.load(tmp_path/'d'), manifest), scores(d, manifest), atol=1e-5)
+
+def test_released_learning_rates(manifest):
+    seen = []
+    class Note(Callback):
+        def after_batch(self):
+            if self.training: seen.append((self.epoch, round(float(self.opt.hypers[0]['lr']), 8)))
+    DeepFidelity(**SMALL).fit(manifest, 'tiny', 'released', cbs=[Note()])
+    assert sorted(set(seen))==[(0, 1e-6), (1, 2.408e-4), (2, 4.806e-4)] # measured on the released code
+
+def test_paper_reaches_its_learning_rate():
+    at = SCHEDULES['cosine'](1.2e-3, 20)
+    assert max(at(p) for p in np.linspace(0, 1, 1001))==pytest.approx(1.2e-3) and at(1.)<2e-5
+
+def test_warm_up_goes_on_as_a_cosine():
+    at = warm_up_of_five(1e-3, 20)
+    assert at(5/20)>at(10/20)>at(19/20)>0
+
+def test_released_network_has_its_accidents():
+    d = DeepFidelity().configure('tiny', 'released')
+    assert d.model.aux and d.model.mix_token and d.config['select']=='test'
+    d = DeepFidelity().configure('tiny', 'ours')
+    assert not d.model.aux and not d.model.mix_token and d.config['select']=='last'
+
+def test_scales_and_mirror_weights_do_not_decay():
+    net = SSAAFormer((1,1,1,1), (16,16,32,32), 16, layer_scale=1e-6)
+    name = {id(p): n for n, p in net.named_parameters()}
+    decayed = {how: {name[id(p)] for p in decay_split(net, how)[0]} for how in ('matrices', 'timm')}
+    assert not any('gamma' in n or n.endswith(('.w', '.bias')) for n in decayed['matrices'])
+    assert {n for n in decayed['timm']-decayed['matrices']}=={f'blocks{i}.0.gamma_{j}' for i in (1,2) for j in (1,2)}
+
+def test_mixed_labels_are_honest():
+    y, logits = torch.tensor([1, 0]), torch.zeros(2, 2, requires_grad=True)
+    grad, = torch.autograd.grad(TokenLoss(0., True)(TokenOutput(logits, None, .5), y), logits)
+    assert grad.abs().max()<1e-7
+    grad, = torch.autograd.grad(TokenLoss(0., False)(TokenOutput(logits, None, .5), y), logits)
+    assert grad.abs().max()>.1
+
+def test_centre_crop_keeps_the_middle():
+    x = torch.zeros(1, 3, 64, 64)
+    x[..., 0, :] = 1.
+    assert centre_crop(x, .8).max()<.5 and torch.equal(centre_crop(x, 1.), x)
+
+def test_imagenet_augmentation_only_in_training(manifest):
+    seen = {}
+    class Look(Callback):
+        order = 6
+        def before_batch(self): seen.setdefault(self.training, self.xb[0].clone())
+    d = DeepFidelity(epochs=1, augment='imagenet', **SMALL).fit(manifest, 'tiny', cbs=[Look()])
+    plain = FaceLoader(FaceSet(manifest.of('valid'), 'label', 64), 20).one_batch()[0]
+    assert torch.equal(seen[False], plain) and seen[True].shape==plain.shape
+
+def test_the_network_can_learn_the_targets_themselves(manifest):
+    d = DeepFidelity(epochs=2, target='fidelity', regression='head', ema=.5, **SMALL).fit(manifest, 'tiny')
+    assert d.regressor is None and d.model.num_classes==1 and len(d.history)==2
+    both = d.refit(manifest, regression='svr')
+    assert both.regressor is not None and np.abs(scores(both, manifest)-scores(d, manifest)).max()>1e-4
+
+@pytest.mark.parametrize('asked, says', [(dict(target='score'), 'label'), (dict(regression='forest'), 'svr'), (dict(quality='beauty'), 'niqe'),
+    (dict(target='fidelity', mapping=None), 'needs a mapping'), (dict(regression='head'), 'mapping=None'), (dict(amp='int4', epochs=1, size=64), 'bf16')])
+def test_wrong_settings_are_refused(manifest, asked, says):
+    with pytest.raises(DeepfidError, match=says) as e: DeepFidelity(**asked).fit(manifest, 'tiny')
+    assert '\n' not in str(e.value)
+
+def test_bf16_trains(manifest):
+    d = DeepFidelity(epochs=1, amp='bf16', **SMALL).fit(manifest, 'tiny')
+    assert np.isfinite(scores(d, manifest)).all() and next(d.model.parameters()).dtype==torch.float32
+
+def test_weights_of_others_are_where_training_begins(manifest, trained, tmp_path):
+    torch.save(dict(state_dict_ema=trained.model.state_dict()), tmp_path/'w.pth')
+    d = DeepFidelity(weights=str(tmp_path/'w.pth')).configure('tiny')
+    assert torch.equal(d.model.blocks1[0].conv1.weight, trained.model.blocks1[0].conv1.weight)
+    assert not torch.equal(d.model.head.weight, trained.model.head.weight)
+
+# -- interruption --
+class PowerCut(Callback):
+    order = 95
+    def __init__(self, epoch): self.last = epoch
+    def after_epoch(self):
+        if self.epoch==self.last: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('recipe', ['ours', 'released'])
+def test_resumed_equals_uninterrupted(manifest, recipe, tmp_path):
+    make = lambda: DeepFidelity(epochs=3, **SMALL)
+    whole = make().fit(manifest, 'tiny', recipe)
+    with pytest.raises(KeyboardInterrupt): make().fit(manifest, 'tiny', recipe, cbs=[PowerCut(1)], resume=tmp_path)
+    resumed = make().fit(manifest, 'tiny', recipe, resume=tmp_path)
+    for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(scores(resumed, manifest), scores(whole, manifest), atol=5e-3) # the solver's tolerance
+    assert len(resumed.history)==3
+    np.testing.assert_allclose([h['valid_loss'] for h in resumed.history], [h['valid_loss'] for h in whole.history], atol=1e-4)
+
+def test_interrupted_in_the_middle_loses_one_epoch_at_most(manifest, tmp_path):
+    steps = []
+    class CutAt(Callback):
+        def after_batch(self):
+            if self.training: steps.append(self.epoch)
+            if len(steps)==5: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): DeepFidelity(epochs=3, **SMALL).fit(manifest, 'tiny', cbs=[CutAt()], resume=tmp_path)
+    steps.extend([9]*100)
+    before = len(steps)
+    DeepFidelity(epochs=3, **SMALL).fit(manifest, 'tiny', cbs=[CutAt()], resume=tmp_path)
+    assert 1 in steps[before:] and 0 not in steps[before:] # the epoch that was cut is run again, the one before is not
+
+def test_other_settings_are_not_mixed_in(manifest, tmp_path):
+    DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
+    before = (tmp_path/'training.pt').read_bytes()
+    with pytest.raises(DeepfidError, match='lr=0.0015, not 0.002'): DeepFidelity(epochs=1, lr=2e-3, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
+    assert (tmp_path/'training.pt').read_bytes()==before
+
+def test_damaged_checkpoint_is_refused(manifest, tmp_path):
+    DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
+    (tmp_path/'training.pt').write_bytes(b'nothing')
+    with pytest.raises(DeepfidError, match='not a checkpoint'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
+
+# -- step two again --
+def test_refit_shares_the_network_and_leaves_the_first_alone(manifest, trained):
+    before = scores(trained, manifest)
+    other = trained.refit(manifest, mapping='rank', bands=((0., .2), (.8, 1.)))
+    assert other.model is trained.model and other.config['mapping']=='rank' and trained.config['mapping']=='minmax'
+    np.testing.assert_array_equal(scores(trained, manifest), before)
+    assert np.abs(scores(other, manifest)-before).max()>1e-3
+
+def test_refit_with_another_regressor(manifest, trained, tmp_path):
+    other = trained.refit(manifest, Ridge())
+    assert np.isfinite(scores(other, manifest)).all()
+    with pytest.raises(DeepfidError, match='Ridge has no form without pickle'): other.save(tmp_path/'d')
+    assert not (tmp_path/'d').exists()
+
+def test_refit_with_another_measure(manifest, trained):
+    class Brightness:
+        def score(self, images): return np.array([im.mean() for im in images])
+    other = trained.refit(manifest, measure=Brightness())
+    assert not np.allclose(other.mapping.knots_['real'][0], trained.mapping.knots_['real'][0])
+
+def test_refit_refuses_what_needs_another_training(manifest, trained):
+    with pytest.raises(DeepfidError, match="'lr'"): trained.refit(manifest, lr=1e-4)
+
+@pytest.mark.parametrize('measure', ['niqe', 'serfiq'])
+def test_measures_by_name(tmp_path, measure):
+    m = write_pairs(tmp_path, 18)
+    d = DeepFidelity(epochs=1, size=64, bs=4, quality=measure).fit(m, 'tiny')
+    assert d.config['quality']==measure and np.isfinite(scores(d, m)).all()
+
+# -- several processes --
+def test_parts_of_a_batch_are_the_batch(manifest):
+    make = lambda: FaceLoader(FaceSet(manifest.of('train'), 'label', 64), 16, shuffle=True, drop_last=True, flip=False, shift=0)
+    whole = list(make())
+    parts = [list(make().part_of(k, 2)) for k in range(2)]
+    for (x, y), *halves in zip(whole, *parts): assert torch.equal(x, torch.cat([h[0] for h in halves])) and torch.equal(y, torch.cat([h[1] for h in halves]))
+    with pytest.raises(DeepfidError, match='multiple of 10'): make().part_of(0, 5)
+
+def test_two_processes_train_one_network(manifest, tmp_path):
+    pytest.importorskip('accelerate')
+    manifest.save()
+    script = tmp_path/'train.py'
+    script.write_text(textwrap.dedent(f'''
+        import os, numpy as np, torch
+        torch.set_num_threads(1)
+        from deepfid.data.manifest import Manifest
+        from deepfid.fidelity.learner import DeepFidelity
+        m = Manifest.read({str(manifest.folder/'manifest.csv')!r})
+        d = DeepFidelity(epochs=4, size=64, bs=20, ema=.8, device='cpu').fit(m, 'tiny')
+        test = m.of('test')
+        np.save({str(tmp_path)!r}+f"/scores{{os.environ['RANK']}}.npy", [p.fidelity for p in d.predict([test.image(i) for i in range(len(test))])])
+    '''))
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29533', str(script)], capture_output=True, text=True,
+        timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true'))
+    assert run.returncode==0, run.stderr[-2000:]
+    a, b = (np.load(tmp_path/f'scores{k}.npy') for k in range(2))
+    np.testing.assert_allclose(a, b, atol=1e-4) # averaged gradients: the processes hold one network
+    assert auc(a, manifest.of('test').table['label'].to_numpy())>.6
