@@ -18,6 +18,9 @@ def description():
     text = re.sub(rf'(!\[[^\]]*\]\(|<img src="){relative}([^)"\s]+)', lambda m: m[1] + address('raw', m[2]), text)
     return re.sub(rf'(\]\(){relative}([^)\s]+)', lambda m: m[1] + address('blob', m[2]), text)
 
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('multi', 'onnx')}
+extras['dev'] = cfg['dev_requirements'].split() + extras['multi'] + extras['onnx']
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
     long_description=description(), long_description_content_type='text/markdown',
@@ -27,5 +30,5 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['deepfid', 'deepfid.*']), package_data={'deepfid': cfg['package_data'].split()},
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})

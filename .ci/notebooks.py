@@ -115,7 +115,7 @@ def _structure(nb, path):
     if first['cell_type'] != 'markdown' or not re.match(r'# \S.*\n+> \S', source(first)):
         yield 'the first cell must be a title (# ...) and a one-line promise (> ...)'
     exps = [d['default_exp'] for c in code(nb) if 'default_exp' in (d := directives(c))]
-    module = re.match(r'\d+_(.+)', path.stem)
+    module = re.match(r'\d+[a-z]?_(.+)', path.stem)
     if module and exps != [module[1]]: yield f'must have one `#| default_exp {module[1]}`, not {exps}'
     if not module and exps: yield 'has no number, so it is no module and exports nothing'
     for c in code(nb):

@@ -109,7 +109,7 @@ def callbacks(self:DeepFidelity, test=None)->list:
     cbs = [ChannelsLast(), EpochSeed(c['seed']), *precision(c['amp']), *distributed(self.device)]
     if c['clip']: cbs.append(GradientClip(c['clip']))
     if c['ema']: cbs.append(EMA(c['ema'], c['ema_warmup']))
-    if c['augment']=='imagenet': cbs.append(ImageNetAugment())
+    if c['augment']=='imagenet': cbs.append(ImageNetAugment(c['size']))
     if c['crop']<1: cbs.append(CentreCrop(c['crop']))
     if c['select']!='last' and test is not None:
         keeper = KeepBest(test, c['crop'])

@@ -22,12 +22,15 @@ from .ssaaformer import TokenOutput
 
 # %% ../../nbs/22a_fidelity.training.ipynb #03279811
 RECIPES = {
-    'ours': dict(lr=1.5e-3, schedule='one-cycle', wd=.05, decay='matrices', clip=1., smoothing=.1, mix_labels=True, ema=.99, ema_warmup=True,
-        augment='face', select='last', crop=1., pool='mean', svr=dict(scale=True, C=.1), network={}),
-    'paper': dict(lr=1.2e-3, schedule='cosine', wd=.05, decay='matrices', clip=None, smoothing=0., mix_labels=True, ema=None, ema_warmup=False,
-        augment='face', select='last', crop=1., pool='mean', svr={}, network={}),
-    'released': dict(lr=1.2e-3, schedule='warm-up of five', epochs=3, wd=.05, decay='timm', clip=None, smoothing=.1, mix_labels=False, ema=.99992, ema_warmup=False,
-        augment='imagenet', select='test', crop=.9, pool='mean+max', svr={}, network=dict(aux_head=True, mix_token=True, drop_path_rate=.4)),
+    'ours': dict(lr=1.5e-3, schedule='one-cycle', wd=.05, decay='matrices', clip=1.,
+        smoothing=.1, mix_labels=True, ema=.99, ema_warmup=True, augment='face', select='last', crop=1.,
+        pool='mean', svr=dict(scale=True, C=.1), network={}),
+    'paper': dict(lr=1.2e-3, schedule='cosine', wd=.05, decay='matrices', clip=None,
+        smoothing=0., mix_labels=True, ema=None, ema_warmup=False, augment='face', select='last', crop=1.,
+        pool='mean', svr={}, network={}),
+    'released': dict(lr=1.2e-3, schedule='warm-up of five', epochs=3, wd=.05, decay='timm', clip=None,
+        smoothing=.1, mix_labels=False, ema=.99992, ema_warmup=False, augment='imagenet', select='test', crop=.9,
+        pool='mean+max', svr={}, network=dict(aux_head=True, mix_token=True, drop_path_rate=.4)),
 }
 
 # %% ../../nbs/22a_fidelity.training.ipynb #ddc68c9e
@@ -85,10 +88,12 @@ def decay_split(
 class ImageNetAugment(Callback):
     "Training pictures through timm's ImageNet augmentation, as released"
     order = 5
-    def before_fit(self):
+    def __init__(self,
+        size:int # side of the pictures
+    ):
         from timm.data import create_transform
-        self.transform = create_transform(self.learn.xb[0].shape[-1] if getattr(self.learn, 'xb', None) else self.dls.train.dataset.size, is_training=True,
-            color_jitter=.4, auto_augment='rand-m9-mstd0.5-inc1', re_prob=.25, re_mode='pixel', interpolation='random', mean=(.5,)*3, std=(.5,)*3)
+        self.transform = create_transform(size, is_training=True, color_jitter=.4, auto_augment='rand-m9-mstd0.5-inc1',
+            re_prob=.25, re_mode='pixel', interpolation='random', mean=(.5,)*3, std=(.5,)*3)
 
     def before_batch(self):
         if self.training: self.learn.xb = (torch.stack([self.vary(x) for x in self.xb[0]]),)

@@ -80,6 +80,7 @@ URL = 'https://raw.githubusercontent.com/opencv/opencv_contrib/2a5154a4479e841aa
 FILES = {'brisque_model_live.yml': '4c44c7eec9e5139830c0bb0e4a044c9cd351ba5bbc9e3798beca3243e2782ff4',
          'brisque_range_live.yml': 'a18427f4f7ad087524bd0d63389649a3899b51ca6d44a4d5f8d8171f1f914a9c'}
 
+# %% ../../nbs/13_quality.brisque.ipynb #41717201
 def _open(name): return cv2.FileStorage(str(model_file(name, FILES[name], URL+name)), cv2.FILE_STORAGE_READ)
 def _numbers(node): return np.array([node.at(i).real() for i in range(node.size())])
 

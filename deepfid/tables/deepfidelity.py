@@ -171,6 +171,7 @@ def maps_picture(
     colour = lambda m: cv2.applyColorMap(cv2.resize(np.uint8(255*m), face.shape[1::-1], interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_VIRIDIS)[..., ::-1]
     return montage([face, *map(colour, maps)], ['face', *(f'block {k+1}' for k in range(len(maps)))], ncols=8)
 
+# %% ../../nbs/55_tables.deepfidelity.ipynb #423f3ebf
 def plot_blocks(record): # of the table `blocks`; returns a matplotlib Figure
     "Figure 5: accuracy, AUC and their mean against the number of blocks, one panel for each column"
     from matplotlib.figure import Figure
@@ -188,9 +189,10 @@ def plot_blocks(record): # of the table `blocks`; returns a matplotlib Figure
     ax.legend(frameon=False)
     return fig
 
+# %% ../../nbs/55_tables.deepfidelity.ipynb #e805a9c8
 blocks = blocks_table()
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #e805a9c8
+# %% ../../nbs/55_tables.deepfidelity.ipynb #8677ad82
 SEED = dict(random_state=0)
 RIDGE, BOOSTING = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))), HistGradientBoostingRegressor(max_iter=150, **SEED)
 MLP = make_pipeline(StandardScaler(), MLPRegressor((64,), alpha=1e-2, early_stopping=True, max_iter=200, **SEED))
@@ -205,7 +207,7 @@ recipes = Table('recipes', 'Three recipes', [SSAA, BOTH, Row('paper', DeepFideli
 learned = Table('targets', 'What the network learns', [SSAA, BOTH, Row('fidelity, its own output', DeepFidelity, MAPPED|dict(target='fidelity', regression='head')),
     Row('fidelity, then the SVR', after='fidelity, its own output', settings=dict(regression='svr'))], each)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #3da4a69f
+# %% ../../nbs/55_tables.deepfidelity.ipynb #28110cdc
 regressors = Table('regressors', 'Which regression', [SSAA, Row('SVR, ours', after='SSAA', settings=MAPPED),
     Row('SVR, as released', after='SSAA', settings=MAPPED|dict(svr={})), Row('ridge', after='SSAA', settings=MAPPED, refit=ridge),
     Row('boosting', after='SSAA', settings=MAPPED, refit=boosting), Row('small MLP', after='SSAA', settings=MAPPED, refit=mlp)], each)
