@@ -577,6 +577,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'deepfid/fidelity/learner.py'),
                                           'deepfid.fidelity.learner.DeepFidelity._check': ( 'fidelity.learner.html#deepfidelity._check',
                                                                                             'deepfid/fidelity/learner.py'),
+                                          'deepfid.fidelity.learner.DeepFidelity._check_faces': ( 'fidelity.learner.html#deepfidelity._check_faces',
+                                                                                                  'deepfid/fidelity/learner.py'),
                                           'deepfid.fidelity.learner.DeepFidelity._embed': ( 'fidelity.learner.html#deepfidelity._embed',
                                                                                             'deepfid/fidelity/learner.py'),
                                           'deepfid.fidelity.learner.DeepFidelity._run': ( 'fidelity.learner.html#deepfidelity._run',

@@ -216,3 +216,23 @@ def test_two_processes_train_one_network(manifest, tmp_path):
     a, b = (np.load(tmp_path/f'scores{k}.npy') for k in range(2))
     np.testing.assert_allclose(a, b, atol=1e-4) # averaged gradients: the processes hold one network
     assert auc(a, manifest.of('test').table['label'].to_numpy())>.6
+
+# -- refused before any time is spent --
+@pytest.mark.parametrize('asked, says', [(dict(svr=dict(C=-1)), 'C=-1'), (dict(svr=dict(D=1)), "'D'"), (dict(network=dict(wings=2)), 'wings'), (dict(schedule='random'), 'one-cycle'),
+    (dict(arch='resnet'), 'ssaaformer_tiny'), (dict(ssaa_blocks=99), '0..4'), (dict(epochs=0), 'at least one'), (dict(weights='/nowhere.pth'), 'no such file'), (dict(augment='strong'), 'imagenet')])
+def test_settings_are_checked_first(manifest, monkeypatch, asked, says):
+    monkeypatch.setattr(DeepFidelity, 'train', lambda self, learn: pytest.fail('training began'))
+    with pytest.raises(DeepfidError, match=says) as e: DeepFidelity(**SMALL|asked).fit(manifest, 'tiny')
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('keep, recipe, says', [(lambda t: (t.label==1)|(t.split!='train'), 'ours', "'train' has only real"), (lambda t: (t.label==0)|(t.split!='valid'), 'ours', "'valid' has only fake"),
+    (lambda t: t.split!='valid', 'ours', "'valid' has no faces"), (lambda t: t.split!='test', 'released', "'test' has no faces")])
+def test_one_class_is_refused_first(manifest, monkeypatch, keep, recipe, says):
+    monkeypatch.setattr(DeepFidelity, 'train', lambda self, learn: pytest.fail('training began'))
+    t = manifest.table
+    with pytest.raises(ManifestError, match=says): DeepFidelity(**SMALL).fit(Manifest(t[keep(t)].reset_index(drop=True), manifest.folder), 'tiny', recipe)
+
+def test_resuming_into_a_file_is_refused(manifest, tmp_path):
+    (tmp_path/'f').write_text('x')
+    with pytest.raises(DeepfidError, match='needs a folder'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path/'f')
+    assert (tmp_path/'f').read_text()=='x'

@@ -214,6 +214,7 @@ class Checkpoint(Callback):
         config  # dict that must be the same when a training goes on
     ):
         self.path, self.config = Path(folder)/'training.pt', json.loads(to_json(config))
+        if Path(folder).is_file(): raise DeepfidError(f'{folder}: is a file; the state of a training needs a folder')
         self.state = read_checkpoint(self.path, self.config)
         self.done = self.state['epoch'] if self.state else 0
 
