@@ -92,7 +92,7 @@ class ImageNetAugment(Callback):
         size:int # side of the pictures
     ):
         from timm.data import create_transform
-        self.transform = create_transform(size, is_training=True, color_jitter=.4, auto_augment='rand-m9-mstd0.5-inc1',
+        self.transform = create_transform(size, is_training=True, color_jitter=.4, auto_augment='rand-m9-mstd0.5-inc1-mmax9',
             re_prob=.25, re_mode='pixel', interpolation='random', mean=(.5,)*3, std=(.5,)*3)
 
     def before_batch(self):
