@@ -18,10 +18,13 @@ def demo(args):
 
 def train(args):
     "Train DeepFidelity on a manifest and save it"
+    from deepfid.core import DeepfidError
     from deepfid.data.manifest import Manifest
     from deepfid.fidelity.learner import DeepFidelity
     manifest = Manifest.read(args.manifest)
-    detector = DeepFidelity(epochs=args.epochs, seed=args.seed).fit(manifest, preset=args.preset, recipe=args.recipe, resume=args.resume)
+    if Path(args.out).is_file(): raise DeepfidError(f'{args.out}: is a file; name a folder for the detector')
+    settings = dict(epochs=args.epochs) if args.epochs else {}
+    detector = DeepFidelity(seed=args.seed, **settings).fit(manifest, preset=args.preset, recipe=args.recipe, resume=args.resume)
     if _is_first(): detector.save(args.out)
     return dict(saved=str(args.out), threshold=detector.threshold) if _is_first() else {}
 
@@ -30,17 +33,18 @@ def _is_first():
     from fastai.torch_core import rank_distrib
     return not rank_distrib()
 
+# %% ../nbs/70_cli.ipynb #d6a969d8
 def score(args):
     "Score the largest face of each photograph"
-    from deepfid.data.faces import find_face
+    from deepfid.data.faces import align, find_face
     from deepfid.fidelity.learner import DeepFidelity
     detector = DeepFidelity.load(args.model)
-    faces = [find_face(path) for path in args.images]
+    faces = [align(find_face(path), detector.config['size']) for path in args.images] # cut as the faces of a manifest are
     rows = [dict(image=str(path), fidelity=p.fidelity, says='real' if p.fidelity>=detector.threshold else 'fake')
             for path, p in zip(args.images, detector.predict(faces))]
     return dict(threshold=detector.threshold, scores=rows)
 
-# %% ../nbs/70_cli.ipynb #0f5554f6
+# %% ../nbs/70_cli.ipynb #ee7c3cab
 def _manifest(name, folder):
     "A manifest file, or the demo's faces of that name, forged into `folder` the first time"
     from deepfid.data.manifest import Manifest
@@ -56,7 +60,7 @@ def _manifests(names, folder):
     if len(found)<len(names): raise DeepfidError('two manifests lie in folders of the same name: rename one, since columns are named after them')
     return found
 
-# %% ../nbs/70_cli.ipynb #ee7c3cab
+# %% ../nbs/70_cli.ipynb #2ce1d85b
 def table(args):
     "Run a paper's table on any manifests, and show it beside the paper's numbers"
     from deepfid.core import DeepfidError, write_atomically, write_json
@@ -67,23 +71,24 @@ def table(args):
     overrides = dict(epochs=args.epochs) if args.epochs else {}
     run = TableRun(TABLES[args.name], _manifests(args.manifest, args.out), args.seeds, args.preset, args.out, say, **overrides).run()
     record = run.record()
-    text = show_record(record, run.table.paper)
+    text = show_record(record, run.table)
     write_json(args.out/f'table-{args.name}.json', record)
     write_atomically(args.out/f'table-{args.name}.md', (text+'\n').encode())
     if run.table.figure: run.table.figure(record).savefig(args.out/f'table-{args.name}.svg')
     return dict(text=text, record=record, saved=str(args.out/f'table-{args.name}.json'))
 
+# %% ../nbs/70_cli.ipynb #de0037db
 def maps(args):
     "Show what the first blocks of a trained DeepFidelity make of a face (the paper's Figure 4)"
     from deepfid.core import Picture
-    from deepfid.data.faces import find_face
+    from deepfid.data.faces import align, find_face
     from deepfid.fidelity.learner import DeepFidelity
     from deepfid.tables.deepfidelity import maps_picture
     detector = DeepFidelity.load(args.model)
-    Picture(maps_picture(detector, find_face(args.image)), quality=92).save(args.out)
+    Picture(maps_picture(detector, align(find_face(args.image), detector.config['size'])), quality=92).save(args.out)
     return dict(saved=str(args.out))
 
-# %% ../nbs/70_cli.ipynb #2ce1d85b
+# %% ../nbs/70_cli.ipynb #1c34b8ed
 def parser()->argparse.ArgumentParser:
     "All commands and their options"
     p = argparse.ArgumentParser('deepfid', description='Deepfake detection, built from its parts.',
@@ -107,7 +112,7 @@ def parser()->argparse.ArgumentParser:
     s.add_argument('--model', required=True, type=Path, help='folder that a trained detector was saved to')
     return p
 
-# %% ../nbs/70_cli.ipynb #de0037db
+# %% ../nbs/70_cli.ipynb #0887c5b0
 def _demo_options(s):
     s.add_argument('--data', default='synthetic', choices=('synthetic', 'london', 'portraits'), help='faces to use (default: drawn ones)')
     s.add_argument('--out', default='out/demo', type=Path, help='folder for report.html, summary.json and the trained detector')
@@ -121,19 +126,24 @@ def _train_options(s):
     s.add_argument('--out', required=True, type=Path, help='folder to save the detector to')
     s.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
     s.add_argument('--recipe', default='ours', choices=('ours', 'paper', 'released'))
-    s.add_argument('--epochs', type=int)
+    s.add_argument('--epochs', type=_count)
     s.add_argument('--seed', type=int, default=0)
     s.add_argument('--resume', type=Path, help='folder for the state of the training after each epoch; an interrupted one goes on from there')
+
+def _count(text):
+    "A whole number from 1"
+    if not text.isdigit() or int(text)<1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1')
+    return int(text)
 
 def _table_options(s):
     s.add_argument('name', help='intra, cross, ablation, quality, ranges, blocks, recipes, targets, regressors or mappings')
     s.add_argument('--manifest', action='append', required=True, help='manifest.csv, or synthetic, london, portraits; several may be given, cross tables train on the first')
-    s.add_argument('--seeds', type=int, default=3, help='trainings of each row (default: 3)')
+    s.add_argument('--seeds', type=_count, default=3, help='trainings of each row (default: 3)')
     s.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
-    s.add_argument('--epochs', type=int, help='passes over the training faces (default: the recipe\'s)')
+    s.add_argument('--epochs', type=_count, help='passes over the training faces (default: the recipe\'s)')
     s.add_argument('--out', default='out/tables', type=Path, help='folder for results and for the cache of what has been trained')
 
-# %% ../nbs/70_cli.ipynb #0887c5b0
+# %% ../nbs/70_cli.ipynb #d68415d9
 def main(
     argv=None # arguments; None = those of the process
 )->int: # exit status: 0 done, 1 something of yours was wrong, 2 wrong usage, 130 interrupted
@@ -156,4 +166,7 @@ def _show(result, as_json):
     elif 'scores' in result:
         for r in result['scores']: print(f"{r['fidelity']:.3f}  {r['says']}  {r['image']}")
     elif 'text' in result: print(result['text'].replace('<br>', ', '))
-    else: print(result.get('report') or result.get('saved'))
+    elif result: print(result.get('report') or result.get('saved'))
+
+# %% ../nbs/70_cli.ipynb #e9eebf6c
+if __name__=='__main__': sys.exit(main())

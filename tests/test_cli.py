@@ -36,6 +36,28 @@ def test_scores_photographs(capsys, data, model):
     scores = json.loads(out)['scores']
     assert status==0 and [s['image'] for s in scores]==[str(p) for p in photos] and all(np.isfinite(s['fidelity']) for s in scores)
 
+def test_a_photograph_is_cut_as_the_faces_of_a_manifest_are(capsys, data, model, tmp_path):
+    from deepfid.core import read_image
+    from deepfid.data.faces import align, find_face
+    from deepfid.fidelity.learner import DeepFidelity
+    photo = sorted((data/'london'/'smiling_front').glob('*.jpg'))[0]
+    wide = tmp_path/'wide.png'                       # not square, and the face away from the middle
+    cv2.imwrite(str(wide), np.pad(read_image(photo), ((40, 0), (300, 0), (0, 0)), 'edge')[..., ::-1])
+    _, out, _ = run(capsys, 'score', '--json', '--model', model, photo, wide)
+    got, detector = [r['fidelity'] for r in json.loads(out)['scores']], DeepFidelity.load(model)
+    want = detector.predict([align(find_face(photo), detector.config['size'])])[0].fidelity
+    assert got[0]==pytest.approx(want, abs=1e-6) and abs(got[1]-want)<.1
+
+def test_maps(capsys, data, model, tmp_path):
+    photo = sorted((data/'london'/'smiling_front').glob('*.jpg'))[0]
+    status, out, _ = run(capsys, 'maps', '--model', model, photo, '--out', tmp_path/'m.jpg')
+    assert status==0 and str(tmp_path/'m.jpg') in out and cv2.imread(str(tmp_path/'m.jpg')).shape[1]>500
+
+def test_module_can_be_started():
+    import subprocess, sys
+    done = subprocess.run([sys.executable, '-m', 'deepfid.cli', '--version'], capture_output=True, text=True)
+    assert done.returncode==0 and done.stdout.strip()
+
 def test_bad_pictures(capsys, data, model, tmp_path):
     cases = {'missing.jpg': None, 'empty.jpg': b'', 'text.jpg': b'hello', 'cut.jpg': (data/'london'/'neutral_front'/'002_03.jpg').read_bytes()[:4000]}
     for name, content in cases.items():

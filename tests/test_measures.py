@@ -161,6 +161,17 @@ def test_unreadable_weights(tmp_path, content, says, ending):
     if content is not None: path.write_bytes(content)
     with pytest.raises(WeightsError, match=says): read_weights(path)
 
+@pytest.mark.parametrize('held', [{0: torch.zeros(1)}, {'state_dict': None}, {'norm.weight': 3}])
+def test_dicts_that_are_no_weights(tmp_path, held):
+    torch.save(held, tmp_path/'d.pth')
+    with pytest.raises(WeightsError) as e: load_checkpoint(SSAAFormer(**NET), tmp_path/'d.pth')
+    assert '\n' not in str(e.value)
+
+def test_heads_of_other_classes_are_an_error_unless_left_out(tmp_path):
+    torch.save(SSAAFormer(**NET, num_classes=9).state_dict(), tmp_path/'n.pth')
+    with pytest.raises(WeightsError, match='head.weight is missing'): load_checkpoint(SSAAFormer(**NET), tmp_path/'n.pth')
+    load_checkpoint(SSAAFormer(**NET), tmp_path/'n.pth', heads=False)
+
 def test_a_list_is_no_set_of_weights(tmp_path):
     torch.save([1, 2], tmp_path/'l.pth')
     with pytest.raises(WeightsError, match='holds a list'): read_weights(tmp_path/'l.pth')

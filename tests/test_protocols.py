@@ -4,7 +4,7 @@ import numpy as np, pytest
 from deepfid import cli
 from deepfid.core import DeepfidError, Detector, Prediction
 from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, over_seeds
-from deepfid.evaluate.protocols import Column, Row, Table, TableRun, describe_run, gains, markdown_table, show_record
+from deepfid.evaluate.protocols import Column, Row, Table, TableRun, describe_run, gains, markdown_table, show_record, verdict
 from deepfid.testing import tiny_manifest
 
 calls = []
@@ -71,9 +71,10 @@ def test_record_can_be_repeated_and_shown(manifests, tmp_path):
     record = run(manifests, tmp_path).record()
     assert {'config', 'data', 'seed', 'commit', 'hardware', 'versions', 'seconds', 'metrics'}<=set(record)
     assert all({'value', 'low', 'high'}==set(v) for v in record['metrics'].values())
-    text = show_record(json.loads(json.dumps(record)), TABLE.paper)
+    text = show_record(json.loads(json.dumps(record)), TABLE)
     assert 'other data' in text and '| theirs |' in text and '±' in text and '| c |' in text
-    assert markdown_table(record['results']).count('\n')==4 and 'first row' in gains(record['results'])
+    assert markdown_table(record['results']).count('\n')==4 and 'seed by seed' in gains(record['results']) and record['baseline']=='a'
+    assert record['trained_at'] and record['seconds']>0
 
 def test_one_class_has_an_accuracy_and_no_auc(manifests):
     runs = [(np.array([1., 2., 3.]), 2.)]
@@ -88,6 +89,43 @@ def test_over_seeds_is_the_usual_interval_for_one_seed():
     assert over_seeds([(a, 0)], label, n_boot=200)==pytest.approx(auc_interval(a, label, n_boot=200))
     assert over_seeds([(b, 0)], label, minus=[(a, 0)], n_boot=200)==pytest.approx(auc_difference(a, b, label, n_boot=200))
 
+@pytest.mark.parametrize('table, says', [
+    (Table('t', '', [Row('a', Sharp), Row('a', Sharp)], TABLE.columns), 'same name'), (Table('t', '', [Row('a', Sharp), Row('b', after='c')], TABLE.columns), 'no row'),
+    (Table('t', '', [Row('a', Sharp)], TABLE.columns, baseline='z'), "no row 'z'"), (Table('t', '', [Row('a', Sharp)], lambda n: [Column('x', 'nowhere', n[0])]), "no manifest 'nowhere'")])
+def test_badly_declared_table_is_refused_before_training(manifests, tmp_path, table, says):
+    with pytest.raises(DeepfidError, match=says): TableRun(table, manifests, 1, 'tiny', tmp_path)
+
+def test_missing_things_are_noticed_before_training(manifests, tmp_path):
+    def absent(): raise DeepfidError('not at hand')
+    calls.clear()
+    with pytest.raises(DeepfidError, match='not at hand'): TableRun(Table('t', '', [Row('a', Sharp), Row('b', Sharp, check=absent)], TABLE.columns), manifests, 1, 'tiny', tmp_path)
+    with pytest.raises(DeepfidError, match='one seed'): TableRun(TABLE, manifests, 0, 'tiny', tmp_path)
+    assert not calls
+
+def test_other_rows_of_a_manifest_are_other_faces(manifests, tmp_path):
+    m = manifests['x']
+    a, b = (m.where(method=['real', f]) for f in ('swap', 'mouth'))
+    assert a.key()!=b.key()!=m.key() and a.key()==m.where(method=['real', 'swap']).key()
+
+def test_recipe_and_preset_are_part_of_the_key(manifests, tmp_path, monkeypatch):
+    from deepfid.fidelity import learner
+    from deepfid.tables.deepfidelity import ablation
+    key = lambda: TableRun(ablation, manifests, 1, 'tiny', tmp_path).key(ablation.rows[1], ('x',), 0)
+    before = key()
+    monkeypatch.setitem(learner.RECIPES['ours'], 'lr', 9.)
+    assert key()!=before
+
+def test_columns_without_faces_have_no_number(manifests, tmp_path):
+    t = Table('t', '', [Row('a', Sharp)], lambda n: [Column('none', n[0], n[0], lambda t: t['method']=='beauty'), Column('one class', n[0], n[0], lambda t: t['label']==1)])
+    found = run(manifests, tmp_path, t, seeds=1).results(n_boot=20)
+    assert [f['value'] is None for f in found]==[True, True, False, True] and '–' in markdown_table(found)
+
+def test_verdict_needs_people_and_seeds():
+    gain = dict(value=.05, low=.02, high=.08)
+    assert verdict(gain|dict(seeds=[.05, .052, .048]))=='better' and verdict(gain|dict(seeds=[.2, -.1, .05]))=='not told apart'
+    assert verdict(dict(value=.01, low=-.02, high=.04, seeds=[.01, .011, .009]))=='not told apart' and verdict(gain|dict(seeds=[.05]))=='not told apart'
+    assert verdict(dict(value=-.05, low=-.08, high=-.02, seeds=[-.05, -.052, -.048]))=='worse'
+
 def test_table_that_needs_more_manifests(manifests, tmp_path):
     with pytest.raises(DeepfidError, match='needs 2 manifests'): TableRun(Table('t', '', TABLE.rows, TABLE.columns, needs=2), manifests)
 
@@ -101,10 +139,11 @@ def test_every_table_of_the_paper_can_be_set_up(manifests, tmp_path):
         assert len({r.key(row, ('x', 'x'), 0) for row in t.rows})==len(t.rows), t.name
 
 def test_ranges_of_quality_hold_every_face_once(manifests):
-    from deepfid.tables.deepfidelity import by_quality
+    from deepfid.tables.deepfidelity import by_quality, in_range
     t = manifests['x'].of('test').table.reset_index(drop=True)
     columns = by_quality(['x'])
     for part in (columns[:8], columns[8:]): assert (sum(c.only(t).astype(int) for c in part)==1).all()
+    with pytest.raises(DeepfidError, match='no quality'): in_range(t.assign(quality=np.nan), 1, 0, 'width')
 
 def test_command(manifests, tmp_path, capsys):
     manifests['x'].save()
@@ -120,3 +159,8 @@ def test_command_refuses_in_one_line(argv, says, capsys, tmp_path):
     assert cli.main([*argv, '--out', str(tmp_path/'o')])==1
     err = capsys.readouterr().err
     assert says in err and err.count('\n')==1 and not (tmp_path/'o').exists()
+
+@pytest.mark.parametrize('argv', [['table', 'intra', '--manifest', 'synthetic', '--epochs', '0'], ['table', 'intra', '--manifest', 'synthetic', '--seeds', '-1'], ['table', 'intra']])
+def test_command_wrong_usage(argv, capsys):
+    with pytest.raises(SystemExit) as e: cli.main(argv)
+    assert e.value.code==2 and 'error:' in capsys.readouterr().err

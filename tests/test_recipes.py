@@ -103,7 +103,7 @@ def test_the_network_can_learn_the_targets_themselves(manifest):
     assert both.regressor is not None and np.abs(scores(both, manifest)-scores(d, manifest)).max()>1e-4
 
 @pytest.mark.parametrize('asked, says', [(dict(target='score'), 'label'), (dict(regression='forest'), 'svr'), (dict(quality='beauty'), 'niqe'),
-    (dict(target='fidelity', mapping=None), 'needs a mapping'), (dict(regression='head'), 'mapping=None'), (dict(amp='int4', epochs=1, size=64), 'bf16')])
+    (dict(target='fidelity', mapping=None), 'needs a mapping'), (dict(target='fidelity', select='valid'), "select='last'"), (dict(target='fidelity', network=dict(mix_token=True)), 'mix_token'), (dict(regression='head'), 'mapping=None'), (dict(amp='int4', epochs=1, size=64), 'bf16')])
 def test_wrong_settings_are_refused(manifest, asked, says):
     with pytest.raises(DeepfidError, match=says) as e: DeepFidelity(**asked).fit(manifest, 'tiny')
     assert '\n' not in str(e.value)
@@ -154,6 +154,24 @@ def test_other_settings_are_not_mixed_in(manifest, tmp_path):
     with pytest.raises(DeepfidError, match='lr=0.0015, not 0.002'): DeepFidelity(epochs=1, lr=2e-3, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
     assert (tmp_path/'training.pt').read_bytes()==before
 
+def test_other_faces_are_not_mixed_in(manifest, tmp_path):
+    DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
+    fewer = manifest.where(pair=list(dict.fromkeys(manifest.table['pair']))[3:])
+    with pytest.raises(DeepfidError, match='faces='): DeepFidelity(epochs=1, **SMALL).fit(fewer, 'tiny', resume=tmp_path)
+
+def test_none_is_a_setting():
+    assert DeepFidelity(ema=None, clip=None).settle('tiny')['ema'] is None
+
+def test_loaded_detector_is_retrained_with_its_own_settings(trained, tmp_path):
+    trained.save(tmp_path/'d')
+    again = DeepFidelity.load(tmp_path/'d')
+    import json
+    assert json.loads(json.dumps(again.settle('tiny', 'ours')))==json.loads(json.dumps(trained.config))
+
+def test_scores_that_do_not_rise_have_no_threshold_to_believe(manifest):
+    with pytest.warns(UserWarning, match='do not rise'): d = DeepFidelity(epochs=1, bands=((.45, .49), (.51, .55)), svr=dict(epsilon=.3), **SMALL).fit(manifest, 'tiny')
+    assert d.calibration==(0., 0.) and np.isfinite(d.threshold)
+
 def test_damaged_checkpoint_is_refused(manifest, tmp_path):
     DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
     (tmp_path/'training.pt').write_bytes(b'nothing')
@@ -181,6 +199,12 @@ def test_refit_with_another_measure(manifest, trained):
 
 def test_refit_refuses_what_needs_another_training(manifest, trained):
     with pytest.raises(DeepfidError, match="'lr'"): trained.refit(manifest, lr=1e-4)
+    with pytest.raises(DeepfidError, match='needs targets'): trained.refit(manifest, Ridge(), mapping=None)
+
+def test_refits_do_not_share_a_regressor(manifest, trained):
+    ridge = Ridge()
+    a, b = trained.refit(manifest, ridge), trained.refit(manifest, ridge, bands=((0., .1), (.9, 1.)))
+    assert a.regressor is not b.regressor and not hasattr(ridge, 'coef_')
 
 @pytest.mark.parametrize('measure', ['niqe', 'serfiq'])
 def test_measures_by_name(tmp_path, measure):

@@ -10,6 +10,7 @@ __all__ = ['REQUIRED', 'OPTIONAL', 'SPLITS', 'TEXT', 'WORDS', 'WORK', 'KINDS', '
            'faces_to_batch']
 
 # %% ../../nbs/07_data.manifest.ipynb #178e7e85
+import hashlib
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -189,6 +190,11 @@ def face(self:Manifest, i:int)->Face:
     return Face(self.image(i), identity=row['identity'], source=row['dataset'], consent=row['consent'], meta=row)
 
 # %% ../../nbs/07_data.manifest.ipynb #11e13db9
+@patch
+def key(self:Manifest)->str: # 64 hexadecimal digits
+    "What identifies these rows: the content of the table"
+    return hashlib.sha256(self.table.to_csv(index=False).encode()).hexdigest()
+
 @patch
 def summary(self:Manifest)->pd.DataFrame:
     "Images per split (rows) and method (columns), with the number of people"

@@ -46,11 +46,10 @@ def load_checkpoint(
     heads:bool=True, # False: leave the heads as they are, whatever the file says
 )->None:
     "Load published weights into a network, all of them or none"
-    held = read_weights(path)
-    have, want = checkpoint_filter_fn(held, model), model.state_dict()
+    try: have, want = checkpoint_filter_fn(read_weights(path), model), model.state_dict()
+    except (AttributeError, TypeError) as e: raise WeightsError(f'{path}: does not hold weights by name') from None
     if bad := [k for k, v in have.items() if not torch.is_tensor(v)]: raise WeightsError(f'{path}: {bad[0]} is a {type(have[bad[0]]).__name__}, not a tensor')
-    own = [k for k in want if k.startswith(('head.', 'aux_head.')) and (not heads or k not in have)]
-    have |= {k: want[k] for k in own}
+    if not heads: have |= {k: v for k, v in want.items() if k.startswith(('head.', 'aux_head.'))}
     if wrong := differences(want, have):
         more = f' (and {len(wrong)-5} more)' if len(wrong)>5 else ''
         raise WeightsError(f"{path}: weights of another network: {'; '.join(wrong[:5])}{more}")

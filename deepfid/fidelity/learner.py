@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'CHOICES', 'MEASURES', 'SETTINGS', 'DeepFidelity', 'read_s
            'with_quality']
 
 # %% ../../nbs/23_fidelity.learner.ipynb #e91fcfb3
+import warnings
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,12 @@ from fastai.learner import Learner
 from fastai.metrics import RocAucBinary, accuracy
 from fastai.optimizer import OptimWrapper
 from safetensors.torch import load_file, save_file
+from sklearn.base import clone
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, atomic_folder, default_device,
     file_hash, get_preset, platt, read_json, set_seed, write_json)
 from ..data.manifest import FaceLoader, FaceSet, Manifest, dataloaders, faces_to_batch
 from . import ssaaformer
-from .checkpoint import load_checkpoint
+from .checkpoint import differences, load_checkpoint
 from .regressor import FidelityRegressor
 from .training import (EMA, RECIPES, SCHEDULES, CentreCrop, Checkpoint, EpochSeed, ImageNetAugment, KeepBest, LoadBest,
     TokenLoss, centre_crop, decay_split, distributed, fidelity_loss, precision, share)
@@ -51,21 +53,26 @@ class DeepFidelity(Detector):
         **overrides                 # any setting of the preset or the recipe, by name: epochs=3, lr=1e-3, ...
     ):
         self.asked = dict(ssaa_blocks=ssaa_blocks, mapping=mapping, bands=bands, seed=seed, quality=quality, target=target, regression=regression)
-        self.overrides = {k: v for k, v in overrides.items() if v is not None}
+        self.overrides = overrides
         self.device = device or default_device()
         self.model = self.mapping = self.regressor = None
         self.config, self.history, self.threshold = {}, [], .5
 
 # %% ../../nbs/23_fidelity.learner.ipynb #41dbfb18
 @patch
-def configure(self:DeepFidelity, preset=None, recipe='ours'):
-    "Settle every setting (preset, then recipe, then what was asked for by name) and make fresh weights"
+def settle(self:DeepFidelity, preset=None, recipe='ours')->dict: # every setting by name
+    "What the preset says, then the recipe, then what was asked for by name"
     if recipe not in RECIPES: raise DeepfidError(f"no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     preset = get_preset(preset)
     known = PRESETS[preset] | RECIPES[recipe]
     for k in self.overrides:
         if k not in known: raise DeepfidError(f"DeepFidelity has no setting {k!r}: there are {', '.join(known)}")
-    self.config = dict(preset=preset, recipe=recipe) | self.asked | known | self.overrides
+    return dict(preset=preset, recipe=recipe) | self.asked | known | self.overrides
+
+@patch
+def configure(self:DeepFidelity, preset=None, recipe='ours'):
+    "Settle every setting and make fresh weights"
+    self.config = self.settle(preset, recipe)
     self._check()
     set_seed(self.config['seed'])
     self._build()
@@ -73,7 +80,7 @@ def configure(self:DeepFidelity, preset=None, recipe='ours'):
     return self
 
 # %% ../../nbs/23_fidelity.learner.ipynb #6cfe330a
-CHOICES = dict(target=('label', 'fidelity'), regression=('svr', 'head'), arch=tuple(ssaaformer.VARIANTS), schedule=tuple(SCHEDULES),
+CHOICES = dict(target=('label', 'fidelity'), regression=('svr', 'head'), arch=ssaaformer.VARIANTS, schedule=SCHEDULES,
     augment=('face', 'imagenet'), select=('last', 'valid', 'test'), decay=('matrices', 'timm'), pool=('mean', 'mean+max'))
 
 @patch
@@ -83,6 +90,8 @@ def _check(self:DeepFidelity):
     for k, known in (CHOICES|dict(quality=(None, *MEASURES))).items():
         if c[k] not in known: raise DeepfidError(f"{k}={c[k]!r}: choose one of {', '.join(map(repr, known))}")
     if c['target']=='fidelity' and c['mapping'] is None: raise DeepfidError("target='fidelity' needs a mapping: there are no targets without one")
+    if c['target']=='fidelity' and (c['select']!='last' or c['network'].get('mix_token') or c['network'].get('aux_head')):
+        raise DeepfidError("target='fidelity' goes with select='last' and without mix_token and aux_head: those work on classes")
     if c['target']=='label' and c['mapping'] and c['regression']=='head': raise DeepfidError("regression='head' would leave the mapping unused: give mapping=None as well")
     if not c['epochs']>=1: raise DeepfidError(f"epochs={c['epochs']}: at least one is needed")
     try: FidelityRegressor(**c['svr']).fit(np.eye(4), [.1, .9, .2, .8]) # a rehearsal: a bad setting shows here, not after the training
@@ -103,6 +112,7 @@ def _build(self:DeepFidelity):
     try: self.model = make(**c['network']).to(self.device)
     except (TypeError, ValueError) as e: raise DeepfidError(f"{c['arch']}: {e}") from None
     self.model.set_grad_checkpointing(c['checkpointing'])
+    if self.model.aux and not c['mix_labels']: self.model.aux_head.requires_grad_(False) # its output never meets the loss
     return self
 
 # %% ../../nbs/23_fidelity.learner.ipynb #9757145f
@@ -164,7 +174,7 @@ def fit(self:DeepFidelity,
     manifest = self.measured(manifest)
     targets = self.targets(manifest)
     dls = self.loaders(manifest)
-    cbs = [*(cbs or []), *([Checkpoint(resume, self.config)] if resume else [])]
+    cbs = [*(cbs or []), *([Checkpoint(resume, self.config|dict(faces=manifest.key()))] if resume else [])]
     learn = self.learner(dls, cbs, self._selection(manifest, dls))
     with learn.no_bar(), learn.no_logging(): self.train(learn)
     share(self.model)
@@ -229,16 +239,19 @@ def regress(self:DeepFidelity, dl, targets):
     if targets is None or self.config['regression']=='head': return
     self.regressor = FidelityRegressor(**self.config['svr']).fit(self._embed(dl.new(shuffle=False, drop_last=False, part=(0, 1))), targets)
 
+# %% ../../nbs/23_fidelity.learner.ipynb #44128bd4
 @patch
 def calibrate_on(self:DeepFidelity, dl):
     "Set `predict_proba` and the threshold, which is where it says one half, from validation faces"
-    labels = dl.dataset.label.numpy()
-    self.calibration = platt(self._score(x for x, _ in dl), labels)
-    slope, offset = self.calibration
-    self.threshold = -offset/slope
+    labels, scores = dl.dataset.label.numpy(), self._score(x for x, _ in dl)
+    slope, offset = self.calibration = platt(scores, labels)
+    self.threshold = -offset/slope if slope>0 and np.ptp(scores)>1e-6 else float(np.median(scores))
+    if not (slope>0 and np.ptp(scores)>1e-6):
+        self.calibration = (0., 0.)
+        warnings.warn('on validation faces the scores do not rise from fake to real: the threshold is their median and every probability one half')
     return self
 
-# %% ../../nbs/23_fidelity.learner.ipynb #44128bd4
+# %% ../../nbs/23_fidelity.learner.ipynb #21ba90ea
 @patch
 @torch.inference_mode()
 def _run(self:DeepFidelity, batches, f):
@@ -260,7 +273,7 @@ def _batches(self:DeepFidelity, faces, batch_size):
     faces = list(faces)
     return (faces_to_batch(faces[i:i+batch_size], self.config['size']) for i in range(0, len(faces), batch_size))
 
-# %% ../../nbs/23_fidelity.learner.ipynb #2c21fa68
+# %% ../../nbs/23_fidelity.learner.ipynb #06075c81
 @patch
 def features(self:DeepFidelity,
     faces,         # `Face`s or uint8 RGB crops, aligned
@@ -278,7 +291,7 @@ def predict(self:DeepFidelity,
     faces = list(faces)
     return [Prediction(f) for f in self._score(self._batches(faces, batch_size))] if faces else []
 
-# %% ../../nbs/23_fidelity.learner.ipynb #b671ba26
+# %% ../../nbs/23_fidelity.learner.ipynb #e15b4bd5
 @patch
 def save(self:DeepFidelity, folder):
     "Write weights (safetensors), regression and settings (JSON) to a folder, all or nothing"
@@ -292,7 +305,7 @@ def save(self:DeepFidelity, folder):
             sha256=file_hash(tmp/'network.safetensors'), history=self.history))
     return Path(folder)
 
-# %% ../../nbs/23_fidelity.learner.ipynb #e15b4bd5
+# %% ../../nbs/23_fidelity.learner.ipynb #4ee44c67
 SETTINGS = ('detector', 'config', 'threshold', 'calibration', 'mapping', 'regressor', 'sha256', 'history')
 
 def read_settings(
@@ -306,7 +319,7 @@ def read_settings(
     if about['detector']!=name: raise WeightsError(f"{path}: is a {about['detector']!r} detector, not {name!r}")
     return about
 
-# %% ../../nbs/23_fidelity.learner.ipynb #4ee44c67
+# %% ../../nbs/23_fidelity.learner.ipynb #a415bced
 def read_network(
     folder, # of a saved detector
     sha256  # what the settings say of it
@@ -318,20 +331,16 @@ def read_network(
     try: return load_file(path)
     except Exception as e: raise WeightsError(f'{path}: is not a readable safetensors file ({e})') from None
 
-# %% ../../nbs/23_fidelity.learner.ipynb #a415bced
+# %% ../../nbs/23_fidelity.learner.ipynb #88563d7c
 def check_weights(
     want:dict, # name -> tensor: of a fresh network
     have:dict, # name -> tensor: of the file
     path       # named in the error
 ):
-    "Refuse weights of another architecture, with the first difference"
-    for name in want.keys()|have.keys():
-        if name not in have: raise WeightsError(f'{path}: {name} is missing; these are weights of another network')
-        if name not in want: raise WeightsError(f'{path}: {name} is not part of this network; these are weights of another one')
-        if want[name].shape!=have[name].shape:
-            raise WeightsError(f'{path}: {name} has shape {tuple(have[name].shape)}, the network needs {tuple(want[name].shape)}')
+    "Refuse weights of another architecture, with the first differences"
+    if wrong := differences(want, have): raise WeightsError(f"{path}: weights of another network: {'; '.join(wrong[:3])}{f' (and {len(wrong)-3} more)' if len(wrong)>3 else ''}")
 
-# %% ../../nbs/23_fidelity.learner.ipynb #88563d7c
+# %% ../../nbs/23_fidelity.learner.ipynb #50b3e448
 def _complete(config):
     "Settings of a saved detector, with what was added to presets and recipes since"
     added = dict(quality=None, target='label', regression='svr')
@@ -347,6 +356,8 @@ def load(cls:DeepFidelity,
     about = read_settings(folder/'detector.json', cls.name)
     self = cls(device=device)
     self.config, self.history = _complete(about['config']), about['history']
+    self.asked = {k: self.config[k] for k in self.asked}
+    self.overrides = {k: v for k, v in self.config.items() if k not in (*self.asked, 'preset', 'recipe')}
     weights = read_network(folder, about['sha256'])
     check_weights(self._build().model.state_dict(), weights, folder/'network.safetensors')
     self.model.load_state_dict(weights)
@@ -355,7 +366,7 @@ def load(cls:DeepFidelity,
     self.threshold, self.calibration = about['threshold'], about['calibration']
     return self
 
-# %% ../../nbs/23_fidelity.learner.ipynb #58ecd3ac
+# %% ../../nbs/23_fidelity.learner.ipynb #e91c2b21
 @patch
 def refit(self:DeepFidelity,
     manifest,       # that it was trained on
@@ -367,13 +378,14 @@ def refit(self:DeepFidelity,
     if unknown := [k for k in changes if k not in ('mapping', 'bands', 'quality', 'svr', 'pool', 'regression')]:
         raise DeepfidError(f'refit cannot change {unknown[0]!r}: that needs another training')
     other = copy(self)
+    if measure is not None: changes, manifest = changes|dict(quality=None), with_quality(manifest, measure)
     other.config, other.mapping, other.regressor = self.config|changes, None, None
     other._check()
-    if measure is not None: manifest = with_quality(manifest, measure)
+    if regressor is not None and other.config['mapping'] is None: raise DeepfidError('refit: a regressor needs targets; give a mapping with it')
     manifest = other.measured(manifest)
     targets, dls = other.targets(manifest), other.loaders(manifest)
     if regressor is None: other.regress(dls.train, targets)
-    else: other.regressor = regressor.fit(other._embed(dls.train.new(shuffle=False, drop_last=False)), targets)
+    else: other.regressor = clone(regressor).fit(other._embed(dls.train.new(shuffle=False, drop_last=False)), targets)
     return other.calibrate_on(dls.valid)
 
 def with_quality(manifest, measure)->Manifest:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.callback.schedule import combined_cos
+from fastai.torch_core import num_distrib, rank_distrib, to_device
 from fastcore.basics import patch
 from ..core import DeepfidError, read_json, set_seed, to_json, write_atomically, write_json
 from .ssaaformer import TokenOutput
@@ -27,7 +28,7 @@ RECIPES = {
         pool='mean', svr=dict(scale=True, C=.1), network={}),
     'paper': dict(lr=1.2e-3, schedule='cosine', wd=.05, decay='matrices', clip=None,
         smoothing=0., mix_labels=True, ema=None, ema_warmup=False, augment='face', select='last', crop=1.,
-        pool='mean', svr={}, network={}),
+        pool='mean', svr={}, network=dict(ssaa_weights='free')),
     'released': dict(lr=1.2e-3, schedule='warm-up of five', epochs=3, wd=.05, decay='timm', clip=None,
         smoothing=.1, mix_labels=False, ema=.99992, ema_warmup=False, augment='imagenet', select='test', crop=.9,
         pool='mean+max', svr={}, network=dict(aux_head=True, mix_token=True, drop_path_rate=.4)),
@@ -35,9 +36,8 @@ RECIPES = {
 
 # %% ../../nbs/22a_fidelity.training.ipynb #ddc68c9e
 def one_cycle(lr, epochs):
-    "A quarter of the way up from lr/25, then down to almost nothing"
-    def at(p): return lr*(1/25+(1-1/25)*(1-cos(pi*p/.25))/2) if p<.25 else lr*(1e-5+(1-1e-5)*(1+cos(pi*(p-.25)/.75))/2)
-    return at
+    "fastai's: a quarter of the way up from lr/25, then down to almost nothing"
+    return combined_cos(.25, lr/25., lr, lr/1e5)
 
 def cosine(lr, epochs):
     "Up to the full rate within the first twentieth, then down along a cosine"
@@ -111,7 +111,7 @@ def centre_crop(
     "Enlarge and keep the middle, as ImageNet's evaluation does"
     if crop>=1: return x
     h, w = x.shape[2:]
-    big = F.interpolate(x, (round(h/crop), round(w/crop)), mode='bicubic', antialias=True, align_corners=False)
+    big = F.interpolate(x, (int(h/crop), int(w/crop)), mode='bicubic', antialias=True, align_corners=False)
     top, left = (big.shape[2]-h)//2, (big.shape[3]-w)//2
     return big[..., top:top+h, left:left+w].contiguous()
 
@@ -226,7 +226,8 @@ def before_fit(self:Checkpoint):
     bare(self.learn.model).load_state_dict(self.state['model'])
     self.learn.opt.load_state_dict(self.state['opt'])
     self.learn.recorder.values[:] = self.state['history']
-    for name, kept in self.state['callbacks'].items(): vars(getattr(self.learn, name)).update(kept)
+    device = next(bare(self.learn.model).parameters()).device
+    for name, kept in self.state['callbacks'].items(): vars(getattr(self.learn, name)).update(to_device(kept, device))
 
 # %% ../../nbs/22a_fidelity.training.ipynb #5c1e0d0d
 KEPT = dict(ema=('average', 'steps'), keep_best=('best', 'weights')) # callback: what it must remember from epoch to epoch
@@ -255,18 +256,26 @@ def _float(out):
 
 class Autocast(Callback):
     "Forward passes of training in bfloat16 where torch deems it safe"
-    order = 10
-    def before_batch(self):
-        self.context = torch.autocast(self.xb[0].device.type, torch.bfloat16, enabled=self.training)
-        self.context.__enter__()
-    def after_pred(self):
-        self._leave()
-        self.learn.pred = _float(self.pred) # the loss is computed in 32 bits
-    def after_cancel_batch(self): self._leave()
-    def _leave(self):
-        if self.context: self.context.__exit__(None, None, None)
-        self.context = None
+    hooks = ()
+    def before_fit(self):
+        self.after_fit()
+        model = bare(self.learn.model)
+        self.hooks = (model.register_forward_pre_hook(self.enter), model.register_forward_hook(self.leave, always_call=True))
 
+    def enter(self, model, args):
+        self.context = torch.autocast(next(model.parameters()).device.type, torch.bfloat16) if model.training else None
+        if self.context: self.context.__enter__()
+
+    def leave(self, model, args, out): # also when the pass was interrupted
+        if not self.context: return
+        self.context.__exit__(None, None, None)
+        return None if out is None else _float(out) # the loss is computed in 32 bits
+
+    def after_fit(self):
+        for h in self.hooks: h.remove()
+        self.hooks = ()
+
+# %% ../../nbs/22a_fidelity.training.ipynb #86bd95ce
 def precision(
     amp # None | 'bf16' | 'fp16'
 )->list: # of callbacks
@@ -277,7 +286,7 @@ def precision(
     from fastai.callback.fp16 import AMPMode, MixedPrecision
     return [MixedPrecision(amp_mode=AMPMode.FP16)]
 
-# %% ../../nbs/22a_fidelity.training.ipynb #0d9d9815
+# %% ../../nbs/22a_fidelity.training.ipynb #33320bb6
 def distributed(
     device # of the network
 )->list:   # of callbacks: none where there is but one process

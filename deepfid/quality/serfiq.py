@@ -155,10 +155,12 @@ def arcface_loss(
 # %% ../../nbs/11_quality.serfiq.ipynb #742c8ac1
 NAME = 'embedder.safetensors'
 
+def _digest(weights): return hashlib.sha256(b''.join(k.encode()+weights[k].numpy().tobytes() for k in sorted(weights))).hexdigest()
+
 def save_embedder(net, path, **about)->Path:
     "Write an embedder's weights, in half precision, with how it was made and a hash"
     weights = {k: v.half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k, v in net.state_dict().items()}
-    digest = hashlib.sha256(b''.join(k.encode()+weights[k].numpy().tobytes() for k in sorted(weights))).hexdigest()
+    digest = _digest(weights)
     return write_atomically(path, safetensors.torch.save(weights, metadata=dict(embedder=json.dumps(dict(about, sha256=digest)))))
 
 def load_embedder(
@@ -171,8 +173,7 @@ def load_embedder(
         with safe_open(path, 'pt') as f:
             about, weights = json.loads(f.metadata()['embedder']), {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise WeightsError(f'{path}: is not an embedder ({type(e).__name__}); copy it again') from None
-    digest = hashlib.sha256(b''.join(k.encode()+weights[k].numpy().tobytes() for k in sorted(weights))).hexdigest()
-    if digest!=about['sha256']: raise WeightsError(f'{path}: its hash does not match its content; copy it again')
+    if _digest(weights)!=about['sha256']: raise WeightsError(f'{path}: its hash does not match its content; copy it again')
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return net.eval()
 

@@ -6,8 +6,8 @@
 __all__ = ['PLAIN', 'SSAA', 'PLAIN_MAPPED', 'BOTH', 'TABLE_1', 'TABLES_2_3', 'TABLE_4', 'intra', 'cross', 'ablation', 'TABLE_5',
            'quality', 'TABLE_6', 'ranges', 'FIGURE_5', 'blocks', 'SEED', 'RIDGE', 'BOOSTING', 'MLP', 'MAPPED',
            'recipes', 'learned', 'regressors', 'mappings', 'TABLES', 'each', 'crossed', 'Judgeability', 'judged',
-           'in_range', 'by_quality', 'blocks_table', 'block_maps', 'maps_picture', 'plot_blocks', 'ridge', 'boosting',
-           'mlp', 'band_row']
+           'measured_by', 'in_range', 'by_quality', 'evenness', 'blocks_table', 'block_maps', 'maps_picture',
+           'plot_blocks', 'ridge', 'boosting', 'mlp', 'band_row']
 
 # %% ../../nbs/55_tables.deepfidelity.ipynb #de8a918e
 import numpy as np
@@ -17,7 +17,8 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from ..evaluate.protocols import Column, Row, Table
-from ..fidelity.learner import DeepFidelity
+from ..core import DeepfidError
+from ..fidelity.learner import MEASURES, DeepFidelity
 
 # %% ../../nbs/55_tables.deepfidelity.ipynb #9f26cddd
 PLAIN = Row('plain network', DeepFidelity, dict(ssaa_blocks=0, mapping=None))
@@ -105,11 +106,14 @@ TABLE_5 = """WildDeepfake, Acc / AUC, per cent
 |---|---|---|
 | 88.34 / 92.33 | 87.34 / 91.90 | 87.59 / 92.91 |"""
 
-quality = Table('quality', 'Which quality measure (Table 5, and one made for the task)', [SSAA]+
-    [Row(name, after='SSAA', settings=dict(mapping='minmax', quality=key)) for name, key in (('SER-FIQ', 'serfiq'), ('BRISQUE', 'brisque'), ('NIQE', 'niqe'))]+
-    [Row('made for the task', after='SSAA', settings=dict(mapping='minmax'), refit=judged)], each, TABLE_5)
+def measured_by(name, key):
+    "A row whose targets come from a measure; that it is at hand is looked at first"
+    return Row(name, after='SSAA', settings=dict(mapping='minmax', quality=key), check=MEASURES[key])
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #56a061ed
+quality = Table('quality', 'Which quality measure (Table 5, and one made for the task)', [SSAA, measured_by('NIQE', 'niqe'), measured_by('BRISQUE', 'brisque'),
+    measured_by('SER-FIQ', 'serfiq'), Row('made for the task', after='SSAA', settings=dict(mapping='minmax'), refit=judged)], each, TABLE_5, baseline='NIQE')
+
+# %% ../../nbs/55_tables.deepfidelity.ipynb #1cc4a5d2
 TABLE_6 = """WildDeepfake, accuracy, per cent, by range of normalised quality
 
 | | 0–.25 | .25–.5 | .5–.75 | .75–1 |
@@ -119,9 +123,11 @@ TABLE_6 = """WildDeepfake, accuracy, per cent, by range of normalised quality
 | real, binary classifier | 89.05 | 77.02 | 79.63 | 72.96 |
 | real, DeepFidelity | 86.32 | 81.69 | 88.76 | 86.17 |"""
 
+# %% ../../nbs/55_tables.deepfidelity.ipynb #201a2eef
 def in_range(table, label, k, equal):
     "Which test faces of a class lie in the k-th of four ranges of quality; ranges over both classes together"
     q = table['quality'].to_numpy()
+    if np.isnan(q).any(): raise DeepfidError(f'{int(np.isnan(q).sum())} of {len(q)} test faces have no quality; measure them, or there are no ranges to sort them into')
     edges = np.linspace(q.min(), q.max(), 5) if equal=='width' else np.quantile(q, np.linspace(0, 1, 5))
     return (table['label'].to_numpy()==label)&(np.clip(np.searchsorted(edges, q, side='right')-1, 0, 3)==k)
 
@@ -130,9 +136,25 @@ def by_quality(names):
     return [Column(f'{word}, {part} {k+1}', names[0], names[0], lambda t, l=l, k=k, equal=equal: in_range(t, l, k, equal), ('accuracy',))
             for equal, part in (('width', 'range'), ('number', 'quartile')) for l, word in ((0, 'fake'), (1, 'real')) for k in range(4)]
 
-ranges = Table('ranges', 'Accuracy by quality (Table 6)', [PLAIN, SSAA, BOTH], by_quality, TABLE_6)
+# %% ../../nbs/55_tables.deepfidelity.ipynb #25a7e45e
+def evenness(record)->str: # Markdown
+    "How far apart a row's accuracies over the ranges are: best minus worst, in points; mean over seeds, and seed by seed"
+    lines = []
+    for row in dict.fromkeys(r['row'] for r in record['results']):
+        cells = []
+        for word, part in (('fake', 'range'), ('real', 'range'), ('fake', 'quartile'), ('real', 'quartile')):
+            seeds = np.array([r['seeds'] for r in record['results'] if r['row']==row and r['column'].startswith(f'{word}, {part}') and r['seeds']])
+            gap = 100*np.ptp(seeds, axis=0)
+            cells.append(f"{gap.mean():.1f} ({', '.join(f'{g:.1f}' for g in gap)})")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    faces = '; '.join(f"{r['column']}: {r['faces']}" for r in record['results'] if r['row']==record['baseline'])
+    head = '| best minus worst accuracy | fake, ranges | real, ranges | fake, quartiles | real, quartiles |\n|---|---|---|---|---|'
+    return '\n'.join([head, *lines, '', f'Faces in each column: {faces}.'])
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #201a2eef
+# %% ../../nbs/55_tables.deepfidelity.ipynb #d167f9f0
+ranges = Table('ranges', 'Accuracy by quality (Table 6)', [PLAIN, SSAA, BOTH], by_quality, TABLE_6, notes=evenness)
+
+# %% ../../nbs/55_tables.deepfidelity.ipynb #423f3ebf
 FIGURE_5 = 'Figure 5 of the paper is a curve without numbers: accuracy, AUC and their mean against the number of SSAA blocks (0 to 15), on WildDeepfake and from there to Celeb-DF v2. Five blocks, the whole first stage of its network, were chosen.'
 
 def blocks_table(most=4):
@@ -140,7 +162,7 @@ def blocks_table(most=4):
     rows = [Row(f'{n} blocks', DeepFidelity, dict(ssaa_blocks=n, mapping=None)) for n in range(most+1)]
     return Table('blocks', 'How many blocks see the mirror (Figure 5)', rows, crossed, FIGURE_5, figure=plot_blocks)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #d167f9f0
+# %% ../../nbs/55_tables.deepfidelity.ipynb #3da4a69f
 def block_maps(
     model, # an `SSAAFormer`
     x,     # float (1,3,H,W)
@@ -158,7 +180,7 @@ def block_maps(
         for h in hooks: h.remove()
     return [(m-m.min())/max(np.ptp(m), 1e-9) for m in maps]
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #9196fe83
+# %% ../../nbs/55_tables.deepfidelity.ipynb #8677ad82
 def maps_picture(
     detector, face, n=15 # trained `DeepFidelity`; uint8 RGB crop; blocks
 ): # uint8 picture
@@ -171,7 +193,7 @@ def maps_picture(
     colour = lambda m: cv2.applyColorMap(cv2.resize(np.uint8(255*m), face.shape[1::-1], interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_VIRIDIS)[..., ::-1]
     return montage([face, *map(colour, maps)], ['face', *(f'block {k+1}' for k in range(len(maps)))], ncols=8)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #423f3ebf
+# %% ../../nbs/55_tables.deepfidelity.ipynb #28110cdc
 def plot_blocks(record): # of the table `blocks`; returns a matplotlib Figure
     "Figure 5: accuracy, AUC and their mean against the number of blocks, one panel for each column"
     from matplotlib.figure import Figure
@@ -189,32 +211,34 @@ def plot_blocks(record): # of the table `blocks`; returns a matplotlib Figure
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #e805a9c8
+# %% ../../nbs/55_tables.deepfidelity.ipynb #1ede303e
 blocks = blocks_table()
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #8677ad82
+# %% ../../nbs/55_tables.deepfidelity.ipynb #8d8ab750
 SEED = dict(random_state=0)
 RIDGE, BOOSTING = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))), HistGradientBoostingRegressor(max_iter=150, **SEED)
 MLP = make_pipeline(StandardScaler(), MLPRegressor((64,), alpha=1e-2, early_stopping=True, max_iter=200, **SEED))
 
+# %% ../../nbs/55_tables.deepfidelity.ipynb #f7623735
 def ridge(detector, manifest, **kw): return detector.refit(manifest, RIDGE, **kw)
 def boosting(detector, manifest, **kw): return detector.refit(manifest, BOOSTING, **kw)
 def mlp(detector, manifest, **kw): return detector.refit(manifest, MLP, **kw)
 
 MAPPED = dict(mapping='minmax')
 recipes = Table('recipes', 'Three recipes', [SSAA, BOTH, Row('paper', DeepFidelity, MAPPED, 'paper'),
-    Row('released, from noise', DeepFidelity, MAPPED, 'released'), Row('released, average of 0.99', DeepFidelity, MAPPED|dict(ema=.99), 'released')], each)
+    Row('released *', DeepFidelity, MAPPED, 'released'), Row('released *, average of 0.99', DeepFidelity, MAPPED|dict(ema=.99), 'released')], each,
+    paper='(*) From noise, where the released training starts from ImageNet; and its epoch is chosen *on the test faces*, as the released code does. The `paper` recipe has no averaging, no smoothing and free mirror weights.', baseline='SSAA and mapping')
 learned = Table('targets', 'What the network learns', [SSAA, BOTH, Row('fidelity, its own output', DeepFidelity, MAPPED|dict(target='fidelity', regression='head')),
-    Row('fidelity, then the SVR', after='fidelity, its own output', settings=dict(regression='svr'))], each)
+    Row('fidelity, then the SVR', after='fidelity, its own output', settings=dict(regression='svr'))], each, baseline='SSAA and mapping')
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #28110cdc
+# %% ../../nbs/55_tables.deepfidelity.ipynb #729fa3f4
 regressors = Table('regressors', 'Which regression', [SSAA, Row('SVR, ours', after='SSAA', settings=MAPPED),
     Row('SVR, as released', after='SSAA', settings=MAPPED|dict(svr={})), Row('ridge', after='SSAA', settings=MAPPED, refit=ridge),
-    Row('boosting', after='SSAA', settings=MAPPED, refit=boosting), Row('small MLP', after='SSAA', settings=MAPPED, refit=mlp)], each)
+    Row('boosting', after='SSAA', settings=MAPPED, refit=boosting), Row('small MLP', after='SSAA', settings=MAPPED, refit=mlp)], each, baseline='SVR, ours')
 
 def band_row(low, high): return Row(f'bands [0, {low}] and [{high}, 1]', after='SSAA', settings=MAPPED|dict(bands=((0., low), (high, 1.))))
 
 mappings = Table('mappings', 'Bands and ranks', [SSAA, BOTH, Row('by rank', after='SSAA', settings=dict(mapping='rank')),
-    band_row(.2, .8), band_row(.49, .51), band_row(.05, .95)], each)
+    band_row(.2, .8), band_row(.49, .51), band_row(.05, .95)], each, baseline='SSAA and mapping')
 
 TABLES = {t.name: t for t in (intra, cross, ablation, quality, ranges, blocks, recipes, learned, regressors, mappings)}
