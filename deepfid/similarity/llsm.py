@@ -127,7 +127,6 @@ def benchmark(
 )->dict: # seconds and peak bytes of both forms, and their ratios
     "The naive form against the factored one, on the CPU, taking turns"
     import time, statistics
-    from torch.profiler import profile, ProfilerActivity
     torch.manual_seed(seed)
     llsm, x = LLSM(channels).eval(), torch.randn(1, channels, side, side)
     forms, times, peaks = dict(pairs=llsm.forward_pairs, factored=llsm.forward), dict(pairs=[], factored=[]), {}
@@ -139,7 +138,8 @@ def benchmark(
                 f(x)
                 times[k].append(time.perf_counter()-start)
     seconds = {k: statistics.median(t) for k, t in times.items()}
-    return dict(channels=channels, side=side, seconds=seconds, peak=peaks, faster=seconds['pairs']/seconds['factored'], smaller=peaks['pairs']/peaks['factored'])
+    ratios = [a/b for a, b in zip(times['pairs'], times['factored'])]
+    return dict(channels=channels, side=side, seconds=seconds, peak=peaks, lowest=min(ratios), highest=max(ratios), faster=seconds['pairs']/seconds['factored'], smaller=peaks['pairs']/peaks['factored'])
 
 def peak_bytes(f)->int:
     "Most memory that tensors made inside a function hold at once, on the CPU"
