@@ -1,0 +1,120 @@
+"The pairwise map: its two forms, its target, what a single kernel cannot do"
+import math
+import numpy as np, pytest, torch
+from torch.nn import functional as F
+from deepfid.core import DeepfidError
+from deepfid.similarity.llsm import LLSM, benchmark, check_memory, cosine_logits, pair_memory, pair_target, peak_bytes
+
+# -- two forms of one map --
+@pytest.mark.parametrize('kw', [dict(), dict(hidden=0), dict(hidden=1), dict(hidden=5), dict(chunk=1), dict(chunk=9), dict(chunk=1000)])
+@pytest.mark.parametrize('shape', [(2,12,4,4), (1,12,3,7)])
+def test_factored_equals_pairs(kw, shape):
+    torch.manual_seed(0)
+    llsm, x = LLSM(12, **kw), torch.randn(shape)
+    torch.testing.assert_close(llsm(x), llsm.forward_pairs(x), atol=1e-5, rtol=1e-5)
+
+def test_full_size_map_is_equal_too():
+    torch.manual_seed(0)
+    llsm, x = LLSM(728), torch.randn(1, 728, 14, 14)
+    with torch.inference_mode(): assert (llsm(x)-llsm.forward_pairs(x)).abs().max()<1e-5
+
+@pytest.mark.parametrize('chunk', [None, 3])
+def test_gradients_are_equal(chunk):
+    torch.manual_seed(0)
+    llsm, x = LLSM(6, hidden=7, chunk=chunk), torch.randn(2, 6, 4, 4, requires_grad=True)
+    grads = [torch.autograd.grad(f(x).pow(2).sum(), [x, *llsm.parameters()]) for f in (llsm, llsm.forward_pairs)]
+    for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+def test_row_is_the_first_place_and_column_the_second():
+    llsm = LLSM(2, hidden=0)
+    with torch.no_grad():
+        llsm.pair.weight.zero_(); llsm.pair.bias.zero_()
+        llsm.pair.weight[0,0,0,0], llsm.pair.weight[0,1,1,0] = 1., 10.
+    x = torch.arange(12.).view(1, 2, 2, 3)
+    f = x.flatten(2)[0]
+    assert torch.equal(llsm(x)[0], f[0][:,None]+10*f[1][None])
+
+def test_symmetric(): 
+    llsm, x = LLSM(4, symmetric=True), torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(llsm(x), llsm(x).transpose(1, 2))
+
+def test_cosine():
+    x = torch.randn(1, 8, 2, 3)
+    f = x.flatten(2)[0].T
+    want = -F.cosine_similarity(f[:,None], f[None], dim=-1)
+    torch.testing.assert_close(cosine_logits(x)[0], want)
+    assert LLSM(8, metric='cosine')(x).shape==(1, 6, 6)
+
+def test_less_memory_in_training_with_chunks():
+    x = torch.randn(1, 16, 24, 24, requires_grad=True)
+    small, whole = (peak_bytes(lambda: LLSM(16, chunk=c)(x).sum()) for c in (16, 576))
+    assert small<whole/4
+
+def test_benchmark_measures_both():
+    b = benchmark(32, 8, repeats=1)
+    assert b['peak']['pairs']>b['peak']['factored'] and b['faster']>0
+
+# -- the target --
+def test_target_of_halves():
+    m = torch.zeros(1, 8, 8)
+    m[:,:,4:] = 1
+    t = pair_target(m, 2)[0]
+    assert torch.equal(t, torch.tensor([[0.,1,0,1],[1,0,1,0],[0,1,0,1],[1,0,1,0]]))
+
+@pytest.mark.parametrize('first', [False, True])
+def test_target_is_symmetric_with_an_empty_diagonal(first):
+    t = pair_target(torch.rand(3, 1, 30, 30).round(), (4, 5), first)
+    assert torch.equal(t, t.transpose(1, 2)) and not t.diagonal(dim1=1, dim2=2).any() and set(t.unique().tolist())<={0., 1.}
+
+def test_real_faces_have_an_empty_map(): assert not pair_target(torch.zeros(2, 64, 64), 8).any()
+
+def test_border_places_differ_from_nobody_unless_decided_first():
+    m = torch.zeros(1, 4, 6)
+    m[:,:,3:] = 1                                   # columns of places: 0, half, 1
+    assert pair_target(m, (1, 3))[0].tolist()==[[0,0,1],[0,0,0],[1,0,0]]
+    m[:,0,2] = 1                                    # the middle one is more forged than not
+    assert pair_target(m, (1, 3), binarise_first=True)[0].tolist()==[[0,1,1],[1,0,0],[1,0,0]]
+
+@pytest.mark.parametrize('mask, says', [(torch.full((1,4,4), 255.), '0 to 255|from 255'), (torch.full((1,4,4), -.1), 'from -0.1'), (torch.full((1,4,4), float('nan')), 'nan'), (torch.zeros(4, 4), 'shape'), (torch.zeros(1, 3, 4, 4), 'shape')])
+def test_bad_masks(mask, says):
+    with pytest.raises(DeepfidError, match=says): pair_target(mask, 2)
+
+# -- the single kernel --
+def logits_of_kinds(u): return torch.stack([u[2], u[1]+u[2], u[0]+u[2], u[0]+u[1]+u[2]])
+
+@pytest.mark.parametrize('p, least', [(.5, math.log(2)), (.3, .5293), (.1, .1167)])
+def test_no_sum_can_do_better(p, least):
+    w, y = torch.tensor([(1-p)**2, p*(1-p), p*(1-p), p*p]), torch.tensor([0.,1,1,0])
+    torch.manual_seed(0)
+    for _ in range(200):
+        u = torch.randn(3)*torch.tensor(4.)
+        assert (w*F.binary_cross_entropy_with_logits(logits_of_kinds(u), y, reduction='none')).sum()>=least-1e-3
+
+def trained(hidden, steps=150):
+    torch.manual_seed(0)
+    llsm, trace = LLSM(8, hidden), torch.randn(8)
+    opt = torch.optim.Adam(llsm.parameters(), 2e-2)
+    for _ in range(steps):
+        mask = torch.rand(8, 36).argsort(1)<18
+        x = (.4*torch.randn(8, 8, 36)+mask[:,None]*trace[None,:,None]).view(8, 8, 6, 6)
+        loss = F.binary_cross_entropy_with_logits(llsm(x), (mask[:,:,None]!=mask[:,None]).float())
+        opt.zero_grad(); loss.backward(); opt.step()
+    return loss.item()
+
+def test_single_kernel_stays_at_chance_and_sixteen_do_not(): assert trained(0)>.68 and trained(16)<.4
+
+# -- refused --
+@pytest.mark.parametrize('make, says', [(lambda: LLSM(4, metric='angle'), 'cosine'), (lambda: LLSM(4, hidden=-1), 'hidden=-1'), (lambda: LLSM(4)(torch.zeros(1, 5, 3, 3)), r'\(B,4,H,W\)'),
+    (lambda: check_memory(600, 64), 'tap a deeper stage')])
+def test_refused(make, says):
+    with pytest.raises(DeepfidError, match=says): make()
+
+def test_memory_table():
+    m = pair_memory(728, 14, 64)
+    assert abs(m['pairs']/2**20-213)<2 and abs(m['hidden']/2**20-9.4)<.2 and abs(m['logits']/2**20-.15)<.01
+
+@pytest.mark.slow
+def test_as_fast_as_promised():
+    for channels, side, faster in ((256, 28, 30), (728, 14, 50)):
+        b = benchmark(channels, side)
+        assert b['faster']>=faster and b['smaller']>=8
