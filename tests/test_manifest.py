@@ -97,3 +97,14 @@ def test_validation_is_in_order_and_untouched(built):
     x = torch.cat([x for x, _ in dls.valid])
     np.testing.assert_allclose(x[3].permute(1, 2, 0).numpy(), valid.image(3)/127.5-1, atol=1e-5)
     assert torch.cat([y for _, y in dls.valid]).tolist()==valid.table['label'].tolist()
+
+def test_enlarged_masks_do_not_wrap_around(tmp_path):
+    "Cubic enlargement overshoots 1; as a byte that would become 0"
+    import cv2
+    from deepfid.data.manifest import FaceSet
+    rng, mask = np.random.default_rng(0), np.zeros((40, 40), np.uint8)
+    mask[10:30, 10:30] = 255
+    for name, im in (('r.png', rng.integers(0, 255, (40, 40, 3))), ('f.png', rng.integers(0, 255, (40, 40, 3))), ('m.png', mask)): cv2.imwrite(str(tmp_path/name), im.astype(np.uint8))
+    rows = [dict(path='r.png', label=1, identity='a', split='train', pair='1', mask=''), dict(path='f.png', label=0, identity='a', split='train', pair='1', mask='m.png')]
+    got = FaceSet(Manifest(pd.DataFrame(rows), tmp_path), 'label+mask', 56).decode([1])[0, 3].numpy().astype(int)
+    assert got[20:36, 20:36].min()==255 and got[:10].max()==0 and np.abs(np.diff(got[28])).max()<=255 and (got[28, 16:40]>200).all()

@@ -408,7 +408,7 @@ def _channels(self:FaceSet, i):
     path, m = self.manifest.table['path'].iloc[i], self.manifest
     planes = square(m.image(i), self.size, path)
     if self.kind=='label+mask':
-        mask = (square(m.mask(i), self.size, path)*255).round().astype(np.uint8)
+        mask = (square(m.mask(i), self.size, path).clip(0, 1)*255).round().astype(np.uint8) # enlarging overshoots
         planes = np.dstack([planes, mask])
     return np.ascontiguousarray(planes.transpose(2, 0, 1))
 
