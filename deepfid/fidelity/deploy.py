@@ -331,7 +331,7 @@ def _compared(times, outs):
         error={k: off_by(o, outs[first]) for k,o in outs.items()},
         score_error={k: (o.float().softmax(1)-outs[first].softmax(1)).abs().max().item() for k,o in outs.items()})
 
-# %% ../../nbs/24_fidelity.deploy.ipynb #d012c8e3
+# %% ../../nbs/24_fidelity.deploy.ipynb #db818da2
 def kept_bytes(
     f, # function that makes a loss
     ignore=() # tensors that are there anyway
@@ -345,7 +345,7 @@ def kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): alive = f()
     return sum(seen.values())
 
-# %% ../../nbs/24_fidelity.deploy.ipynb #7bf8f016
+# %% ../../nbs/24_fidelity.deploy.ipynb #5f2c7138
 def training_memory(
     arch:str='ssaaformer_large',
     batch:int=32, # pictures; what is kept grows in proportion
@@ -371,7 +371,7 @@ def _block_bytes(model, x, params):
             with torch.enable_grad(): yield kept_bytes(lambda: blocks[0](x.requires_grad_()).sum(), params)
             x = blocks[0](x.detach())
 
-# %% ../../nbs/24_fidelity.deploy.ipynb #7e58cf23
+# %% ../../nbs/24_fidelity.deploy.ipynb #25059ac1
 class FidelityGraph(nn.Module):
     "Normalised pictures to fidelities: the network, its pooling and the regression in one module"
     def __init__(self,
@@ -391,7 +391,7 @@ class FidelityGraph(nn.Module):
         out = self.network(x)
         return out[:,0] if out.shape[1]==1 else out.softmax(1)[:,1]
 
-# %% ../../nbs/24_fidelity.deploy.ipynb #3f5baba3
+# %% ../../nbs/24_fidelity.deploy.ipynb #3b0ab87c
 def fidelity_graph(
     detector # a trained `DeepFidelity`
 )->FidelityGraph: # on the CPU, folded
@@ -401,7 +401,7 @@ def fidelity_graph(
     if regressor is not None: regressor = regressor.module(torch.float64)
     return FidelityGraph(fold(detector.model).cpu(), c['pool'], regressor, c.get('crop', 1.)).eval()
 
-# %% ../../nbs/24_fidelity.deploy.ipynb #fb15f892
+# %% ../../nbs/24_fidelity.deploy.ipynb #b2b60ede
 FORMATS = ('torch', 'onnx')
 
 def export_graph(
@@ -421,7 +421,7 @@ def export_graph(
     try: return write_atomically(path, write)
     except OSError as e: raise DeepfidError(f'{path}: cannot be written ({e.strerror or e}); name a file in a folder that you may write to') from None
 
-# %% ../../nbs/24_fidelity.deploy.ipynb #c532d641
+# %% ../../nbs/24_fidelity.deploy.ipynb #9dbf0da2
 def _onnx_writer(program):
     "A function that writes the program as ONNX, all in one file"
     try: import onnx, onnxscript

@@ -217,7 +217,7 @@ blocks = blocks_table()
 # %% ../../nbs/55_tables.deepfidelity.ipynb #8d8ab750
 SEED = dict(random_state=0)
 RIDGE, BOOSTING = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))), HistGradientBoostingRegressor(max_iter=150, **SEED)
-MLP = make_pipeline(StandardScaler(), MLPRegressor((64,), alpha=1e-2, early_stopping=True, max_iter=200, **SEED))
+MLP = make_pipeline(StandardScaler(), MLPRegressor(hidden_layer_sizes=(64,), alpha=1e-2, early_stopping=True, max_iter=200, **SEED))
 
 # %% ../../nbs/55_tables.deepfidelity.ipynb #f7623735
 def ridge(detector, manifest, **kw): return detector.refit(manifest, RIDGE, **kw)
