@@ -304,10 +304,11 @@ def show_record(
 )->str: # Markdown
     "A recorded table in words and numbers"
     paper, notes = (table.paper, table.notes(record) if table.notes else '') if table else ('', '')
+    settings = ''.join(f', {k}={v}' for k, v in record['config']['overrides'].items())
     compared = gains(record['results'])
     if compared: compared = f"Compared with *{record['baseline']}*; \"better\" and \"worse\" only where both the people and the seeds bear it out:\n\n{compared}"
     parts = [f"**{record['title']}**", markdown_table(record['results']),
-        f"Trained and tested on {record['data']} ({len(record['seed'])} seeds, preset `{record['config']['preset']}`, {record['hardware']}). In each cell: mean over seeds "
+        f"Trained and tested on {record['data']} ({len(record['seed'])} seeds, preset `{record['config']['preset']}`{settings}, {record['hardware']}). In each cell: mean over seeds "
         '[95 % interval over the people tested] ± standard deviation of the seeds. Threshold chosen on validation faces.', notes, compared]
     if paper: parts += ['**The paper’s own numbers**, on its data. They are *other data* and cannot be compared with ours cell by cell:', paper]
     return '\n\n'.join(p for p in parts if p)

@@ -227,7 +227,7 @@ def mlp(detector, manifest, **kw): return detector.refit(manifest, MLP, **kw)
 MAPPED = dict(mapping='minmax')
 recipes = Table('recipes', 'Three recipes', [SSAA, BOTH, Row('paper', DeepFidelity, MAPPED, 'paper'),
     Row('released *', DeepFidelity, MAPPED, 'released'), Row('released *, average of 0.99', DeepFidelity, MAPPED|dict(ema=.99), 'released')], each,
-    paper='(*) From noise, where the released training starts from ImageNet; and its epoch is chosen *on the test faces*, as the released code does. The `paper` recipe has no averaging, no smoothing and free mirror weights.', baseline='SSAA and mapping')
+    notes=lambda record: '(*) From noise, where the released training starts from ImageNet; and its epoch is chosen *on the test faces*, as the released code does. The `paper` recipe has no averaging, no smoothing and free mirror weights.', baseline='SSAA and mapping')
 learned = Table('targets', 'What the network learns', [SSAA, BOTH, Row('fidelity, its own output', DeepFidelity, MAPPED|dict(target='fidelity', regression='head')),
     Row('fidelity, then the SVR', after='fidelity, its own output', settings=dict(regression='svr'))], each, baseline='SSAA and mapping')
 
