@@ -225,7 +225,7 @@ def test_import_is_light(module, heavy):
 
 # -- recorded results -----------------------------------------------------------------------------------------------
 
-RECORD = dict(config=dict, data=str, seed=int, commit=str, hardware=str, versions=dict, seconds=(int, float), metrics=dict)
+RECORD = dict(config=dict, data=str, seed=(int, list), commit=str, hardware=str, versions=dict, seconds=(int, float), metrics=dict)
 
 def record_problems(r):
     "What is missing in recorded result `r`, as CONTRIBUTING.md describes it"
