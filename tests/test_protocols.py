@@ -164,3 +164,21 @@ def test_command_refuses_in_one_line(argv, says, capsys, tmp_path):
 def test_command_wrong_usage(argv, capsys):
     with pytest.raises(SystemExit) as e: cli.main(argv)
     assert e.value.code==2 and 'error:' in capsys.readouterr().err
+
+def test_detector_whose_saving_was_cut_off_is_trained_again(manifests, tmp_path):
+    class Kept(Sharp):
+        def save(self, folder): folder.mkdir(parents=True, exist_ok=True)
+        @classmethod
+        def load(cls, folder):
+            calls.append(('load', 0))
+            return cls()
+    t = Table('t', '', [Row('a', Kept)], lambda n: [Column('all', n[0], n[0])])
+    run(manifests, tmp_path, t, seeds=1)
+    for p in [*tmp_path.glob('cells/*'), *tmp_path.glob('detectors/*/trained.json')]: p.unlink()
+    calls.clear()
+    run(manifests, tmp_path, t, seeds=1)
+    assert calls==[('fit', 0.)]
+    for p in tmp_path.glob('cells/*'): p.unlink()
+    calls.clear()
+    run(manifests, tmp_path, t, seeds=1)
+    assert calls==[('load', 0)]

@@ -136,7 +136,7 @@ def key(self:TableRun, row, names, seed): return run_key(row, self.rows, [self.m
 def trained_base(self:TableRun, row, train, seed):
     "A row's detector, from its folder in the cache or from a training"
     folder = self.cache/'detectors'/self.key(row, (train,), seed)
-    if folder.is_dir():
+    if (folder/'trained.json').is_file(): # written last: without it the folder is of a run that was cut off
         self.origins[row.name, train, seed] = read_json(folder/'trained.json')
         return row.detector.load(folder)
     start, code, made = time.time(), describe_code(), row.detector(seed=seed, **(row.settings|self.overrides))
@@ -145,7 +145,7 @@ def trained_base(self:TableRun, row, train, seed):
     try:
         made.save(folder)
         write_json(folder/'trained.json', origin)
-    except (NotImplementedError, AttributeError): pass # a detector without files is trained again when it is needed again
+    except NotImplementedError: pass # a detector without files is trained again when it is needed again
     return made
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #43a4c016

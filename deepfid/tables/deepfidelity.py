@@ -20,7 +20,7 @@ from ..evaluate.protocols import Column, Row, Table
 from ..core import DeepfidError
 from ..fidelity.learner import MEASURES, DeepFidelity
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #9f26cddd
+# %% ../../nbs/55_tables.deepfidelity.ipynb #38d45578
 PLAIN = Row('plain network', DeepFidelity, dict(ssaa_blocks=0, mapping=None))
 SSAA = Row('SSAA', DeepFidelity, dict(mapping=None))
 PLAIN_MAPPED = Row('mapping', after='plain network', settings=dict(mapping='minmax'))
@@ -34,7 +34,7 @@ def crossed(names):
     "Trained on the first manifest, tested on each"
     return [Column(n if n==names[0] else f'{names[0]} → {n}', names[0], n) for n in names]
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #38d45578
+# %% ../../nbs/55_tables.deepfidelity.ipynb #e1389e7d
 TABLE_1 = """Acc / AUC, per cent
 
 | | FF++ (HQ) | WildDeepfake | Celeb-DF v2 |
@@ -46,7 +46,7 @@ TABLE_1 = """Acc / AUC, per cent
 | SFDG | 98.19 / 99.53 | 84.41 / 92.57 | 99.22 / 99.96 |
 | DeepFidelity | 98.89 / 99.67 | 88.34 / 92.33 | 100 / 100 |"""
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #6aa2a891
+# %% ../../nbs/55_tables.deepfidelity.ipynb #5ad894ce
 TABLES_2_3 = """AUC, per cent
 
 | trained on FF++ (LQ) | WildDeepfake | Celeb-DF v2 | | trained on WildDeepfake | FF++ (LQ) | Celeb-DF v2 |
@@ -68,12 +68,12 @@ TABLE_4 = """Acc / AUC, per cent
 
 In the paper itself the mapping *lowers* the AUC on WildDeepfake (92.46 to 91.09 alone, 93.15 to 92.33 with SSAA), and SSAA alone lowers FF++."""
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #e1389e7d
+# %% ../../nbs/55_tables.deepfidelity.ipynb #c35257dc
 intra = Table('intra', 'Within a data set (the paper’s Table 1)', [PLAIN, SSAA, BOTH], each, TABLE_1)
 cross = Table('cross', 'Trained on one data set, tested on others (Tables 2 and 3)', [PLAIN, SSAA, BOTH], crossed, TABLES_2_3, needs=2)
 ablation = Table('ablation', 'Mirror and mapping, one at a time (Table 4)', [PLAIN, SSAA, PLAIN_MAPPED, BOTH], each, TABLE_4)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #c35257dc
+# %% ../../nbs/55_tables.deepfidelity.ipynb #5be72763
 class Judgeability:
     "A quality made for the task: how right a detector is likely to be about a picture with these statistics"
     def fit(self,
@@ -99,7 +99,7 @@ def judged(detector, manifest, **settings):
     score = np.array([p.fidelity for p in detector.predict(images, 64)])
     return detector.refit(manifest, measure=Judgeability().fit(images, side*(score-detector.threshold)), **settings)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #8daf2374
+# %% ../../nbs/55_tables.deepfidelity.ipynb #56a061ed
 TABLE_5 = """WildDeepfake, Acc / AUC, per cent
 
 | SER-FIQ | BRISQUE | NIQE |
@@ -113,7 +113,7 @@ def measured_by(name, key):
 quality = Table('quality', 'Which quality measure (Table 5, and one made for the task)', [SSAA, measured_by('NIQE', 'niqe'), measured_by('BRISQUE', 'brisque'),
     measured_by('SER-FIQ', 'serfiq'), Row('made for the task', after='SSAA', settings=dict(mapping='minmax'), refit=judged)], each, TABLE_5, baseline='NIQE')
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #1cc4a5d2
+# %% ../../nbs/55_tables.deepfidelity.ipynb #25a7e45e
 TABLE_6 = """WildDeepfake, accuracy, per cent, by range of normalised quality
 
 | | 0–.25 | .25–.5 | .5–.75 | .75–1 |
@@ -123,7 +123,7 @@ TABLE_6 = """WildDeepfake, accuracy, per cent, by range of normalised quality
 | real, binary classifier | 89.05 | 77.02 | 79.63 | 72.96 |
 | real, DeepFidelity | 86.32 | 81.69 | 88.76 | 86.17 |"""
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #201a2eef
+# %% ../../nbs/55_tables.deepfidelity.ipynb #d167f9f0
 def in_range(table, label, k, equal):
     "Which test faces of a class lie in the k-th of four ranges of quality; ranges over both classes together"
     q = table['quality'].to_numpy()
@@ -136,7 +136,7 @@ def by_quality(names):
     return [Column(f'{word}, {part} {k+1}', names[0], names[0], lambda t, l=l, k=k, equal=equal: in_range(t, l, k, equal), ('accuracy',))
             for equal, part in (('width', 'range'), ('number', 'quartile')) for l, word in ((0, 'fake'), (1, 'real')) for k in range(4)]
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #25a7e45e
+# %% ../../nbs/55_tables.deepfidelity.ipynb #9196fe83
 def evenness(record)->str: # Markdown
     "How far apart a row's accuracies over the ranges are: best minus worst, in points; mean over seeds, and seed by seed"
     lines = []
@@ -151,10 +151,10 @@ def evenness(record)->str: # Markdown
     head = '| best minus worst accuracy | fake, ranges | real, ranges | fake, quartiles | real, quartiles |\n|---|---|---|---|---|'
     return '\n'.join([head, *lines, '', f'Faces in each column: {faces}.'])
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #d167f9f0
+# %% ../../nbs/55_tables.deepfidelity.ipynb #423f3ebf
 ranges = Table('ranges', 'Accuracy by quality (Table 6)', [PLAIN, SSAA, BOTH], by_quality, TABLE_6, notes=evenness)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #423f3ebf
+# %% ../../nbs/55_tables.deepfidelity.ipynb #3da4a69f
 FIGURE_5 = 'Figure 5 of the paper is a curve without numbers: accuracy, AUC and their mean against the number of SSAA blocks (0 to 15), on WildDeepfake and from there to Celeb-DF v2. Five blocks, the whole first stage of its network, were chosen.'
 
 def blocks_table(most=4):
@@ -162,7 +162,7 @@ def blocks_table(most=4):
     rows = [Row(f'{n} blocks', DeepFidelity, dict(ssaa_blocks=n, mapping=None)) for n in range(most+1)]
     return Table('blocks', 'How many blocks see the mirror (Figure 5)', rows, crossed, FIGURE_5, figure=plot_blocks)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #3da4a69f
+# %% ../../nbs/55_tables.deepfidelity.ipynb #28110cdc
 def block_maps(
     model, # an `SSAAFormer`
     x,     # float (1,3,H,W)
@@ -180,7 +180,7 @@ def block_maps(
         for h in hooks: h.remove()
     return [(m-m.min())/max(np.ptp(m), 1e-9) for m in maps]
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #8677ad82
+# %% ../../nbs/55_tables.deepfidelity.ipynb #1ede303e
 def maps_picture(
     detector, face, n=15 # trained `DeepFidelity`; uint8 RGB crop; blocks
 ): # uint8 picture
@@ -193,7 +193,7 @@ def maps_picture(
     colour = lambda m: cv2.applyColorMap(cv2.resize(np.uint8(255*m), face.shape[1::-1], interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_VIRIDIS)[..., ::-1]
     return montage([face, *map(colour, maps)], ['face', *(f'block {k+1}' for k in range(len(maps)))], ncols=8)
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #28110cdc
+# %% ../../nbs/55_tables.deepfidelity.ipynb #5a9ed2a3
 def plot_blocks(record): # of the table `blocks`; returns a matplotlib Figure
     "Figure 5: accuracy, AUC and their mean against the number of blocks, one panel for each column"
     from matplotlib.figure import Figure
@@ -211,15 +211,15 @@ def plot_blocks(record): # of the table `blocks`; returns a matplotlib Figure
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #1ede303e
+# %% ../../nbs/55_tables.deepfidelity.ipynb #8d8ab750
 blocks = blocks_table()
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #8d8ab750
+# %% ../../nbs/55_tables.deepfidelity.ipynb #729fa3f4
 SEED = dict(random_state=0)
 RIDGE, BOOSTING = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))), HistGradientBoostingRegressor(max_iter=150, **SEED)
 MLP = make_pipeline(StandardScaler(), MLPRegressor(hidden_layer_sizes=(64,), alpha=1e-2, early_stopping=True, max_iter=200, **SEED))
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #f7623735
+# %% ../../nbs/55_tables.deepfidelity.ipynb #243b8699
 def ridge(detector, manifest, **kw): return detector.refit(manifest, RIDGE, **kw)
 def boosting(detector, manifest, **kw): return detector.refit(manifest, BOOSTING, **kw)
 def mlp(detector, manifest, **kw): return detector.refit(manifest, MLP, **kw)
@@ -231,7 +231,7 @@ recipes = Table('recipes', 'Three recipes', [SSAA, BOTH, Row('paper', DeepFideli
 learned = Table('targets', 'What the network learns', [SSAA, BOTH, Row('fidelity, its own output', DeepFidelity, MAPPED|dict(target='fidelity', regression='head')),
     Row('fidelity, then the SVR', after='fidelity, its own output', settings=dict(regression='svr'))], each, baseline='SSAA and mapping')
 
-# %% ../../nbs/55_tables.deepfidelity.ipynb #729fa3f4
+# %% ../../nbs/55_tables.deepfidelity.ipynb #b41f3eff
 regressors = Table('regressors', 'Which regression', [SSAA, Row('SVR, ours', after='SSAA', settings=MAPPED),
     Row('SVR, as released', after='SSAA', settings=MAPPED|dict(svr={})), Row('ridge', after='SSAA', settings=MAPPED, refit=ridge),
     Row('boosting', after='SSAA', settings=MAPPED, refit=boosting), Row('small MLP', after='SSAA', settings=MAPPED, refit=mlp)], each, baseline='SVR, ours')
