@@ -139,7 +139,7 @@ def test_version_is_the_same_everywhere():
 
 # -- rooms ----------------------------------------------------------------------------------------------------------
 
-ORDER = ['core', 'data', 'quality', 'backbone', ('fidelity', 'similarity', 'siamese'), 'evaluate', 'explain', 'tables', 'explore',
+ORDER = ['core', 'data', 'quality', 'training', 'detector', 'backbone', ('fidelity', 'similarity', 'siamese'), 'evaluate', 'explain', 'tables', 'explore',
          'demo', 'cli', 'testing']
 LEVEL = {room: i for i, rooms in enumerate(ORDER) for room in ([rooms] if isinstance(rooms, str) else rooms)}
 DETECTORS = {'fidelity', 'similarity', 'siamese'}
