@@ -7,10 +7,10 @@ __all__ = ['REQUIRED', 'OPTIONAL', 'SPLITS', 'TEXT', 'WORDS', 'WORK', 'KINDS', '
            'check_identities', 'check_pairs', 'check_files', 'Manifest', 'split_identities', 'DrawnSource',
            'synth_sources', 'PairPlan', 'methods_of', 'plan_pairs', 'make_pair', 'build_pairs', 'square',
            'fidelity_targets', 'FaceSet', 'paired_rows', 'move', 'normalise', 'FaceLoader', 'dataloaders',
-           'faces_to_batch']
+           'faces_to_batch', 'changed']
 
 # %% ../../nbs/07_data.manifest.ipynb #178e7e85
-import hashlib
+import hashlib, shutil
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -484,6 +484,7 @@ class FaceLoader:
         degrade=None,       # when shuffling: a function of (image, seed) or (image), both uint8 (H,W,3)
         seed=0,
         device='cpu',
+        steps=None,         # when shuffling: batches an epoch; default: as many as show every pair once
     ):
         store_attr()
         self.epoch, self.num_workers, self.part = 0, 0, (0, 1)
@@ -496,6 +497,7 @@ def count(self:FaceLoader):
     if self.shuffle and self.balanced and self.bs%2:
         raise DeepfidError(f'bs={self.bs}: balanced batches hold as many real as fake; take an even number')
     n = len(self.order(0))
+    if self.shuffle and self.steps: n = self.steps*self.bs
     self.n = n//self.bs*self.bs if self.drop_last and n>=self.bs else n
 
 @patch
@@ -529,8 +531,10 @@ def order(self:FaceLoader, epoch):
     "The rows of one epoch; the same seed and epoch give the same order"
     if not self.shuffle: return np.arange(len(self.dataset))
     rng = np.random.default_rng([self.seed, epoch])
-    if not self.balanced: return rng.permutation(len(self.dataset))
-    return paired_rows(self.dataset.manifest.table, rng, self.pairs_together).ravel()
+    def once(): return paired_rows(self.dataset.manifest.table, rng, self.pairs_together).ravel() if self.balanced else rng.permutation(len(self.dataset))
+    rows = once()
+    while self.steps and len(rows)<self.steps*self.bs: rows = np.r_[rows, once()]
+    return rows
 
 @patch
 def batches(self:FaceLoader, epoch):
@@ -585,12 +589,13 @@ def dataloaders(
     seed=0,
     num_workers=4,        # threads that decode
     device=None,          # a GPU where there is one
+    steps=None,           # training batches an epoch; default: as many as show every pair once
 ): # fastai `DataLoaders`
     "Training and validation batches, x float (B,3,size,size) with mean = std = 0.5"
     from fastai.data.core import DataLoaders
     device, size = device or default_device(), size or len(manifest.image(0))
     train, valid = [FaceSet(manifest.of(s), kind, size, targets, cache, num_workers) for s in ('train', 'valid')]
-    return DataLoaders(FaceLoader(train, bs, True, True, balanced, pairs_together, flip, shift, degrade, seed),
+    return DataLoaders(FaceLoader(train, bs, True, True, balanced, pairs_together, flip, shift, degrade, seed, steps=steps),
                        FaceLoader(valid, bs, seed=seed), device=device)
 
 # %% ../../nbs/07_data.manifest.ipynb #88d20855
@@ -604,3 +609,23 @@ def faces_to_batch(
     images = [np.asarray(getattr(im, 'image', im)) for im in images]
     size = size or len(images[0])
     return normalise(torch.from_numpy(np.stack([square(im, size, f'face {i}') for i,im in enumerate(images)])).permute(0, 3, 1, 2), device)
+
+# %% ../../nbs/07_data.manifest.ipynb #1efe2578
+def changed(
+    manifest:Manifest,
+    change,     # function of a picture, uint8 RGB (H,W,3), that keeps its size
+    folder,     # for the new manifest; one that is there already is read again
+)->Manifest:    # its pictures as PNG, its quality unknown
+    "The same table of faces with every picture changed"
+    folder = Path(folder)
+    if (folder/'manifest.csv').is_file(): return Manifest.read(folder/'manifest.csv')
+    table = manifest.table.assign(path=manifest.table['path']+'.png', quality=np.nan)
+    with atomic_folder(folder) as tmp:
+        for i, (new, mask) in enumerate(zip(table['path'], table['mask'])):
+            (tmp/new).parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp/new), change(manifest.image(i))[..., ::-1])
+            if mask:
+                (tmp/mask).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(manifest.folder/mask, tmp/mask)
+        Manifest(table, tmp, manifest.name).save(tmp/'manifest.csv')
+    return Manifest.read(folder/'manifest.csv')

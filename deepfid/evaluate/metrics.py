@@ -6,7 +6,7 @@
 __all__ = ['KEY', 'SINGLE', 'MetricError', 'check_scores', 'confusion', 'auc', 'average_precision', 'eer', 'Roc', 'roc',
            'choose_threshold', 'oracle_threshold', 'video_keys', 'VideoScores', 'video_scores', 'bootstrap_counts',
            'Interval', 'auc_interval', 'Metrics', 'evaluate', 'auc_difference', 'over_seeds', 'per_group', 'mask_iou',
-           'pixel_auc']
+           'mask_f1', 'pixel_auc']
 
 # %% ../../nbs/50_evaluate.metrics.ipynb #33eca39f
 import warnings
@@ -415,6 +415,11 @@ def mask_iou(
     both, either = (p&t).sum((-1,-2)), (p|t).sum((-1,-2))
     iou = np.where(either, both/np.maximum(either,1), 1.)
     return float(iou) if iou.ndim==0 else iou
+
+def mask_f1(pred, target, threshold:float=.5): # F1 of each mask; 1 where both are empty
+    "Harmonic mean of precision and recall of the marked pixels"
+    iou = mask_iou(pred, target, threshold)
+    return 2*iou/(1+iou)
 
 def pixel_auc(pred, target, threshold:float=.5)->float:
     "The chance that a forged pixel is marked more strongly than a genuine one, over all pixels given"

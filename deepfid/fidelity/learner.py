@@ -23,10 +23,10 @@ from ..detector import NetworkDetector
 from . import ssaaformer
 from .checkpoint import load_checkpoint
 from .regressor import FidelityRegressor
-from deepfid.fidelity.training import (RECIPES, SCHEDULES, CentreCrop, ImageNetAugment, KeepBest, LoadBest, TokenLoss, centre_crop, decay_split,
+from deepfid.fidelity.training import (RECIPES, SCHEDULES, CentreCrop, ImageNetAugment, KeepBest, TokenLoss, centre_crop, decay_split,
     fidelity_loss)
 from ..quality.mapping import FidelityMapping
-from ..training import EMA, Checkpoint, EpochSeed, distributed, precision, share
+from ..training import EMA, Checkpoint, EpochSeed, LoadBest, distributed, history, precision, share
 
 # %% ../../nbs/23_fidelity.learner.ipynb #81354a5c
 PRESETS = {
@@ -147,8 +147,7 @@ def fit(self:DeepFidelity,
     learn = self.learner(dls, cbs, self._selection(manifest, dls))
     with learn.no_bar(), learn.no_logging(): self.train(learn)
     share(self.model)
-    names = ('train_loss', 'valid_loss', 'accuracy', 'auc')
-    self.history = [dict(zip(names, map(float, row))) for row in learn.recorder.values if len(row)>1]
+    self.history = history(learn)
     self.regress(dls.train, targets)
     return self.calibrate_on(dls.valid)
 

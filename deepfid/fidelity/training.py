@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SCHEDULES', 'one_cycle', 'cosine', 'warm_up_of_five', 'TokenLoss', 'fidelity_loss', 'decay_split',
-           'ImageNetAugment', 'centre_crop', 'CentreCrop', 'KeepBest', 'LoadBest']
+           'ImageNetAugment', 'centre_crop', 'CentreCrop', 'KeepBest']
 
 # %% ../../nbs/22a_fidelity.training.ipynb #16b82a31
 from copy import deepcopy
@@ -132,10 +132,3 @@ class KeepBest(Callback):
         model = bare(self.learn.model).eval()
         right = torch.cat([model(centre_crop(x, self.crop)).argmax(1)==y for x, y in self.dl]).float().mean().item()
         if right>self.best: self.best, self.weights = right, deepcopy(model.state_dict())
-
-class LoadBest(Callback):
-    "The other half of `KeepBest`: load what it kept, after everything else has finished"
-    order = 90
-    def __init__(self, keeper): self.keeper = keeper
-    def after_fit(self):
-        if self.keeper.weights is not None: bare(self.learn.model).load_state_dict(self.keeper.weights)

@@ -82,6 +82,8 @@ class SimilarityOutput(NamedTuple):
     logit: torch.Tensor        # (B,): above 0 = real
     mask: torch.Tensor|None    # (B,1,H,W) logits: above 0 = forged; None without the decoder
     pairs: torch.Tensor|None   # (B,N,N) logits: above 0 = the two places differ; None without the map
+    size: tuple|None = None    # (h,w) of the map whose N = h*w places were compared
+    places: torch.Tensor|None = None # (B,k): which of them, where only some were; pairs is then (B,k,k)
 
 class SimilarityNet(nn.Module):
     "Xception with a map of pairs in its middle and a decoder at its end"
@@ -106,24 +108,34 @@ class SimilarityNet(nn.Module):
 
 # %% ../../nbs/32_similarity.localize.ipynb #ff1f437e
 @patch
-def embed(self:SimilarityNet, maps, levels):
-    "(B,D): what the classifier reads"
-    if levels is None: return maps['act4'].mean((2, 3))
-    return torch.cat([l.mean((2, 3)) for l in (levels if self.cls_feat=='concat' else levels[-1:])], 1)
+def _look(self:SimilarityNet, x):
+    "Maps of the backbone, logits of the mask, and what the classifier reads (B,D)"
+    wanted = {'act4'}|({self.tap} if self.llsm else set())|({s for s, _ in LEVELS if s} if self.decoder else set())
+    maps = self.backbone(x, sorted(wanted))
+    if self.decoder is None: return maps, None, maps['act4'].mean((2, 3))
+    mask, levels = self.decoder(maps, x.shape[-2:])
+    return maps, mask, torch.cat([l.mean((2, 3)) for l in (levels if self.cls_feat=='concat' else levels[-1:])], 1)
+
+@patch
+def embed(self:SimilarityNet,
+    x:torch.Tensor # (B,3,H,W)
+)->torch.Tensor:   # (B,D)
+    "What the classifier reads"
+    return self._look(x)[2]
 
 @patch
 def forward(self:SimilarityNet,
-    x:torch.Tensor # (B,3,H,W), mean = std = 0.5
+    x:torch.Tensor, # (B,3,H,W), mean = std = 0.5
+    choose=None     # function of the map's (h,w): the places (B,k) to compare; None: all
 )->SimilarityOutput:
     "Score, mask and map of pairs"
-    wanted = {'act4'}|({self.tap} if self.llsm else set())|({s for s, _ in LEVELS if s} if self.decoder else set())
-    maps = self.backbone(x, sorted(wanted))
-    mask, levels = self.decoder(maps, x.shape[-2:]) if self.decoder else (None, None)
-    pairs = None
-    if self.llsm:
-        check_memory(max(maps[self.tap].shape[-2:]), len(x), x.device)
-        pairs = self.llsm(maps[self.tap])
-    return SimilarityOutput(self.head(self.embed(maps, levels))[:,0], mask, pairs)
+    maps, mask, features = self._look(x)
+    logit = self.head(features)[:, 0]
+    if self.llsm is None: return SimilarityOutput(logit, mask, None)
+    size = tuple(maps[self.tap].shape[-2:])
+    places = choose(size) if choose else None
+    if places is None: check_memory(max(size), len(x), x.device)
+    return SimilarityOutput(logit, mask, self.llsm(maps[self.tap], places), size, places)
 
 # %% ../../nbs/32_similarity.localize.ipynb #c3a6602b
 def similarity_losses(
@@ -136,8 +148,7 @@ def similarity_losses(
     if (bad := (m.flatten(1).amax(1)>.5)&(label==1)).any(): raise DeepfidError(f'{int(bad.sum())} real faces have a mask that is not empty: label and mask do not belong together')
     parts = dict(cls=F.binary_cross_entropy_with_logits(out.logit, label.float()))
     if out.pairs is not None:
-        side = round(out.pairs.shape[1]**.5)
-        parts['ls'] = F.binary_cross_entropy_with_logits(out.pairs, pair_target(m, side))
+        parts['ls'] = F.binary_cross_entropy_with_logits(out.pairs, pair_target(m, out.size, places=out.places))
     if out.mask is not None:
         if m.shape[-2:]!=out.mask.shape[-2:]: raise DeepfidError(f'masks of {m.shape[-1]}x{m.shape[-2]} pixels for pictures of {out.mask.shape[-1]}x{out.mask.shape[-2]}: they must be the same size')
         parts['loc'] = F.binary_cross_entropy_with_logits(out.mask, m)
