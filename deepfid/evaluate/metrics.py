@@ -357,20 +357,21 @@ SINGLE = {'auc': _auc, 'ap': _ap, 'eer': _eer}
 def _measure(metric, fid, lab, w, threshold):
     "One metric for each line of counts `w`"
     if metric=='accuracy': return (w@((fid>=threshold)==(lab==1)))/w.sum(1)
+    if metric=='mean': return (w@fid)/w.sum(1)
     if metric not in SINGLE: raise MetricError(f"metric='{metric}' is unknown: use accuracy, {', '.join(SINGLE)}")
     return SINGLE[metric](*_mass(fid, lab, w))
 
 def over_seeds(
     runs,         # [(fidelity (n,), threshold)], one for each seed, all on the same faces
-    label,        # (n,) 1 = real, 0 = fake; one class is enough for 'accuracy'
-    metric='auc', # 'auc', 'ap', 'eer' or 'accuracy' (at each run's own threshold)
+    label,        # (n,) 1 = real, 0 = fake; one class is enough for 'accuracy' and 'mean'
+    metric='auc', # 'auc', 'ap', 'eer', 'accuracy' (at each run's own threshold), or 'mean' of whatever number is given for each face
     groups=None,  # (n,) clusters to resample; None: rows
     minus=None,   # runs of something else on the same faces: the interval is of the difference
     n_boot:int=1000, level:float=.95, seed:int=0,
 )->Interval:
     "A metric averaged over trainings, with a bootstrap interval over what was tested"
-    runs = [(*check_scores(f, label, metric!='accuracy'), t) for f, t in runs]
-    other = [(*check_scores(f, label, metric!='accuracy'), t) for f, t in minus or []]
+    both = metric not in ('accuracy', 'mean')
+    runs, other = ([(*check_scores(f, label, both), t) for f, t in some or []] for some in (runs, minus))
     def mean(of, w): return np.mean([_measure(metric, f, lab, w, t) for f, lab, t in of], axis=0)
     def value(w): return mean(runs, w)-(mean(other, w) if other else 0)
     draws = [value(w) for w in bootstrap_counts(np.asarray(label), groups, n_boot, seed)]

@@ -85,6 +85,10 @@ class SimilarityOutput(NamedTuple):
     size: tuple|None = None    # (h,w) of the map whose N = h*w places were compared
     places: torch.Tensor|None = None # (B,k): which of them, where only some were; pairs is then (B,k,k)
 
+    @property
+    def fidelity(self): # (B,) 1 = real
+        return self.logit.sigmoid()
+
 class SimilarityNet(nn.Module):
     "Xception with a map of pairs in its middle and a decoder at its end"
     def __init__(self,
