@@ -89,6 +89,7 @@ class SimilarityOutput(NamedTuple):
     def fidelity(self): # (B,) 1 = real
         return self.logit.sigmoid()
 
+# %% ../../nbs/32_similarity.localize.ipynb #ff1f437e
 class SimilarityNet(nn.Module):
     "Xception with a map of pairs in its middle and a decoder at its end"
     def __init__(self,
@@ -110,7 +111,7 @@ class SimilarityNet(nn.Module):
         read = c['act4'] if not use_flm else self.decoder.sizes[-1] if cls_feat=='last' else sum(self.decoder.sizes)
         self.head = nn.Linear(read, 1)
 
-# %% ../../nbs/32_similarity.localize.ipynb #ff1f437e
+# %% ../../nbs/32_similarity.localize.ipynb #94c74de6
 @patch
 def _look(self:SimilarityNet, x):
     "Maps of the backbone, logits of the mask, and what the classifier reads (B,D)"
@@ -141,7 +142,7 @@ def forward(self:SimilarityNet,
     if places is None: check_memory(max(size), len(x), x.device)
     return SimilarityOutput(logit, mask, self.llsm(maps[self.tap], places), size, places)
 
-# %% ../../nbs/32_similarity.localize.ipynb #c3a6602b
+# %% ../../nbs/32_similarity.localize.ipynb #a343f812
 def similarity_losses(
     out:SimilarityOutput,
     label:torch.Tensor, # (B,) 1 = real
