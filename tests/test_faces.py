@@ -1,8 +1,9 @@
 "Finding and aligning faces"
-import os, subprocess, sys
+import os, sys, types
 import cv2, numpy as np, pytest
 from deepfid.core import DataMissingError, DeepfidError, Face, ImageError, NoFaceError, WeightsError
-from deepfid.data.faces import FaceFinder, align, crop_matrix, find_face, template, warp, yunet_path
+from deepfid.data.faces import (BLURRED, Detection, DlibFinder, FaceFinder, TURNED, align, box_distance, choose, crop_matrix, cut, cut_all, cut_matrix, default_finder,
+    find_face, flags, off_middle, sharpness, template, warp, yunet_path)
 from deepfid.data.synth import draw_face
 
 def test_a_moved_template_comes_back():
@@ -61,3 +62,127 @@ def test_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(pooch, 'retrieve', fail)
     monkeypatch.delenv('DEEPFID_DATA', raising=False)
     with pytest.raises(DataMissingError, match='opencv_zoo'): yunet_path()
+
+# -- which face, and is it fit for use? -----------------------------------------------------------------------------
+
+def told(*box): return Detection(np.float32(box), template(112), .9)
+
+def test_choose():
+    a, b, c = told(0, 0, 50, 60), told(100, 0, 70, 80), told(160, 10, 30, 36)
+    assert choose([a, b, c]) is b and choose([a, b, c], near=a) is a and choose([a, b, c], near=c.box) is c
+    with pytest.raises(NoFaceError): choose([])
+
+def test_box_distance():
+    assert box_distance([5, 5, 20, 30], [5, 5, 20, 30])==0
+    assert box_distance([0, 0, 10, 10], [10, 0, 10, 10])==1
+    assert box_distance([0, 0, 10, 10], [-5, -5, 20, 20])==pytest.approx(np.log(2))
+
+def test_same_faces_on_a_reduced_copy(data):
+    "640 pixels find what full size finds, and what a first look at 320 finds is the same face"
+    full, reduced, quick = FaceFinder(longest=10_000), FaceFinder(), FaceFinder(first=320)
+    for path in sorted((data/'london').glob('*_front/*.jpg'))[::20]+sorted((data/'portraits').glob('*.jpg'))[::40]:
+        image = cv2.resize(cv2.imread(str(path))[..., ::-1], None, fx=2, fy=2)
+        a, b, c = [f.find(image) for f in (full, reduced, quick)]
+        assert len(a)>=1 and len(b)>=1 and len(c)>=1, path.name
+        assert box_distance(choose(a).box, choose(b).box)<.3 and box_distance(choose(a).box, choose(c).box)<.3, path.name
+
+def test_a_first_look_is_not_the_last(data):
+    "A face too small for the first look is found by the second"
+    image = cv2.imread(str(data/'portraits'/'p000.jpg'))[..., ::-1]
+    page = np.full((2000, 2000, 3), 128, np.uint8)
+    page[900:1100, 900:1100] = cv2.resize(image, (200, 200), interpolation=cv2.INTER_AREA)
+    assert not FaceFinder(longest=100).find(page)
+    [found] = FaceFinder(first=100, longest=1000).find(page)
+    assert 900<found.box[0]<1100
+
+@pytest.mark.parametrize('shape', [(70000, 10), (10, 30000), (3, 5), (10, 640)])
+def test_strips_hold_no_face(data, shape): assert default_finder().find(np.zeros((*shape, 3), np.uint8))==[]
+
+def test_flags(data):
+    face = find_face(data/'london'/'neutral_front'/'001_03.jpg')
+    seen = choose(default_finder().find(face.image))
+    assert flags(face.image, seen)==()
+    scale = np.hypot(*crop_matrix(seen.points, 112, 1.)[0, :2])
+    assert flags(cv2.GaussianBlur(face.image, (0, 0), 3/scale), seen)==('blurred',)
+    small = cv2.resize(face.image, None, fx=.08, fy=.08, interpolation=cv2.INTER_AREA)
+    assert 'tiny' in flags(small, Detection(seen.box*.08, seen.points*.08, .9))
+    aside = seen.points.copy(); aside[2, 0] = aside[1, 0]
+    assert flags(face.image, Detection(seen.box, aside, .9))==('turned',)
+
+def test_turned_follows_the_yaw():
+    drawn = {yaw: off_middle(draw_face(3, yaw=yaw, pitch=0., roll=.2).points) for yaw in (0., .1, .2, .5, .6)}
+    assert all(drawn[y]<TURNED for y in (0., .1, .2)) and all(drawn[y]>TURNED for y in (.5, .6))
+
+def test_sharpness_falls_with_blur():
+    face = draw_face(3)
+    values = [sharpness(cv2.GaussianBlur(face.image, (0, 0), s), face.points) for s in (.3, 1, 2, 4)]
+    assert values==sorted(values, reverse=True) and values[-1]<BLURRED
+
+# -- cutting --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('align_by', ['similarity', 'box'])
+@pytest.mark.parametrize('size', [224, 256, 299])
+def test_cut(size, align_by):
+    face = draw_face(4, size=300)
+    x, y = face.points.min(0)
+    d = Detection(np.float32([x-40, y-60, 150, 170]), face.points, .8)
+    c = cut(face.image, d, size, align=align_by)
+    m = cut_matrix(d, size, align=align_by)
+    assert c.image.shape==(size, size, 3) and c.meta['score']==.8 and c.meta['box']==d.box.tolist() and c.meta['flags']==flags(face.image, d)
+    np.testing.assert_allclose(c.points, face.points@m[:, :2].T+m[:, 2], atol=1e-3)
+    np.testing.assert_array_equal(c.image, warp(face.image, m, size))
+
+def test_box_cut_is_a_square_of_one_point_three_times_the_longer_side():
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+    np.testing.assert_array_equal(cut(noise, told(60, 70, 100, 80), 130, align='box').image, noise[45:175, 45:175])
+    with pytest.raises(DeepfidError, match='oval'): cut(noise, told(60, 70, 100, 80), align='oval')
+
+def test_cut_all_keeps_the_order_and_names_what_fails(data, tmp_path):
+    good = sorted((data/'portraits').glob('*.jpg'))[:7]
+    (tmp_path/'text.jpg').write_bytes(b'no picture')
+    cv2.imwrite(str(tmp_path/'nobody é.png'), np.full((200, 200, 3), 90, np.uint8))
+    paths = [good[0], tmp_path/'text.jpg', *good[1:], tmp_path/'nobody é.png', tmp_path/'gone.jpg']
+    runs = [list(cut_all(iter(paths), 112, workers=w)) for w in (1, 2, 3)]
+    for run in runs:
+        assert [p for p, _ in run]==paths
+        assert [type(f) for _, f in run]==[Face if p in good else NoFaceError if 'nobody' in p.name else ImageError for p in paths]
+        assert all(p.name in str(f) for p, f in run if not isinstance(f, Face))
+    for (_, a), (_, b) in zip(runs[0], runs[2]):
+        if isinstance(a, Face): np.testing.assert_array_equal(a.image, b.image)
+
+def test_cut_all_reads_ahead_only_a_little(data):
+    read = []
+    def paths():
+        for i in range(100): read.append(i); yield data/'portraits'/'p000.jpg'
+    crops = cut_all(paths(), 64, workers=2)
+    for _ in range(5): next(crops)
+    assert len(read)<=5+2*2
+    crops.close()
+
+def test_cut_all_stops_when_there_is_no_model(data, tmp_path):
+    with pytest.raises(DataMissingError): list(cut_all([data/'portraits'/'p000.jpg'], finder=lambda: FaceFinder(tmp_path/'n.onnx')))
+
+# -- dlib -----------------------------------------------------------------------------------------------------------
+
+def test_dlib_missing_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'dlib', None)
+    with pytest.raises(DataMissingError, match='pip install dlib'): DlibFinder(tmp_path/'m.dat')
+
+def test_dlib_finder_speaks_like_the_other(monkeypatch, tmp_path):
+    "With a stand-in for dlib: boxes, five of its 68 points, surest first"
+    face = draw_face(2)
+    class Rect:
+        def left(self): return 10
+        def top(self): return 20
+        def width(self): return 100
+        def height(self): return 90
+    class Shape:
+        def parts(self): return [types.SimpleNamespace(x=x, y=y) for x, y in face.landmarks]
+    fake = types.SimpleNamespace(get_frontal_face_detector=lambda: types.SimpleNamespace(run=lambda image, up, low: ([Rect(), Rect()], [.2, 1.4], [0, 0])),
+                                 shape_predictor=lambda path: lambda image, rect: Shape())
+    monkeypatch.setitem(sys.modules, 'dlib', fake)
+    with pytest.raises(DataMissingError, match='dlib-models'): DlibFinder(tmp_path/'m.dat')
+    (tmp_path/'m.dat').write_bytes(b'x')
+    found = DlibFinder(tmp_path/'m.dat').find(face.image)
+    assert [d.score for d in found]==[1.4, .2] and found[0].box.tolist()==[10, 20, 100, 90]
+    np.testing.assert_allclose(found[0].points, face.points, atol=1e-3)

@@ -1,0 +1,229 @@
+"Cutting faces out of data sets: one box for a fake and its source, bad input, interruptions, workers"
+import hashlib, os, re, signal, struct, subprocess, sys, time, wave, zlib
+from pathlib import Path
+import cv2, numpy as np, pandas as pd, pytest
+from deepfid.core import DeepfidError, read_json, write_json
+from deepfid.data import extract
+from deepfid.data.datasets import Clip, ffpp, folder, read_clips
+from deepfid.data.extract import OutputError, clip_folder, extract_faces, faces_command, source_folder
+from deepfid.data.manifest import Manifest
+from deepfid.data.video import synth_clip, write_video
+
+pytestmark = pytest.mark.usefixtures('data') # where the face detector's model is
+SMALL = dict(size=64, frames=4, progress=False)
+
+def contents(out):
+    "name -> hash of every file below a folder"
+    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(out).rglob('*')) if p.is_file()}
+
+def changed(image, box=(60, 90, 60, 100)):
+    "A picture with a patch of it blurred"
+    image, (t, b, l, r) = image.copy(), box
+    image[t:b, l:r] = cv2.GaussianBlur(image[t:b, l:r], (0, 0), 5)
+    return image
+
+@pytest.fixture(scope='module')
+def people():
+    "Frames of six drawn people"
+    return [[f.image for f in synth_clip(i, 1, fps=10, size=160, seed=i, motion=.4)] for i in range(6)]
+
+@pytest.fixture(scope='module')
+def videos(people, tmp_path_factory):
+    "A folder of their videos, each with a fake, and all that can be wrong with files"
+    root = tmp_path_factory.mktemp('set with é')
+    for i, images in enumerate(people):
+        for name, pictures in ((f'real/p{i}.mp4', images), (f'fake/blur/p{i}.mp4', list(map(changed, images)))):
+            (root/name).parent.mkdir(parents=True, exist_ok=True)
+            write_video(pictures, root/name, fps=10, crf=10)
+    real = root/'real'
+    (real/'empty.mp4').touch()
+    (real/'prose.mp4').write_text('no video at all')
+    with wave.open(str(real/'tone.mp4'), 'wb') as f: f.setparams((1, 2, 8000, 0, 'NONE', '')); f.writeframes(bytes(8000))
+    (real/'picture.mp4').write_bytes(cv2.imencode('.png', people[0][0])[1].tobytes())
+    (real/'video.jpg').write_bytes((real/'p0.mp4').read_bytes())
+    (real/'cut.mp4').write_bytes((data := (real/'p0.mp4').read_bytes())[:len(data)//2])
+    (real/'bomb.png').write_bytes(bomb())
+    (real/'wall.mp4').write_bytes(write_video([np.full((96, 96, 3), 90, np.uint8)]*6, root/'wall.mp4').read_bytes())
+    (real/'line\nbreak é.mp4').write_bytes((real/'p1.mp4').read_bytes())
+    (real/'loop').symlink_to(real)
+    (real/'self.mp4').symlink_to(real/'self.mp4')
+    return root
+
+def bomb():
+    "A PNG of a few bytes that says it is 60000x60000"
+    chunk = lambda kind, data: struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', 60000, 60000, 8, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(b'\0'*99))+chunk(b'IEND', b'')
+
+@pytest.fixture(scope='module')
+def whole(videos, tmp_path_factory):
+    "The same set cut without interruption by one process"
+    out = tmp_path_factory.mktemp('whole')/'out'
+    return faces_command(videos, out, **SMALL, workers=1)
+
+def test_pairs_share_a_box_and_masks_show_the_change(videos, whole):
+    m = Manifest.read(whole['saved'])
+    pairs = m.table[m.table['pair']!=''].groupby('pair')
+    assert len(pairs)>=16 and all(sorted(g['label'])==[0, 1] for _, g in pairs)
+    clip = next(c for c in folder(videos) if c.method=='blur' and c.video.endswith('p2.mp4'))
+    out = Path(whole['saved']).parent
+    notes = [read_json(out/p/'clip.json') for p in (clip_folder(clip), source_folder(clip))]
+    assert notes[0]['places']==notes[1]['places'] and notes[0]['source']=='p2.mp4'
+    fakes = m.table.index[(m.table['label']==0) & (m.table['mask']!='')]
+    assert len(fakes) and np.mean([.02<m.mask(i).mean()<.5 for i in fakes])>.9
+    assert (m.table.loc[m.table['label']==1, 'mask']=='').all() and not m.table['consent'].any()
+
+def test_bad_files_cost_a_line_each(videos, whole):
+    log = pd.read_csv(whole['log'])
+    why = log[log['frame'].isna()].groupby('video')['reason'].first()
+    for name, say in {'empty.mp4': 'empty', 'prose.mp4': 'no video in a known format', 'picture.mp4': 'is a picture', 'tone.mp4': 'no video stream', 'video.jpg': 'not a picture',
+                      'bomb.png': 'max_pixels', 'self.mp4': 'no such file'}.items(): assert say in why[name] and '\n' not in why[name]
+    assert set(log[log['video']=='wall.mp4']['reason'])=={'no face found'} and log[log['video']=='cut.mp4']['reason'].str.contains('cannot be decoded').all()
+    table = Manifest.read(whole['saved']).table
+    assert whole['status']==3 and whole['failed']>=7 and 'line\nbreak é.mp4' in set(table['video'])
+    assert table['path'].str.fullmatch(r'[\w./-]+', flags=re.ASCII).all()
+
+def test_any_number_of_workers_writes_the_same(videos, whole, tmp_path):
+    extract_faces(folder(videos), tmp_path/'out', **SMALL, workers=2)
+    assert contents(tmp_path/'out')==contents(Path(whole['saved']).parent)
+
+def test_killed_and_resumed_is_the_same(videos, whole, tmp_path):
+    out, job = tmp_path/'out', tmp_path/'job.py'
+    job.write_text(f"from deepfid.data.extract import *\nif __name__=='__main__': faces_command({str(videos)!r}, {str(out)!r}, size=64, frames=4, workers=2, progress=False)")
+    process = subprocess.Popen([sys.executable, job])
+    while len(done := list(out.glob('faces/*/*/[!.]*/*.png')))<8: time.sleep(.01); assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stamps = {p.parent: (p.parent/'clip.json').stat().st_mtime_ns for p in done}
+    assert not (out/'manifest.csv').exists()
+    (next(iter(stamps)).parent/'.tmp-of-the-dead').mkdir()
+    extract_faces(folder(videos), out, **SMALL, workers=1)
+    assert contents(out)==contents(Path(whole['saved']).parent)
+    assert all((p/'clip.json').stat().st_mtime_ns==t for p, t in stamps.items())
+
+def test_workers_follow_their_killed_parent(videos, tmp_path):
+    job = tmp_path/'job.py'
+    job.write_text(f"from deepfid.data.extract import *\nif __name__=='__main__': faces_command({str(videos)!r}, {str(tmp_path/'out')!r}, size=64, frames=4, workers=2, progress=False)")
+    process = subprocess.Popen([sys.executable, job])
+    while not list((tmp_path/'out').glob('faces/*/*/[!.]*/*.png')): time.sleep(.01); assert process.poll() is None
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    if not children.exists(): process.kill(); pytest.skip('needs /proc')
+    workers = children.read_text().split()
+    process.kill(); process.wait()
+    alive = lambda: [w for w in workers if Path(f'/proc/{w}/stat').exists() and ') Z' not in Path(f'/proc/{w}/stat').read_text()]
+    end = time.time()+10
+    while alive() and time.time()<end: time.sleep(.05)
+    assert len(workers)>=2 and not alive()
+
+def test_a_full_disk_stops_the_job_and_leaves_nothing_half_written(videos, whole, tmp_path, monkeypatch):
+    out, count, write = tmp_path/'out', [0], Path.write_bytes
+    def full(self, data):
+        count[0] += 1
+        if count[0]>20: raise OSError(28, 'No space left on device')
+        return write(self, data)
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OutputError, match='No space left on device.*run the same command again'): extract_faces(folder(videos), out, **SMALL, workers=1)
+    monkeypatch.undo()
+    assert not list(out.rglob('.tmp-*')) and not (out/'manifest.csv').exists()
+    extract_faces(folder(videos), out, **SMALL, workers=1)
+    assert contents(out)==contents(Path(whole['saved']).parent)
+
+def test_an_unreadable_folder_is_one_line(videos, tmp_path, monkeypatch):
+    shut, real = str(videos/'real'/'shut'), os.listdir
+    def listdir(path='.'):
+        if str(path)==shut: raise PermissionError(13, 'Permission denied', shut)
+        return real(path)
+    (videos/'real'/'shut').mkdir()
+    monkeypatch.setattr(os, 'listdir', listdir)
+    try:
+        clips = [c for c in folder(videos) if c.video in ('shut', 'p0.mp4')]
+        extract_faces(clips, tmp_path/'out', **SMALL, workers=1)
+    finally: (videos/'real'/'shut').rmdir()
+    log = pd.read_csv(tmp_path/'out'/'skipped.csv')
+    assert log[log['video']=='shut']['reason'].tolist()==['this folder cannot be listed; make it readable']
+
+def test_settings_may_not_change_and_leaks_are_refused_first(videos, whole, tmp_path):
+    with pytest.raises(DeepfidError, match='other settings'): extract_faces(folder(videos), Path(whole['saved']).parent, size=65, progress=False)
+    with pytest.raises(DeepfidError, match="identity 'ann'"): extract_faces([Clip('a', 1, 'ann', 'train', 'x'), Clip('b', 1, 'ann', 'test', 'y')], tmp_path/'o')
+    with pytest.raises(DeepfidError, match='video` of its own'): extract_faces([Clip('a', 1, 'ann', 'train', 'x')]*2, tmp_path/'o')
+    with pytest.raises(DeepfidError, match='no engine'): extract_faces([Clip('a', 1, 'ann', 'train', 'x')], tmp_path/'o', engine='steam')
+    with pytest.raises(DeepfidError, match='no face in any of the 1 clips'): extract_faces([Clip(str(tmp_path/'no.mp4'), 1, 'ann', 'train', 'x')], tmp_path/'o', progress=False)
+
+def test_a_mended_file_is_picked_up(people, tmp_path):
+    (tmp_path/'set'/'real').mkdir(parents=True)
+    write_video(people[0], tmp_path/'set'/'real'/'a.mp4', fps=10)
+    (tmp_path/'set'/'real'/'b.mp4').touch()
+    assert faces_command(tmp_path/'set', tmp_path/'out', **SMALL, workers=1)['failed']==1
+    write_video(people[1], tmp_path/'set'/'real'/'b.mp4', fps=10)
+    assert faces_command(tmp_path/'set', tmp_path/'out', **SMALL, workers=1)['status']==0
+
+def test_released_masks_are_cut_with_the_fake(people, tmp_path):
+    "FaceForensics++ in miniature, one fake shorter than its source, masks as videos"
+    root, white = tmp_path/'FaceForensics++', np.zeros((160, 160, 3), np.uint8)
+    white[60:90, 60:100] = 255
+    for n, s in (('train', ['000', '003']), ('val', ['001', '002']), ('test', ['004', '005'])): write_json(root/f'{n}.json', [s])
+    for i in (0, 3):
+        (root/'original_sequences/youtube/c23/videos').mkdir(parents=True, exist_ok=True)
+        write_video(people[i], root/f'original_sequences/youtube/c23/videos/00{i}.mp4', fps=10)
+    base = root/'manipulated_sequences/Deepfakes'
+    for d in ('c23', 'masks'): (base/d/'videos').mkdir(parents=True)
+    write_video(list(map(changed, people[0]))[:7], base/'c23/videos/000_003.mp4', fps=10)
+    write_video([white]*7, base/'masks/videos/000_003.mp4', fps=10)
+    m = extract_faces(ffpp(tmp_path), tmp_path/'out', **SMALL, workers=1)
+    fakes = m.table.index[m.table['label']==0]
+    assert m.table['frame'][fakes].tolist()==[0, 3, 6] # the source's frames, not the fake's own
+    for i in fakes:
+        assert set(np.unique(m.mask(i)))<={0, 1} and .03<m.mask(i).mean()<.4
+    log = pd.read_csv(tmp_path/'out'/'skipped.csv')
+    assert 'the source has this frame, this clip has not' in set(log['reason']) and len(m.where(label=0, donor='003'))==3
+
+def test_a_fake_of_another_size_gets_its_own_box(people, tmp_path):
+    (tmp_path/'set'/'fake').mkdir(parents=True); (tmp_path/'set'/'real').mkdir()
+    write_video(people[0], tmp_path/'set/real/a.mp4', fps=10)
+    write_video([cv2.resize(i, (120, 120)) for i in people[0]], tmp_path/'set/fake/a.mp4', fps=10)
+    m = extract_faces(folder(tmp_path/'set'), tmp_path/'out', size=64, frames=4, drop=(), workers=1, progress=False)
+    assert (m.table['pair']=='').all() and (m.table['mask']=='').all() and set(m.table['label'])=={0, 1}
+    stamp = (p := next((tmp_path/'out').glob('faces/*/fake/*/clip.json'))).stat().st_mtime_ns
+    extract_faces(folder(tmp_path/'set'), tmp_path/'out', size=64, frames=4, drop=(), workers=1, progress=False)
+    assert p.stat().st_mtime_ns==stamp
+
+def test_folders_of_crops_and_photographs(people, tmp_path):
+    for part in ('real_train', 'real_test', 'fake_train', 'fake_test'):
+        for f in (2, 10, 9): (p := tmp_path/'deepfake_in_the_wild'/part/'0'/'x'/'7'/f'{f}.png').parent.mkdir(parents=True, exist_ok=True); cv2.imwrite(str(p), people[0][0][..., ::-1])
+    (tmp_path/'deepfake_in_the_wild/real_test/0/x/7/9.png').write_bytes(b'')
+    m = extract_faces(read_clips('wilddeepfake', tmp_path), tmp_path/'wild', **SMALL, workers=1)
+    assert m.table[m.table['split']=='train']['frame'].tolist()==[2, 9, 10]*2 and len(m)==11 and (m.table['mask']=='').all()
+    assert 'empty' in pd.read_csv(tmp_path/'wild'/'skipped.csv')['reason'][0]
+    for i, images in enumerate(people[:3]):
+        for name, image in ((f'real/{i}.png', images[0]), (f'fake/{i}.jpg', changed(images[0]))):
+            (p := tmp_path/'photos'/name).parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(p), image[..., ::-1])
+    m = extract_faces(folder(tmp_path/'photos'), tmp_path/'cut', **SMALL, workers=1)
+    assert len(m)==6 and (m.table['pair']!='').all() and (m.table['mask']!='').sum()==3
+
+def test_frames_are_decoded_again_where_memory_is_short(videos, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, 'KEEP', 0)
+    extract_faces(folder(videos), tmp_path/'out', **SMALL, workers=1)
+    assert contents(tmp_path/'out')==contents(Path(whole['saved']).parent)
+
+def test_a_replaced_source_is_cut_again_with_its_fakes(people, tmp_path):
+    for name in ('real', 'fake'): (tmp_path/'set'/name).mkdir(parents=True)
+    write_video(people[0], tmp_path/'set/real/a.mp4', fps=10)
+    write_video(list(map(changed, people[0])), tmp_path/'set/fake/a.mp4', fps=10)
+    cut = lambda: extract_faces(folder(tmp_path/'set'), tmp_path/'out', **SMALL, workers=1)
+    cut(); first = contents(tmp_path/'out')
+    write_video([np.roll(i, 9, 1) for i in people[0]], tmp_path/'set/real/a.mp4', fps=10, crf=20)
+    cut(); second = contents(tmp_path/'out')
+    assert all(first[n]!=second[n] for n in first if n.endswith('.png') and 'mask' not in n)
+    next((tmp_path/'out').glob('faces/*/fake/*/000000.png')).unlink() # a lost file is made again
+    cut()
+    assert contents(tmp_path/'out')==second
+
+def test_a_killed_worker_stops_the_job():
+    with pytest.raises(DeepfidError, match='a worker was killed'): list(extract.on_processes([3, 4], os._exit, 2))
+
+def test_ray_writes_the_same(videos, whole, tmp_path):
+    ray = pytest.importorskip('ray')
+    pytest.importorskip('ray.data')
+    try: extract_faces(folder(videos), tmp_path/'out', **SMALL, workers=2, engine='ray')
+    finally: ray.shutdown()
+    assert contents(tmp_path/'out')==contents(Path(whole['saved']).parent)
