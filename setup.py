@@ -18,7 +18,7 @@ def description():
     text = re.sub(rf'(!\[[^\]]*\]\(|<img src="){relative}([^)"\s]+)', lambda m: m[1] + address('raw', m[2]), text)
     return re.sub(rf'(\]\(){relative}([^)\s]+)', lambda m: m[1] + address('blob', m[2]), text)
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('multi', 'onnx')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('multi', 'onnx', 'ray', 'app', 'dlib', 'heic')}
 extras['dev'] = cfg['dev_requirements'].split() + extras['multi'] + extras['onnx']
 
 setup(
@@ -29,6 +29,7 @@ setup(
                  f"Natural Language :: {cfg['language']}", 'Programming Language :: Python :: 3 :: Only',
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=['deepfid', 'deepfid.*']), package_data={'deepfid': cfg['package_data'].split()},
+    packages=find_packages(include=['deepfid', 'deepfid.*'])+['deepfid.tutorials'], package_dir={'deepfid.tutorials': 'nbs/tutorials'},
+    package_data={'deepfid': cfg['package_data'].split(), 'deepfid.tutorials': ['*.ipynb']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]})

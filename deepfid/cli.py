@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'NOTES', 'parser', 'main']
 
 # %% ../nbs/70_cli.ipynb #19b8cc9b
-import argparse, json, os, sys, warnings
+import argparse, ast, json, os, sys, warnings
 from pathlib import Path
 import deepfid
 from . import commands
@@ -35,15 +35,25 @@ def _score_options(s):
     s.add_argument('--frames', type=_count, default=32, help='of a video, evenly spaced (default: 32)')
     s.add_argument('--workers', type=_count, default=2, help='threads that read files (default: 2)')
 
+def _setting(text):
+    "A name and a value, as in `lr=1e-3` or `amp=bf16`"
+    name, sign, value = text.partition('=')
+    if not (sign and name.isidentifier()): raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE')
+    try: return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError): return name, value
+
 # %% ../nbs/70_cli.ipynb #d6a969d8
 def _faces_options(s):
-    s.add_argument('source', help='folder of a data set, or of videos and photographs')
+    s.add_argument('source', help='folder of a data set; or one with videos or photographs in real/ and fake/')
     s.add_argument('--out', required=True, type=Path, help='folder for faces and manifest.csv; one that is half done is gone on with')
-    s.add_argument('--dataset', default='folder', help='how the source is laid out: folder (default), ffpp, celebdf-v2 ...')
+    s.add_argument('--dataset', default='folder', help='how the source is laid out: folder (default), ffpp, dfd, celebdf-v1, celebdf-v2, wilddeepfake ...')
     s.add_argument('--size', type=_count, default=224, help='side of the crops, pixels (default: 224)')
     s.add_argument('--margin', type=float, default=1.3, help='how much around the face (default: 1.3)')
     s.add_argument('--frames', type=_count, default=32, help='of each video (default: 32)')
+    s.add_argument('--align', default='similarity', choices=('similarity', 'box'), help='straighten the face (default), or cut an upright square')
+    s.add_argument('--compression', choices=('raw', 'c23', 'c40'), help='of FaceForensics++ and DFD (default: c23)')
     s.add_argument('--workers', type=_count, help='processes (default: one a core)')
+    s.add_argument('--engine', default='local', choices=('local', 'ray'))
 
 def _synth_options(s):
     s.add_argument('--out', required=True, type=Path, help='a new folder')
@@ -76,10 +86,13 @@ def _evaluate_options(s):
 
 def _table_options(s):
     s.add_argument('name', help='of the table; a wrong one is answered with those there are')
-    s.add_argument('--manifest', action='append', required=True, help='manifest.csv, or synthetic, london, portraits; several may be given, cross tables train on the first')
+    s.add_argument('--manifest', action='append', required=True, help='manifest.csv, or synthetic, london, portraits, moving; several may be given, cross tables train on the first')
     s.add_argument('--seeds', type=_count, default=3, help='trainings of each row (default: 3)')
     s.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
     s.add_argument('--epochs', type=_count, help='passes over the training faces (default: the recipe\'s)')
+    s.add_argument('--set', type=_setting, action='append', metavar='NAME=VALUE', help='any other setting of the detectors, such as amp=bf16')
+    s.add_argument('--pairs', type=_count, help='of real and fake faces in all, where they are made (default: that of the demo)')
+    s.add_argument('--size', type=_count, default=112, help='side of the faces, where they are made, pixels (default: 112)')
     s.add_argument('--out', default='out/tables', type=Path, help='folder for results and for the cache of what has been trained')
 
 # %% ../nbs/70_cli.ipynb #ee7c3cab
@@ -102,7 +115,7 @@ VERBS = { # name -> (options, examples)
     'demo': (_demo_options, ['deepfid demo', 'deepfid demo --data london --out out/london']),
     'score': (_score_options, ['deepfid score party.jpg', 'deepfid score clip.mp4 --detector all --report clip.html',
                                'deepfid score album --results album.jsonl --csv album.csv   # again after an interruption: goes on']),
-    'faces': (_faces_options, ['deepfid faces videos --out faces', 'deepfid faces FaceForensics --dataset ffpp --out faces-ffpp']),
+    'faces': (_faces_options, ['deepfid faces videos --out faces', 'deepfid faces FaceForensics --dataset ffpp --compression c40 --out faces-c40']),
     'synth': (_synth_options, ['deepfid synth --out drawn --n 100']),
     'forge': (_forge_options, ['deepfid forge photos --out forged']),
     'train': (_train_options, ['deepfid train faces/manifest.csv --out model', 'deepfid train faces/manifest.csv --detector lisiam --out model --resume state']),

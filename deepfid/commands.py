@@ -75,9 +75,14 @@ def demo(args):
 
 def faces(args):
     "Cut the faces out of a data set of videos, or a folder, into a manifest"
+    from deepfid.core import DeepfidError
     from deepfid.data.extract import faces_command
-    return faces_command(args.source, args.out, args.dataset, args.size, args.margin, args.frames, workers=args.workers, progress=not args.json)
+    if args.compression and args.dataset not in ('ffpp', 'dfd'): raise DeepfidError(f'--compression: {args.dataset} has only one; leave it out')
+    options = dict(compression=args.compression) if args.compression else {}
+    return faces_command(args.source, args.out, args.dataset, args.size, args.margin, args.frames, args.align, workers=args.workers,
+                         engine=args.engine, progress=not args.json, **options)
 
+# %% ../nbs/69_commands.ipynb #aa098155
 def train(args):
     "Train a detector on a manifest and save it"
     from deepfid.core import DeepfidError
@@ -96,7 +101,7 @@ def _is_first():
     from fastai.torch_core import rank_distrib
     return not rank_distrib()
 
-# %% ../nbs/69_commands.ipynb #92713367
+# %% ../nbs/69_commands.ipynb #ac0c45d1
 def check_output(
     path # of a file that will be written at the end
 ):
@@ -117,32 +122,33 @@ def face_lines(file): # `ScoredFile`; yields lines of text
             parts = [f'{v.fidelity:.3f}', v.says, *([v.detector] if several else []), file.source, *([f'face {face.number}'] if len(file.faces)>1 else [])]
             yield '  '.join(parts+(['(not to be relied on)'] if v.doubts else []))
 
-# %% ../nbs/69_commands.ipynb #b4d6faae
+# %% ../nbs/69_commands.ipynb #87193cc3
 def score(args):
     "Score every face of photographs, videos and folders"
     from deepfid.scoring import Scorer, read_results, write_csv, write_report
     for path in (args.report, args.csv): check_output(path)
-    scorer, failed, status = Scorer(args.detector or 'deepfidelity', args.frames, workers=args.workers), 0, 0
+    scorer, status = Scorer(args.detector or 'deepfidelity', args.frames, workers=args.workers), 0
     with contextlib.ExitStack() as stack:
         results = args.results or Path(stack.enter_context(tempfile.TemporaryDirectory()))/'results.jsonl'
         try:
-            for file in scorer.run(args.sources, results): failed += show_file(file, args.json)
+            for file in scorer.run(args.sources, results): show_file(file, args.json)
         except KeyboardInterrupt:
             complain('interrupted; what was done so far is kept')
             status = 130
         if args.csv: write_csv(args.csv, read_results(results))
         if args.report: write_report(args.report, read_results(results))
-    return dict(status=status or int(failed>0))
+        failed = any(file.error for file in read_results(results)) # now, or before this run went on
+    return dict(status=status or int(failed))
 
-def show_file(file, as_json)->int: # 1 if it could not be scored
+def show_file(file, as_json):
     "Print a finished file"
     if as_json: print(json.dumps(file.row(pictures=False)), flush=True)
     else:
         for line in face_lines(file): print(line, flush=True)
         if file.note: complain(f'{file.source}: {file.note}')
-    return complain(file.error) if file.error else 0
+    if file.error: complain(file.error)
 
-# %% ../nbs/69_commands.ipynb #423a03e9
+# %% ../nbs/69_commands.ipynb #3492d0f3
 def fidelity_of(
     detector, manifest,
     chunk:int=256 # faces in memory at a time
@@ -162,7 +168,7 @@ def by_group(
     both = [g for g, rows in at.items() if table['label'][rows].nunique()>1]
     return {g: auc_interval(fidelity[at[g]], table['label'][at[g]], table['identity'][at[g]].tolist()) for g in both}, [g for g in at if g not in both]
 
-# %% ../nbs/69_commands.ipynb #3492d0f3
+# %% ../nbs/69_commands.ipynb #c3966f51
 def evaluate(args):
     "Metrics of a detector on a manifest, with intervals, by forger and by group"
     import numpy as np
@@ -188,36 +194,40 @@ def metrics_text(metrics, groups, left_out)->str:
     for column, found in groups.items(): lines += ['', f'AUC by {column}', *(f'{str(g):28}{v}' for g, v in found.items())]
     return '\n'.join([f'{metrics.n_real} real and {metrics.n_fake} fake faces in {metrics.n_groups} groups; threshold {metrics.threshold:.3f}', '', *lines, *left_out])
 
-# %% ../nbs/69_commands.ipynb #3994232d
+# %% ../nbs/69_commands.ipynb #89abe91d
 def tables()->dict: # name -> `Table`
     "The tables of all papers"
-    from deepfid.tables.deepfidelity import TABLES
+    from deepfid.tables.catalogue import TABLES
     return TABLES
 
-def _manifest(name, folder):
-    "A manifest file, or the demo's faces of that name, forged into `folder` the first time"
+def _manifest(name, folder, pairs=None, size=112):
+    "A manifest file; or the demo's faces of that name, or 'moving' ones, made in `folder` the first time"
     from deepfid.data.manifest import Manifest
     from deepfid.demo import DATA, demo_pairs
-    if name not in DATA: return Manifest.read(name)
-    made = Path(folder)/f'faces-{name}'
-    return Manifest.read(made/'manifest.csv') if (made/'manifest.csv').is_file() else demo_pairs(name, made)
+    if name not in DATA and name!='moving': return Manifest.read(name)
+    made = Path(folder)/'-'.join(['faces', name, *([str(pairs)] if pairs else []), *([f'{size}px'] if size!=112 else [])])
+    if (made/'manifest.csv').is_file(): return Manifest.read(made/'manifest.csv')
+    if name!='moving': return demo_pairs(name, made, pairs, size=size)
+    from deepfid.tables.siamese import moving_faces
+    return moving_faces(made, size=size)
 
-def _manifests(names, folder):
+def _manifests(names, folder, pairs=None, size=112):
     "Manifests by short name: 'synthetic', or the folder of the file"
     from deepfid.core import DeepfidError
-    found = {(Path(n).resolve().parent.name if n.endswith('.csv') else n): _manifest(n, folder) for n in names}
+    found = {(Path(n).resolve().parent.name if n.endswith('.csv') else n): _manifest(n, folder, pairs, size) for n in names}
     if len(found)<len(names): raise DeepfidError('two manifests lie in folders of the same name: rename one, since columns are named after them')
     return found
 
-# %% ../nbs/69_commands.ipynb #89abe91d
+# %% ../nbs/69_commands.ipynb #230fee27
 def table(args):
     "Run a paper's table on any manifests, and show it beside the paper's numbers"
     from deepfid.core import DeepfidError, write_atomically, write_json
     from deepfid.evaluate.protocols import TableRun, show_record
     if args.name not in (known := tables()): raise DeepfidError(f"no table {args.name!r}: there are {', '.join(known)}")
     say = lambda line: print(line, file=sys.stderr, flush=True)
-    overrides = dict(epochs=args.epochs) if args.epochs else {}
-    run = TableRun(known[args.name], _manifests(args.manifest, args.out), args.seeds, args.preset, args.out, say, **overrides).run()
+    overrides = dict(args.set or [])|(dict(epochs=args.epochs) if args.epochs else {})
+    faces = _manifests(args.manifest, args.out, args.pairs, args.size)
+    run = TableRun(known[args.name], faces, args.seeds, args.preset, args.out, say, **overrides).run()
     record = run.record()
     text = show_record(record, run.table)
     write_json(args.out/f'table-{args.name}.json', record)
@@ -235,7 +245,7 @@ def maps(args):
     Picture(maps_picture(detector, align(find_face(args.image), detector.config['size'])), quality=92).save(args.out)
     return dict(saved=str(args.out))
 
-# %% ../nbs/69_commands.ipynb #35d05d82
+# %% ../nbs/69_commands.ipynb #943a8d9f
 PACKAGE = Path(deepfid.__file__).parent
 
 def tutorials()->list: # paths
@@ -255,7 +265,7 @@ def notebooks(args):
     except OSError as e: raise DeepfidError(f'{args.folder}: cannot be written to ({e.strerror}); name another folder') from None
     return dict(saved=str(args.folder), files=saved, text='\n'.join([*saved, f'open them with: jupyter lab {args.folder}']))
 
-# %% ../nbs/69_commands.ipynb #943a8d9f
+# %% ../nbs/69_commands.ipynb #569c9fa1
 def explore(args):
     "Open a notebook of explorers as an app in the browser (needs Voila)"
     from deepfid.core import DeepfidError

@@ -36,7 +36,7 @@ def demo_sources(
     from deepfid.data import datasets
     if data=='london': return datasets.london()
     if data=='portraits': return datasets.portraits()
-    return synth_sources(max(12, sum(pairs)//2), 2, seed)
+    return synth_sources(max(12, sum(pairs)//2), 2, seed+1) # nobody whom the packaged weights have seen
 
 # %% ../nbs/65_demo.ipynb #8cd38e3c
 @contextmanager
@@ -220,13 +220,14 @@ LIMITS = {
 def demo_pairs(
     data, folder,  # 'synthetic' | 'london' | 'portraits'; where the faces go
     pairs=None,    # in all; default: see `DATA`
-    seed=0, workers=None
+    seed=0, workers=None,
+    size=112       # side of the faces, pixels
 ): # checked `Manifest`
     "Forge the demo's faces, with their quality measured"
     from deepfid.quality.statistics import load_niqe
     shares = DATA[data]['pairs']
     n = shares if pairs is None else [max(8, round(pairs*s/sum(shares))) for s in shares]
-    return build_pairs(demo_sources(data, n, seed), folder, pairs=tuple(n), size=112, seed=seed, workers=workers, quality=load_niqe('synth').score, progress=True)
+    return build_pairs(demo_sources(data, n, seed), folder, pairs=tuple(n), size=size, seed=seed, workers=workers, quality=load_niqe('synth').score, progress=True)
 
 # %% ../nbs/65_demo.ipynb #d562973e
 def compare(

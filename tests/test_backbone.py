@@ -1,6 +1,6 @@
 "Xception: timm's network, at every depth, at every size"
 import pytest, timm, torch
-from deepfid.backbone.xception import STAGES, STRIDED, Xception, load_imagenet, xception
+from deepfid.backbone.xception import STAGES, STRIDED, Xception, load_pretrained, xception
 from deepfid.core import DeepfidError, WeightsError
 
 TABLE = {299: (147, 74, 37, 19, 10, 10), 256: (125, 63, 32, 16, 8, 8), 224: (109, 55, 28, 14, 7, 7)} # act2, block1, block2, block3..11, block12, act4
@@ -53,6 +53,12 @@ def test_a_tap_is_not_changed_by_what_follows():
         alone, together = {s: net(x, [s])[s] for s in STAGES}, net(x, STAGES)
     for s in STAGES: assert torch.equal(alone[s], together[s]), s
 
+def test_packaged_weights_of_the_slim_network():
+    net, whole = xception('tiny', pretrained=True, destride=('block3', 'block12'), last='block12'), xception('tiny', pretrained=True)
+    fresh = xception('tiny')
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in net.state_dict().items())
+    assert not torch.equal(fresh.conv1.weight, whole.conv1.weight) and all(v.isfinite().all() for v in whole.state_dict().values())
+
 def test_what_is_not_wanted_is_not_built():
     net = Xception(width=.1, last='block7')
     assert not hasattr(net, 'block8') and not hasattr(net, 'conv3')
@@ -60,10 +66,10 @@ def test_what_is_not_wanted_is_not_built():
 def test_imagenet_weights(monkeypatch, theirs):
     monkeypatch.setattr(timm, 'create_model', lambda *a, **k: theirs)
     assert torch.equal(xception('full', pretrained=True).conv1.weight, theirs.conv1.weight)
-    with pytest.raises(WeightsError, match='full width'): load_imagenet(Xception(width=.5))
+    with pytest.raises(WeightsError, match='full width'): load_pretrained(Xception(width=.5))
     def offline(*a, **k): raise ConnectionError
     monkeypatch.setattr(timm, 'create_model', offline)
-    with pytest.raises(WeightsError, match='could not be fetched'): load_imagenet(Xception(width=.1))
+    with pytest.raises(WeightsError, match='could not be fetched'): load_pretrained(Xception())
 
 @pytest.mark.parametrize('make, says', [(lambda: Xception(last='fc'), 'choose one of'), (lambda: Xception(destride=('block4',)), 'does not halve'),
     (lambda: Xception(width=.1)(torch.zeros(1, 3, 20, 64)), 'at least 33x33'), (lambda: Xception(width=.1)(torch.zeros(3, 64, 64)), 'batch'),

@@ -16,7 +16,7 @@ def test_help_and_version_without_torch():
     import deepfid
     assert done.returncode==0 and done.stdout.strip()==deepfid.__version__
 
-@pytest.mark.parametrize('argv', [['paint'], [], ['demo', '--data', 'moon'], ['score', 'a.jpg']])
+@pytest.mark.parametrize('argv', [['paint'], [], ['demo', '--data', 'moon'], ['score'], ['train', 'm.csv', '--out', 'x', '--detector', 'y']])
 def test_wrong_usage_is_status_two(capsys, argv): assert run(capsys, *argv)[0]==2
 
 def one_line(result, *words):
@@ -30,11 +30,17 @@ def model(tmp_path_factory):
     from deepfid.testing import tiny_detector
     return tiny_detector(1).save(tmp_path_factory.mktemp('m')/'model')
 
-def test_scores_photographs(capsys, data, model):
+def faces_of(out): return [json.loads(line)['faces'] for line in out.splitlines()]
+
+def test_scores_photographs(capsys, data, model, tmp_path):
     photos = sorted((data/'london'/'smiling_front').glob('*.jpg'))[:2]
     status, out, _ = run(capsys, 'score', '--json', '--model', model, *photos)
-    scores = json.loads(out)['scores']
-    assert status==0 and [s['image'] for s in scores]==[str(p) for p in photos] and all(np.isfinite(s['fidelity']) for s in scores)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status==0 and [r['source'] for r in rows]==[str(p) for p in photos]
+    assert all(len(r['faces'])==1 and np.isfinite(r['faces'][0]['verdicts'][0]['fidelity']) and not r['error'] for r in rows)
+    status, out, _ = run(capsys, 'score', '--model', model, *photos, '--report', tmp_path/'r.html', '--csv', tmp_path/'r.csv')
+    assert status==0 and [line.split()[1] in ('real', 'fake') for line in out.splitlines()]==[True, True]
+    assert (tmp_path/'r.html').read_text().count('class="card"')==2 and len((tmp_path/'r.csv').read_text().splitlines())==3
 
 def test_a_photograph_is_cut_as_the_faces_of_a_manifest_are(capsys, data, model, tmp_path):
     from deepfid.core import read_image
@@ -44,9 +50,16 @@ def test_a_photograph_is_cut_as_the_faces_of_a_manifest_are(capsys, data, model,
     wide = tmp_path/'wide.png'                       # not square, and the face away from the middle
     cv2.imwrite(str(wide), np.pad(read_image(photo), ((40, 0), (300, 0), (0, 0)), 'edge')[..., ::-1])
     _, out, _ = run(capsys, 'score', '--json', '--model', model, photo, wide)
-    got, detector = [r['fidelity'] for r in json.loads(out)['scores']], DeepFidelity.load(model)
+    got, detector = [faces[0]['verdicts'][0]['fidelity'] for faces in faces_of(out)], DeepFidelity.load(model)
     want = detector.predict([align(find_face(photo), detector.config['size'])])[0].fidelity
     assert got[0]==pytest.approx(want, abs=1e-6) and abs(got[1]-want)<.1
+
+def test_a_folder_goes_on_after_a_bad_file(capsys, data, model, tmp_path):
+    photo = sorted((data/'london'/'smiling_front').glob('*.jpg'))[0]
+    (tmp_path/'a.jpg').write_text('no')
+    (tmp_path/'b.jpg').symlink_to(photo)
+    status, out, err = run(capsys, 'score', '--model', model, tmp_path)
+    assert status==1 and 'b.jpg' in out and len(out.splitlines())==1 and len([l for l in err.splitlines() if l.startswith('deepfid: ')])==1
 
 def test_maps(capsys, data, model, tmp_path):
     photo = sorted((data/'london'/'smiling_front').glob('*.jpg'))[0]
@@ -66,6 +79,15 @@ def test_bad_pictures(capsys, data, model, tmp_path):
     for name, size in (('grey.png', 300), ('dot.png', 1)):
         cv2.imwrite(str(tmp_path/name), np.full((size, size, 3), 128, np.uint8))
         one_line(run(capsys, 'score', '--model', model, tmp_path/name), name, 'no face')
+
+def test_outputs_that_cannot_be_written_are_refused_at_once(capsys, model, tmp_path):
+    (tmp_path/'file').write_text('')
+    for option in ('--report', '--csv', '--results'):
+        one_line(run(capsys, 'score', '--model', model, 'a.jpg', option, tmp_path/'file'/'x'), 'cannot be written')
+    one_line(run(capsys, 'score', '--model', model, 'a.jpg', '--report', tmp_path), 'cannot be written', 'folder')
+    (tmp_path/'none').mkdir()
+    one_line(run(capsys, 'score', '--model', model, tmp_path/'none'), 'holds no photographs')
+    one_line(run(capsys, 'score', '--detector', 'deepfake2000', 'a.jpg'), 'deepfake2000', 'lisiam')
 
 def test_bad_models(capsys, model, tmp_path):
     import shutil
@@ -97,3 +119,80 @@ def test_a_very_small_demo(capsys, tmp_path, request, data_name):
     if data_name=='portraits': assert 'fakes that fooled it' not in page and 'fakes it caught' not in page and set(summary['per_forger'])=={'selfblend'}
     from deepfid.fidelity.learner import DeepFidelity
     DeepFidelity.load(tmp_path/'demo'/'model')
+
+@pytest.mark.parametrize('verb', ['demo', 'score', 'faces', 'synth', 'forge', 'train', 'evaluate', 'table', 'maps', 'explore', 'notebooks', 'doctor'])
+def test_every_verb_helps_with_an_example(capsys, verb):
+    status, out, _ = run(capsys, verb, '--help')
+    assert status==0 and f'deepfid {verb}' in out.split('example')[1] and '--json' in out
+
+def test_help_takes_less_than_half_a_second():
+    import os
+    def seconds(): # of processor time, which other work on the machine hardly changes
+        before = os.times()
+        subprocess.run([sys.executable, '-m', 'deepfid.cli', '--help'], capture_output=True)
+        after = os.times()
+        return after.children_user+after.children_system-before.children_user-before.children_system
+    assert min(seconds() for _ in range(5))<.5
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    done = subprocess.run(f'{sys.executable} -c "import sys; from deepfid.cli import main; sys.exit(main([\'doctor\', \'--json\']))" | head -c 1', shell=True, capture_output=True, text=True)
+    assert 'Traceback' not in done.stderr and done.stdout=='{'
+
+def test_synth_draws_the_same_faces(capsys, tmp_path):
+    for name in 'ab': assert run(capsys, 'synth', '--out', tmp_path/name, '--n', 2, '--size', 64, '--seed', 5)[0]==0
+    assert [p.read_bytes() for p in sorted((tmp_path/'a').iterdir())]==[p.read_bytes() for p in sorted((tmp_path/'b').iterdir())]
+    one_line(run(capsys, 'synth', '--out', tmp_path/'a'), 'is there already')
+    one_line(run(capsys, 'synth', '--out', tmp_path/'c', '--size', 8), '32 to')
+
+def test_forge_only_blends_a_face_with_itself(capsys, data, tmp_path):
+    from deepfid.data.manifest import Manifest
+    for i, photo in enumerate(sorted((data/'london'/'smiling_front').glob('*.jpg'))[:4]): (tmp_path/f'{i}.jpg').symlink_to(photo)
+    (tmp_path/'bad.jpg').write_text('no')
+    status, out, err = run(capsys, 'forge', tmp_path, '--out', tmp_path/'out', '--size', 112, '--json')
+    manifest = Manifest.read(json.loads(out)['saved'])
+    assert status==1 and 'bad.jpg' in err and set(manifest.table['method'])=={'real', 'selfblend'} and len(manifest)==8 and not manifest.table['consent'].any()
+    assert set(manifest.table['split'])=={'train', 'valid', 'test'}
+    status, out, _ = run(capsys, 'forge', tmp_path/'0.jpg', '--out', tmp_path/'one', '--size', 112)
+    assert status==0 and len(Manifest.read(tmp_path/'one'/'manifest.csv'))==2
+    status, out, err = run(capsys, 'forge', tmp_path/'bad.jpg', '--out', tmp_path/'two')
+    assert status==1 and 'nothing could be forged' in err and 'Traceback' not in err
+
+def test_train_and_evaluate(capsys, tmp_path):
+    from deepfid.testing import tiny_manifest
+    csv = tiny_manifest((40, 20, 20)).save()
+    status, out, _ = run(capsys, 'train', csv, '--out', tmp_path/'m', '--preset', 'tiny', '--epochs', 1, '--json')
+    assert status==0 and json.loads(out)['saved']==str(tmp_path/'m')
+    from deepfid.scoring import load
+    assert set(load(tmp_path/'m').trust)=={'score_range', 'quality_range'}
+    status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'method', '--by', 'identity', '--json')
+    result = json.loads(out)
+    assert status==0 and result['auc_low']<=result['auc']<=result['auc_high'] and result['n_fake']==20
+    assert set(result['by'])=={'forger', 'method', 'identity'} and result['left_out'] and not result['by']['method']
+    status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv)
+    assert status==0 and 'AUC by forger' in out
+    one_line(run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'hat'), "'hat'")
+
+def test_notebooks_and_explorers(capsys, tmp_path):
+    status, out, _ = run(capsys, 'notebooks', tmp_path/'lessons', '--json')
+    assert status==0 and (tmp_path/'lessons'/'first_look.ipynb').is_file() and len(json.loads(out)['files'])==len(list((tmp_path/'lessons').iterdir()))
+    one_line(run(capsys, 'notebooks', tmp_path/'lessons'), 'is there already')
+    one_line(run(capsys, 'explore', 'chess'), 'chess')
+    from importlib.util import find_spec
+    if find_spec('voila') is None: one_line(run(capsys, 'explore'), 'Voila', 'jupyter lab')
+
+def test_doctor(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv('DEEPFID_DATA', str(tmp_path/'gone'))
+    status, out, _ = run(capsys, 'doctor', '--json')
+    found = {f['name']: f for f in json.loads(out)['findings']}
+    assert status==1 and found['DEEPFID_DATA']['state']=='missing' and found['torch']['state']=='ok' and found['CPU']['state']=='ok'
+    monkeypatch.delenv('DEEPFID_DATA')
+    assert 'PACKAGES' in run(capsys, 'doctor')[1]
+
+def test_faces_of_a_folder(capsys, data, tmp_path):
+    for kind, photos in (('real', (0, 1)), ('fake', (2, 3))):
+        (tmp_path/'set'/kind).mkdir(parents=True)
+        for i in photos: (tmp_path/'set'/kind/f'{i}.jpg').write_bytes(sorted((data/'london'/'smiling_front').glob('*.jpg'))[i].read_bytes())
+    status, out, _ = run(capsys, 'faces', tmp_path/'set', '--out', tmp_path/'out', '--size', 112, '--workers', 1, '--json')
+    assert status==0 and json.loads(out)['faces']==4
+    one_line(run(capsys, 'faces', tmp_path/'set', '--out', tmp_path/'out', '--compression', 'c40'), '--compression')
+    one_line(run(capsys, 'faces', tmp_path, '--out', tmp_path/'none'), 'real')

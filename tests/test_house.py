@@ -139,12 +139,12 @@ def test_version_is_the_same_everywhere():
 
 # -- rooms ----------------------------------------------------------------------------------------------------------
 
-ORDER = ['core', 'data', 'quality', 'training', 'detector', 'backbone', ('fidelity', 'similarity', 'siamese'), 'evaluate', 'explain', 'tables', 'explore',
-         'demo', 'cli', 'testing']
+ORDER = ['core', 'data', 'quality', 'training', 'detector', 'backbone', ('fidelity', 'similarity', 'siamese'), 'evaluate', 'explain', 'tables', 'explore', 'scoring',
+         'bundle', 'demo', 'doctor', 'commands', 'cli', 'testing']
 LEVEL = {room: i for i, rooms in enumerate(ORDER) for room in ([rooms] if isinstance(rooms, str) else rooms)}
 DETECTORS = {'fidelity', 'similarity', 'siamese'}
 PROTOCOL_ONLY = {'evaluate', 'explore'}  # know detectors only through the Detector protocol
-BY_NAME = {'demo', 'cli'}                # may look a detector up by its name, inside a function
+BY_NAME = {'bundle', 'scoring', 'demo', 'doctor', 'commands', 'cli'}                # may look a detector up by its name, inside a function
 DATA_SETS = {'data.datasets', 'data.synth'}
 
 def imports(source, module):

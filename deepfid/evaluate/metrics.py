@@ -194,12 +194,19 @@ def _codes(groups, n, name):
     return code, list(unique)
 
 # %% ../../nbs/50_evaluate.metrics.ipynb #d0eb9008
+def _lowest(fid, code, window):
+    "For each video, the lowest mean fidelity of `window` frames in a row"
+    if window<1: raise MetricError(f'window={window}: at least one frame')
+    runs = (fid[code==v] for v in range(code.max()+1))
+    return np.array([np.convolve(r, np.ones(k)/k, 'valid').min() for r in runs for k in [min(window, len(r))]])
+
 def video_scores(
     fidelity, # (n,) frame scores
     label,    # (n,) 1 = real, 0 = fake
     keys,     # table with dataset, method, video; or n such tuples
-    how:str='mean', # 'mean' of the fidelities, or 'majority': the share of frames called real
+    how:str='mean', # 'mean' of the fidelities; 'majority': the share of frames called real; 'window': the lowest mean over some frames in a row
     threshold:float=.5, # for 'majority': frames at or above it are called real
+    window:int=5, # for 'window': frames in a row; rows of a video stand in the order of time
 )->VideoScores:
     "One score a video. A video with real and fake frames is refused: its key is too short"
     fid, lab = check_scores(fidelity, label, need_both=False)
@@ -209,8 +216,9 @@ def video_scores(
     real = mean(lab)
     mixed = np.flatnonzero((real>0)&(real<1))
     if len(mixed): raise MetricError(f'video {key[mixed[0]]} has real and fake frames: its key must tell them apart')
-    if how not in ('mean','majority'): raise MetricError(f"how='{how}' is unknown: use 'mean' or 'majority'")
-    return VideoScores(mean(fid if how=='mean' else fid>=threshold), real.astype(int), key, n, code)
+    if how not in ('mean','majority','window'): raise MetricError(f"how='{how}' is unknown: use 'mean', 'majority' or 'window'")
+    score = _lowest(fid, code, window) if how=='window' else mean(fid if how=='mean' else fid>=threshold)
+    return VideoScores(score, real.astype(int), key, n, code)
 
 # %% ../../nbs/50_evaluate.metrics.ipynb #e6e804ef
 def bootstrap_counts(

@@ -147,7 +147,8 @@ def fit(self:DeepFidelity,
     learn = self.learner(dls, cbs, self._selection(manifest, dls))
     with learn.no_bar(), learn.no_logging(): self.train(learn)
     share(self.model)
-    self.history = history(learn)
+    names = ('train_loss', 'valid_loss', 'accuracy', 'auc')
+    self.history = [dict(zip(names, h.values())) for h in history(learn)]
     self.regress(dls.train, targets)
     return self.calibrate_on(dls.valid)
 

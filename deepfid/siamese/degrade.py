@@ -16,7 +16,7 @@ from ..core import DeepfidError
 from ..data import degrade
 from ..data.degrade import Degrade
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #e0d4e6b1
+# %% ../../nbs/41b_siamese.degrade.ipynb #bd2e2e51
 def blur(
     x:torch.Tensor, # (C,H,W)
     sigma:float     # width of the Gaussian, pixels
@@ -28,7 +28,7 @@ def blur(
     k = (k/k.sum())[None, None, None]
     return F.conv2d(F.conv2d(F.pad(x[:,None], (r,)*4, mode='reflect'), k), k.transpose(2, 3))[:,0]
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #503ec4ce
+# %% ../../nbs/41b_siamese.degrade.ipynb #46eff102
 MODES = dict(nearest='nearest-exact', bilinear='bilinear', bicubic='bicubic')
 
 def resize(
@@ -42,7 +42,7 @@ def resize(
     small = F.interpolate(x[None], (max(1, round(h*k)), max(1, round(w*k))), mode=MODES[down])
     return F.interpolate(small.round().clamp(0, 255), (h, w), mode=MODES[up])[0]
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #3c311265
+# %% ../../nbs/41b_siamese.degrade.ipynb #1b7a866a
 LUMA = '''16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
     18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99'''
 CHROMA = '17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 99' + ' 99'*32
@@ -63,7 +63,7 @@ def quantised(
     back = dct.T@(half_up((dct@blocks@dct.T)/table)*table)@dct
     return back.transpose(1, 2).reshape(h, w).round().clamp(-128, 127)
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #247dcdca
+# %% ../../nbs/41b_siamese.degrade.ipynb #7fa9e485
 def jpeg(
     x:torch.Tensor, # (3,H,W), whole numbers 0 to 255
     quality:int     # 1 to 100, as in libjpeg
@@ -85,7 +85,7 @@ def jpeg_exact(x, quality):
     image = x.permute(1, 2, 0).byte().cpu().numpy()
     return torch.from_numpy(degrade.jpeg(np.ascontiguousarray(image), quality)).permute(2, 0, 1).to(x)
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #bd2e2e51
+# %% ../../nbs/41b_siamese.degrade.ipynb #791da7e9
 JPEGS = dict(exact=jpeg_exact, torch=jpeg)
 ACCIDENTS = ('nearest', 'bgr', 'shuffle')
 
@@ -104,7 +104,7 @@ class DegradeBatch:
         self.jpeg, self.accidents, self.last = jpeg, tuple(accidents), []
         self.draw = Degrade(p, quality, sigma, side, base, order, seed=seed)
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #0cf5dfcc
+# %% ../../nbs/41b_siamese.degrade.ipynb #19c97f34
 @patch
 def apply(self:DegradeBatch, x, op, settings):
     "One operation on one picture (3,H,W) of whole numbers"
@@ -130,7 +130,7 @@ def __call__(self:DegradeBatch,
         out[i] = image/127.5-1
     return out
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #4560a82a
+# %% ../../nbs/41b_siamese.degrade.ipynb #d6b59434
 def shuffled(
     n:int,   # patches along a side
     rng      # numpy Generator
@@ -156,7 +156,7 @@ def shuffle_patches(
     x = patches[torch.as_tensor(source.ravel(), device=x.device)].unflatten(0, (n, n)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     return F.interpolate(x[None], (h, w), mode=mode)[0]
 
-# %% ../../nbs/41b_siamese.degrade.ipynb #46eff102
+# %% ../../nbs/41b_siamese.degrade.ipynb #8328e295
 @patch
 def pair(self:DegradeBatch,
     x:torch.Tensor,   # (B,3,H,W) in [-1,1]

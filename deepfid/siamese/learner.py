@@ -20,7 +20,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from ..backbone.xception import load_imagenet
+from ..backbone.xception import load_pretrained
 from ..core import DeepfidError, Prediction
 from ..data.manifest import dataloaders
 from ..detector import NetworkDetector
@@ -31,7 +31,7 @@ from ..training import EMA, Checkpoint, EpochSeed, FidelityAUC, Part, bare, dist
 
 # %% ../../nbs/42_siamese.learner.ipynb #b48b0db9
 PRESETS = {
-    'tiny': dict(size=128, epochs=(3, 1, 4), steps=None, pretrained=False, amp=None),
+    'tiny': dict(size=128, epochs=(3, 1, 4), steps=None, pretrained=True, amp=None),
     'full': dict(size=299, epochs=(811, 90, 1800), steps=180, pretrained=True, amp='bf16'),
 }
 SHARED = dict(bs=32, p=.5, shift=2, li_on='logits', seg_loss_at='input', w_aux=.4, accidents=(), rest=True)
@@ -161,8 +161,8 @@ def build(self:LiSiam):
 
 @patch
 def initialise(self:LiSiam):
-    "Begin with ImageNet's weights, where the preset says so"
-    if self.config['pretrained']: load_imagenet(self.model.backbone)
+    "Begin with weights that have seen pictures, where the preset says so"
+    if self.config['pretrained']: load_pretrained(self.model.backbone)
 
 # %% ../../nbs/42_siamese.learner.ipynb #5c5177c7
 @patch

@@ -67,6 +67,7 @@ def locate(self:LiSiamNet,
     x:torch.Tensor # (B,3,H,W), mean = std = 0.5
 ): # features (B,C,h,w); map (B,2,h,w) or None; rough map (B,2,h,w)
     "The part that both branches run (eq. 2 and 3), channels last in memory"
+    if x.ndim!=4: raise DeepfidError(f'LiSiam wants a batch (B,3,H,W) of pictures, not {tuple(x.shape)}')
     maps = self.backbone(x.contiguous(memory_format=torch.channels_last), ('block4', 'block12'))
     x, rough = self.ocr(maps['block4'], maps['block12'])
     return x, self.decoder(x) if self.decoder else None, rough

@@ -15,8 +15,9 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from ..backbone.xception import STAGES, load_imagenet
+from ..backbone.xception import STAGES, load_pretrained
 from ..core import DeepfidError, Prediction, montage
+from ..data.degrade import Degrade
 from ..data.manifest import dataloaders
 from ..detector import NetworkDetector
 from .llsm import pair_target, sample_places
@@ -25,12 +26,12 @@ from ..training import EMA, BestEpoch, Checkpoint, EpochSeed, FidelityAUC, LoadB
 
 # %% ../../nbs/33_similarity.learner.ipynb #8389b927
 PRESETS = {
-    'tiny': dict(size=128, epochs=8, pretrained=False, amp=None),
+    'tiny': dict(size=128, epochs=8, pretrained=True, amp=None),
     'full': dict(size=224, epochs=50, pretrained=True, amp='bf16'),
 }
 RECIPES = {
-    'ours': dict(bs=32, steps=None, schedule='one-cycle', opt='AdamW', lr=2e-3, wd=.01, clip=1., ema=.99, shift=2, select='last', alpha=.5, beta=.5),
-    'paper': dict(bs=32, steps=200, schedule='constant', opt='Adam', lr=1e-4, wd=0., clip=None, ema=None, shift=0, select='valid', alpha=.5, beta=.5),
+    'ours': dict(bs=32, steps=None, schedule='one-cycle', opt='AdamW', lr=2e-3, wd=.01, clip=1., ema=.99, shift=2, spoil=0., select='last', alpha=.5, beta=.5),
+    'paper': dict(bs=32, steps=200, schedule='constant', opt='Adam', lr=1e-4, wd=0., clip=None, ema=None, shift=0, spoil=0., select='valid', alpha=.5, beta=.5),
 }
 
 # %% ../../nbs/33_similarity.learner.ipynb #92b51691
@@ -90,8 +91,8 @@ def build(self:LocalSimilarity):
 
 @patch
 def initialise(self:LocalSimilarity):
-    "Begin with ImageNet's weights, where the preset says so"
-    if self.config['pretrained']: load_imagenet(self.model.backbone)
+    "Begin with weights that have seen pictures, where the preset says so"
+    if self.config['pretrained']: load_pretrained(self.model.backbone)
 
 # %% ../../nbs/33_similarity.learner.ipynb #f06295b7
 @patch
@@ -149,7 +150,8 @@ def learner(self:LocalSimilarity,
 def loaders(self:LocalSimilarity, manifest):
     "Faces with their labels and masks"
     c = self.config
-    return dataloaders(manifest, 'label+mask', size=c['size'], bs=c['bs'], shift=c['shift'], seed=c['seed'], steps=c['steps'], device=self.device)
+    degrade = Degrade(c['spoil'], seed=c['seed']) if c['spoil'] else None
+    return dataloaders(manifest, 'label+mask', size=c['size'], bs=c['bs'], shift=c['shift'], degrade=degrade, seed=c['seed'], steps=c['steps'], device=self.device)
 
 @patch
 def fit(self:LocalSimilarity,

@@ -98,7 +98,7 @@ class SimilarityNet(nn.Module):
         use_llsm:bool=True, use_flm:bool=True, # map of pairs; decoder
         gates:bool=True,         # CLAFFM in the decoder
         cls_feat:str='last',     # classifier reads 'last': the decoder's last map; 'concat': all of its levels
-        pretrained:bool=False,   # ImageNet weights for the backbone
+        pretrained:bool=False,   # weights for the backbone to begin with, see `load_pretrained`
         **llsm                   # options of `LLSM`: hidden, metric, symmetric, chunk
     ):
         super().__init__()

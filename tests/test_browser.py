@@ -1,0 +1,191 @@
+"The explorers in a person's hands: a real JupyterLab in a real browser, sliders dragged, places clicked, a file dropped"
+import os, re, shutil, signal, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+import nbformat, pytest
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+PATIENCE = 180_000 # milliseconds; a busy machine is no error
+TOKEN = 'explorers'
+
+START = '''
+import numpy as np, torch
+torch.set_num_threads(1)
+from deepfid.data.faces import align
+from deepfid.data.synth import draw_face
+from deepfid.explore.evaluation import EvaluationExplorer, MappingExplorer, quality_bands
+from deepfid.explore.forgery import ForgeryExplorer
+from deepfid.explore.maps import InvarianceExplorer, SimilarityExplorer, SSAAExplorer, layer_maps
+from deepfid.explore.score import ScoreExplorer
+from deepfid.fidelity.learner import DeepFidelity
+from deepfid.quality.statistics import load_niqe
+from deepfid.siamese.learner import LiSiam
+from deepfid.similarity.learner import LocalSimilarity
+faces = {f'drawn {s}': align(draw_face(s), 112) for s in (11, 12)}
+fidelity, similarity, siamese = (kind().configure('tiny') for kind in (DeepFidelity, LocalSimilarity, LiSiam))
+niqe, rng, label = load_niqe('synth'), np.random.default_rng(0), np.arange(200)%2
+quality = rng.uniform(-60, -5, 200)
+'''
+CELLS = dict(
+    score="ScoreExplorer({'DeepFidelity': fidelity, 'local similarity': similarity, 'LiSiam': siamese}, faces, niqe)",
+    forgery='ForgeryExplorer()', similarity='SimilarityExplorer(similarity, faces)',
+    invariance="InvarianceExplorer({'LiSiam': siamese, 'local similarity': similarity}, faces)",
+    mirror='SSAAExplorer(faces, dict(zip(faces, layer_maps(fidelity, list(faces.values())))))',
+    evaluation="EvaluationExplorer(rng.normal(.35+.3*label, .25), label, .5, {'quality': quality_bands(quality)})",
+    mapping='MappingExplorer(niqe, {k: f.image for k, f in faces.items()}, quality, label)')
+
+SETTINGS = {'notebook-extension/tracker': '{"windowingMode": "none"}', 'apputils-extension/notification': '{"fetchNews": "false", "checkForUpdates": false}'}
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "Address of a JupyterLab that knows one notebook with every explorer"
+    pytest.importorskip('jupyterlab')
+    home = tmp_path_factory.mktemp('lab')
+    (home/'nbs').mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in (START, *CELLS.values())],
+        metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))), home/'nbs/explorers.ipynb')
+    for name, text in SETTINGS.items():
+        path = home/f'settings/@jupyterlab/{name}.jupyterlab-settings'
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTER_RUNTIME_DIR=str(home/'runtime'), JUPYTERLAB_SETTINGS_DIR=str(home/'settings'),
+        JUPYTERLAB_WORKSPACES_DIR=str(home/'workspaces'), IPYTHONDIR=str(home/'ipython'), PYTHONPATH=str(Path(__file__).resolve().parents[1]), OMP_NUM_THREADS='1')
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0',
+        f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={home/"nbs"}']
+    with open(home/'log', 'w') as log: server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    try:
+        yield _answering(f'http://127.0.0.1:{port}', server, home/'log')
+    finally:
+        server.send_signal(signal.SIGTERM) # stops its kernels too
+        try: server.wait(30)
+        except subprocess.TimeoutExpired: server.kill()
+
+def _answering(address, server, log):
+    "The address, once somebody is at home"
+    for _ in range(PATIENCE//500):
+        if server.poll() is not None: break
+        try:
+            urllib.request.urlopen(f'{address}/api/status?token={TOKEN}', timeout=5).close()
+            return address
+        except OSError: time.sleep(.5)
+    pytest.fail(f'JupyterLab did not start: {log.read_text()[-2000:]}')
+
+@pytest.fixture(scope='module')
+def page(lab):
+    "The notebook in the browser, all cells run"
+    playwright = pytest.importorskip('playwright.sync_api')
+    if not CHROMIUM: pytest.skip('no Chromium on this machine')
+    playwright.expect.set_options(timeout=PATIENCE)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu'])
+        page = browser.new_page(viewport=dict(width=1400, height=1100))
+        page.set_default_timeout(PATIENCE)
+        page.goto(f'{lab}/lab/tree/explorers.ipynb?token={TOKEN}', wait_until='commit')
+        page.locator('.jp-CodeCell').nth(len(CELLS)).wait_for()
+        page.locator('.lm-MenuBar-itemLabel', has_text=re.compile('^Run$')).click()
+        page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()
+        page.locator('.jp-CodeCell').nth(len(CELLS)).locator('.jupyter-widgets').first.wait_for()
+        yield page
+        browser.close()
+
+class Hand:
+    "What a person does with one explorer"
+    def __init__(self, page, name, folder):
+        self.page, self.name, self.folder = page, name, folder
+        self.cell = page.locator('.jp-CodeCell').nth(1+list(CELLS).index(name)).locator('.jp-OutputArea')
+        self.cell.scroll_into_view_if_needed()
+        self.words = self.cell.locator('.widget-html-content').last
+        self.words.wait_for()
+        self.shoot('before')
+
+    def control(self, label): return self.cell.locator('.jupyter-widgets').filter(has=self.page.locator(f'.widget-label:text-is("{label}")')).last
+    def drag(self, label, share):
+        "The slider's handle to a share of its way"
+        control = self.control(label)
+        handle, way = control.locator('.noUi-handle').first, control.locator('.noUi-base')
+        handle.scroll_into_view_if_needed()
+        a, b = handle.bounding_box(), way.bounding_box()
+        self.page.mouse.move(a['x']+a['width']/2, a['y']+a['height']/2)
+        self.page.mouse.down()
+        self.page.mouse.move(b['x']+share*b['width'], b['y']+b['height']/2, steps=4)
+        self.page.mouse.up()
+
+    def changes(self, what, act):
+        "Do something, and wait until something else has changed for it"
+        from playwright.sync_api import expect
+        if picture := what!='words': target, before = self.cell.locator('img').nth(what), self.cell.locator('img').nth(what).get_attribute('src')
+        else: target, before = self.words, self.words.inner_text()
+        act()
+        (expect(target).not_to_have_attribute('src', before) if picture else expect(target).not_to_have_text(before))
+        return self.words.inner_text()
+
+    def shoot(self, when):
+        self.page.wait_for_timeout(300) # for the picture to be painted
+        self.cell.screenshot(path=self.folder/f'explorer-{self.name}-{when}.png')
+
+@pytest.fixture
+def hand(page, tmp_path):
+    folder = Path(os.environ.get('DEEPFID_SCREENSHOTS', tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda name: Hand(page, name, folder)
+
+# -- one hand movement after the other ------------------------------------------------------------------------------
+
+def test_nothing_went_wrong_on_the_page(page):
+    assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
+    assert not page.get_by_text('Error displaying widget').count()
+
+def test_score_follows_the_slider_and_refuses_a_text(hand, tmp_path):
+    h = hand('score')
+    assert 'DeepFidelity' in h.words.inner_text()
+    h.changes(0, lambda: h.drag('JPEG', .05))
+    h.shoot('after')
+    (tmp_path/'notes.txt').write_text('hello')
+    def drop():
+        with h.page.expect_file_chooser() as chooser: h.cell.get_by_role('button', name='your photo').click()
+        chooser.value.set_files(tmp_path/'notes.txt')
+    assert 'notes.txt: is not a picture' in h.changes('words', drop)
+    h.shoot('refused')
+    assert 'fidelity' in h.changes('words', lambda: h.drag('blur', .5))
+
+def test_forgery_is_drawn_anew(hand):
+    h = hand('forgery')
+    before = h.changes(0, lambda: h.control('forger').locator('select').select_option('reenact'))
+    assert 'DIFF' in h.changes('words', lambda: h.drag('strength', .95)) != before
+    h.shoot('after')
+
+def test_a_clicked_place_asks_the_map(hand):
+    h = hand('similarity')
+    def colours(): return h.cell.locator('.widget-gridbox button').evaluate_all('all => all.map(b => getComputedStyle(b).backgroundColor)')
+    before, said = colours(), h.changes('words', lambda: h.cell.locator('.widget-gridbox button').nth(36).click())
+    assert len(before) == 64 and said.startswith('row 5, column 5')
+    h.changes('words', lambda: h.cell.get_by_role('button', name='true').click())
+    h.changes(0, lambda: h.drag('x', .3))
+    assert colours() != before and len(set(colours())) > 1
+    h.shoot('after')
+
+def test_one_copy_is_spoiled(hand):
+    h = hand('invariance')
+    assert 'LiSiam: mean |difference| 0.000' in h.words.inner_text()
+    assert 'LiSiam: mean |difference| 0.000' not in h.changes('words', lambda: h.drag('blur', .8))
+    h.shoot('after')
+
+def test_the_mirror_takes_the_asymmetry(hand):
+    h = hand('mirror')
+    assert 'of the mixture 0.000' in h.words.inner_text()
+    assert 'of the mixture 0.000' not in h.changes('words', lambda: h.drag('w1', .95))
+    h.shoot('after')
+
+def test_the_threshold_is_dragged(hand):
+    h = hand('evaluation')
+    before = h.words.inner_text()
+    assert re.search(r'accuracy 0\.\d+ here', before) and h.changes('words', lambda: h.drag('threshold', .9)) != before
+    h.shoot('after')
+
+def test_the_face_slides_along_the_mapping(hand):
+    h = hand('mapping')
+    h.changes('words', lambda: h.drag('JPEG', .1))
+    h.changes('words', lambda: h.cell.get_by_role('button', name='rank').click())
+    h.shoot('after')

@@ -1,0 +1,394 @@
+"LiSiam's network: every shape, one pass against two, the losses of every ablation, attention that doesn't overflow, degraded batches"
+import numpy as np, pytest, torch
+from torch import nn
+from torch.nn import functional as F
+from deepfid.core import DeepfidError
+from deepfid.data import degrade as stills
+from deepfid.siamese import degrade as batches
+from deepfid.siamese.degrade import ACCIDENTS, DegradeBatch, shuffle_patches, shuffled
+from deepfid.siamese.network import ABLATIONS, IGNORE, TERMS, LiSiamNet, SiamOutput, invariance_loss, map_loss, map_side, siamese_losses
+from deepfid.siamese.ocr import OCR, ObjectAttention, gather_regions
+from deepfid.siamese.transformer import SCUS, MaskGuidedTransformer, SqueezeExcite, attend, scu, split_by_mask
+
+def weights(m): return sum(p.numel() for p in m.parameters())
+def still(net): # no dropout, stored statistics, gradients
+    return net.eval().requires_grad_(True)
+
+@pytest.fixture(scope='module')
+def full(): return LiSiamNet('full').eval()
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return LiSiamNet('tiny')
+
+@pytest.fixture
+def batch():
+    "Two real and two forged noise pictures of the tiny size, spoiled copies, labels, masks"
+    torch.manual_seed(1)
+    x = torch.rand(4, 3, 128, 128)*2-1
+    mask = torch.zeros(4, 1, 128, 128)
+    mask[2:, :, 30:70, 40:100] = 1
+    return x, F.avg_pool2d(x, 3, 1, 1), torch.tensor([1, 1, 0, 0]), mask
+
+def shapes(net, x):
+    "Shape of the output of every named part"
+    found, hooks = {}, []
+    def look(name): return lambda m, i, o: found.update({name: tuple((o[0] if isinstance(o, tuple) else o).shape[1:])})
+    for name, m in net.named_modules():
+        if name not in ('', 'backbone'): hooks.append(m.register_forward_hook(look(name)))
+    with torch.inference_mode(): out = net(x)
+    for h in hooks: h.remove()
+    return found, out
+
+# -- shapes of the paper --
+EXPECT = {'backbone.block1': (128, 74), 'backbone.block2': (256, 37), 'backbone.block3': (728, 37), 'backbone.block4': (728, 37), 'backbone.block11': (728, 37),
+    'backbone.block12': (1024, 37), 'ocr.bottleneck': (512, 37), 'ocr.aux': (2, 37), 'ocr.attention': (512, 37), 'ocr': (512, 37), 'decoder': (2, 37), 'scu': (512, 13), 'mt': (1024, 13)}
+TINY = {'backbone.block2': (64, 16), 'backbone.block3': (184, 16), 'backbone.block12': (256, 16), 'ocr': (128, 16), 'decoder': (2, 16), 'scu': (128, 7), 'mt': (256, 7)}
+
+def test_shapes_at_299(full):
+    found, out = shapes(full, torch.zeros(1, 3, 299, 299))
+    for name, (c, n) in EXPECT.items(): assert found[name]==(c, n, n), name
+    assert found['ocr.attention.query']==(256, 37, 37) and found['ocr.attention.key']==(256, 2, 1)==found['ocr.attention.value']
+    assert found['mt.query']==(512, 13, 13) and found['mlp']==(1024,)
+    assert [tuple(t.shape) for t in out]==[(1, 2), (1, 2, 37, 37), (1, 2, 37, 37), (1, 1024)]
+
+def test_shapes_of_tiny(tiny):
+    found, out = shapes(tiny.eval(), torch.zeros(2, 3, 128, 128))
+    for name, (c, n) in TINY.items(): assert found[name]==(c, n, n), name
+    assert [tuple(t.shape) for t in out]==[(2, 2), (2, 2, 16, 16), (2, 2, 16, 16), (2, 256)]
+
+@pytest.mark.parametrize('n', [64, 112, 128, 131, 149, 224, 256, 299])
+def test_side_of_the_maps(n, tiny):
+    with torch.inference_mode(): assert tiny.eval()(torch.zeros(1, 3, n, n)).seg.shape==(1, 2, map_side(n), map_side(n))
+
+@pytest.mark.parametrize('kind, sides', [('separable', [19, 21, 11, 13]), ('dense', [19, 21, 11, 13]), ('stride3', [13, 13])])
+def test_unit_shrinks_37_to_13(kind, sides):
+    x, found = torch.randn(1, 8, 37, 37), []
+    for layer in scu(kind, 8).eval():
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d): found.append(x.shape[-1])
+    assert found==sides and x.shape==(1, 8, 13, 13)
+
+def test_a_padded_unit_has_a_ring_that_knows_nothing():
+    torch.manual_seed(0)
+    for kind in SCUS:
+        y = scu(kind, 4).eval()(torch.randn(3, 4, 37, 37))
+        ring = torch.ones(13, 13, dtype=torch.bool)
+        ring[1:-1, 1:-1] = False
+        assert (y[:, :, ring].std(0).max()<1e-6)==(kind!='stride3') and y[:, :, ~ring].std(0).min()>0
+
+@pytest.mark.parametrize('kw, millions', [(dict(scu='dense'), 36.99), (dict(), 32.28), (dict(scu='stride3'), 32.02), (dict(ocr_fuse=1), 28.09)])
+def test_weights(kw, millions): assert weights(LiSiamNet('full', **kw))/1e6==pytest.approx(millions, abs=.01)
+
+def test_imagenet_names_fit():
+    import timm
+    have = timm.create_model('legacy_xception').state_dict()
+    want = LiSiamNet('full').backbone.state_dict()
+    assert all(k in have and have[k].shape==v.shape for k, v in want.items())
+
+# -- OCR --
+def test_regions_are_weighted_means():
+    x, logits = torch.randn(2, 5, 4, 3), torch.randn(2, 2, 4, 3)
+    r, w = gather_regions(x, logits), logits[1, 0].exp()/logits[1, 0].exp().sum()
+    assert r.shape==(2, 5, 2, 1)
+    torch.testing.assert_close(r[1, :, 0, 0], (x[1]*w).sum((1, 2)))
+    sure = torch.full((1, 2, 4, 3), -1e4)
+    sure[0, 0, 1, 2] = sure[0, 1, 3, 0] = 0
+    torch.testing.assert_close(gather_regions(x[:1], sure)[0, :, :, 0], torch.stack([x[0, :, 1, 2], x[0, :, 3, 0]], 1))
+
+def test_every_place_shares_itself_out():
+    a = ObjectAttention(6, 4).eval()
+    w = a.weights(torch.randn(2, 6, 5, 7), torch.randn(2, 6, 2, 1))
+    assert w.shape==(2, 35, 2)
+    torch.testing.assert_close(w.sum(2), torch.ones(2, 35))
+
+# -- mask-guided transformer --
+def test_parts_add_up():
+    x, seg = torch.randn(2, 4, 13, 13), torch.randn(2, 2, 37, 37)
+    real, forged = split_by_mask(x, seg)
+    torch.testing.assert_close(real+forged, x)
+    seg[:, 0] = 50
+    assert split_by_mask(x, seg)[1].abs().max()<1e-6
+
+def test_equations_place_by_place():
+    "Against eq. 9 to 13 written with loops"
+    torch.manual_seed(0)
+    mt, f, r = MaskGuidedTransformer(3, drop=0.).eval(), torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2)
+    y, w = mt.transform(f, r)
+    fs, rs = f.flatten(2)[0].T, r.flatten(2)[0].T
+    m = lambda layer: layer.weight[:, :, 0, 0]
+    for i in range(4):
+        a = torch.stack([(m(mt.query)@fs[i])@(m(mt.key)@rs[j]) for j in range(4)]).softmax(0)
+        torch.testing.assert_close(w[0, i], a)
+        told = sum(a[j]*(m(mt.value)@rs[j]) for j in range(4))
+        torch.testing.assert_close(y.flatten(2)[0, :, i], mt.merge(told[None, :, None, None])[0, :, 0, 0])
+
+def test_attention_is_unscaled_and_rows_sum_to_one():
+    q, k = torch.randn(2, 64, 5), torch.randn(2, 64, 7)
+    w = attend(q, k)
+    torch.testing.assert_close(w.sum(2), torch.ones(2, 5))
+    torch.testing.assert_close(w.log()[0, 0]-w.log()[0, 0, 0], q[0, :, 0]@k[0]-q[0, :, 0]@k[0, :, 0])
+
+def loud():
+    "A transformer and parts whose query times key leaves fp16, and differs by less than bf16 can tell"
+    torch.manual_seed(0)
+    mt = MaskGuidedTransformer(512, drop=0.).eval()
+    for m in (mt.query, mt.key): nn.init.eye_(m.weight.data[:, :, 0, 0])
+    with torch.no_grad(): mt.query.weight.mul_(0).view(512, 512).fill_diagonal_(1); mt.key.weight.mul_(0).view(512, 512).fill_diagonal_(1)
+    forged = torch.full((1, 512, 4, 4), 16.)
+    real = torch.full((1, 512, 4, 4), 16.)
+    real[:, 0].view(-1)[:] = 16+torch.arange(16)/64.
+    return mt, forged, real
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_attention_stays_in_float32(dtype):
+    mt, forged, real = loud()
+    want, exact = mt.transform(forged, real)
+    def careless(): return attend(mt.query(forged).flatten(2), mt.key(real).flatten(2))
+    with torch.autocast('cpu', dtype):
+        got, kept = mt.transform(forged.to(dtype), real.to(dtype).float() if dtype==torch.float16 else real)
+        spoiled = careless().float()
+    assert want.isfinite().all() and kept.dtype==torch.float32 and got.isfinite().all()
+    torch.testing.assert_close(kept, exact)
+    assert not spoiled.isfinite().all() or (spoiled-exact).abs().max()>.1 # what the test would catch
+
+def test_whole_network_under_autocast(tiny, batch):
+    x, spoiled, label, mask = batch
+    with torch.autocast('cpu', torch.bfloat16): parts = siamese_losses(*tiny.siamese(x, spoiled), label, mask)
+    assert all(v.dtype==torch.float32 and v.isfinite() for v in parts.values())
+
+def test_squeeze_excite_weighs_channels():
+    x = torch.randn(2, 32, 3, 3)
+    w = SqueezeExcite(32)(x)/x
+    torch.testing.assert_close(w, w[:, :, :1, :1].expand_as(w), atol=1e-5, rtol=1e-4)
+    assert 0<w.min() and w.max()<1
+
+def test_map_learns_through_the_transformer(tiny, batch):
+    "No detach: the class loss alone moves the decoder"
+    tiny.siamese(*batch[:2], ('cls1',))[0].logits.sum().backward()
+    assert tiny.decoder.weight.grad.abs().sum()>0
+
+# -- one pass and two --
+def test_one_pass_is_two_passes_where_statistics_are_stored(tiny, batch):
+    net, (x, spoiled, label, mask) = still(tiny), batch
+    one = siamese_losses(*net.siamese(x, spoiled), label, mask)
+    grads = torch.autograd.grad(one['total'], [*net.parameters()])
+    two = siamese_losses(net(x), net(spoiled), label, mask)
+    for k in one: torch.testing.assert_close(one[k], two[k])
+    for a, b in zip(grads, torch.autograd.grad(two['total'], [*net.parameters()])): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+def test_only_what_is_asked_for(tiny, batch, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tiny, 'locate', lambda x: (seen.append(len(x)), type(tiny).locate(tiny, x))[1])
+    asked = {t: tiny.siamese(*batch[:2], terms=t) for t in (TERMS, ('cls1',), ('seg1', 'li'), ABLATIONS['E']['terms'], ABLATIONS['B']['terms'])}
+    assert seen==[8, 4, 8, 4, 8]
+    classified = [tuple(o is not None and o.logits is not None for o in out) for out in asked.values()]
+    assert classified==[(True, False), (True, False), (False, False), (False, True), (True, True)]
+    assert [tuple(o is not None for o in out) for out in asked.values()]==[(True, True), (True, False), (True, True), (False, True), (True, True)]
+
+def test_inference_is_the_clean_branch(tiny, batch):
+    net = tiny.eval()
+    with torch.inference_mode(): a, b = net(batch[0]), net.siamese(batch[0], batch[1])[0]
+    for u, v in zip(a, b): torch.testing.assert_close(u, v)
+    torch.testing.assert_close(a.fidelity, a.logits.softmax(1)[:, 0])
+
+def test_features_are_what_the_last_layer_reads(tiny, batch):
+    out = tiny.eval()(batch[0])
+    torch.testing.assert_close(tiny.last(out.features), out.logits)
+
+# -- losses --
+def test_map_loss_is_cross_entropy():
+    seg, mask = torch.randn(2, 2, 16, 16), (torch.rand(2, 1, 128, 128)>.5).float()
+    mask[:, :, :9] = IGNORE
+    up = F.interpolate(seg, (128, 128), mode='bilinear', align_corners=False)
+    torch.testing.assert_close(map_loss(seg, mask), F.cross_entropy(up, mask[:, 0].long(), ignore_index=IGNORE))
+    small = F.interpolate(mask, (16, 16), mode='nearest-exact')[:, 0].long()
+    torch.testing.assert_close(map_loss(seg, mask, 'feature'), F.cross_entropy(seg, small, ignore_index=IGNORE))
+
+def test_padding_teaches_nothing():
+    seg = torch.randn(1, 2, 16, 16, requires_grad=True)
+    mask = torch.full((1, 1, 128, 128), float(IGNORE))
+    mask[..., :64] = 0
+    map_loss(seg, mask, 'feature').backward()
+    assert seg.grad[..., 8:].abs().max()==0 and seg.grad[..., :8].abs().min()>0
+    assert map_loss(seg, torch.full_like(mask, IGNORE))==0
+
+def test_invariance():
+    a, b = torch.randn(2, 2, 4, 4, requires_grad=True), torch.randn(2, 2, 4, 4, requires_grad=True)
+    torch.testing.assert_close(invariance_loss(a, b), (a-b).abs().mean())
+    invariance_loss(a, b).backward()
+    assert a.grad.abs().min()>0 and torch.equal(a.grad, -b.grad)
+    assert invariance_loss(a, a)==0==invariance_loss(a, a+3, 'prob').round(decimals=5) and invariance_loss(a, a+3).item()==pytest.approx(3)
+    assert invariance_loss(1e3*a, -1e3*a, 'prob')<=1
+
+def test_identical_pictures_agree_in_eval(tiny, batch):
+    with torch.inference_mode():
+        assert siamese_losses(*tiny.eval().siamese(batch[0], batch[0]), *batch[2:])['li']<1e-5
+
+def test_column_0_is_real(tiny, batch):
+    out = SiamOutput(torch.tensor([[9., -9.], [-9., 9.]]), None, torch.zeros(2, 2, 16, 16), None)
+    assert siamese_losses(out, None, torch.tensor([1, 0]), None, ('cls1',))['total']<1e-6
+    assert out.fidelity.round().tolist()==[1, 0]
+    seg = torch.zeros(1, 2, 16, 16)
+    seg[:, 1], mask = 9, torch.ones(1, 1, 128, 128)
+    assert map_loss(seg, mask)<1e-3
+
+LISTED = dict(A={'cls1', 'seg1', 'aux1', 'li'}, B={'cls1', 'cls2', 'seg1', 'seg2', 'aux1', 'li'}, C={'cls1', 'li'}, D={'cls2', 'seg2', 'aux2', 'li'}, E={'cls2', 'seg2', 'aux2'},
+    F={'cls1', 'seg1', 'aux1', 'li'}, G={'cls1', 'seg1', 'aux1'})
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_ablations_have_exactly_their_losses(name, batch):
+    torch.manual_seed(0)
+    a, (x, spoiled, label, mask) = ABLATIONS[name], batch
+    net = LiSiamNet('tiny', mt=a['mt'])
+    parts = siamese_losses(*net.siamese(x, spoiled, a['terms']), label, mask, a['terms'])
+    assert set(parts)==LISTED[name]|{'total'} and (net.mt is None)==(name=='F')
+    torch.testing.assert_close(parts['total'], sum(v*(.4 if k.startswith('aux') else 1) for k, v in parts.items() if k!='total'))
+    parts['total'].backward()
+    net.eval()(x)                                             # all are tested on the clean branch
+
+def test_strict_paper_has_no_auxiliary_loss(tiny, batch):
+    parts = siamese_losses(*tiny.siamese(*batch[:2]), *batch[2:], w_aux=0.)
+    torch.testing.assert_close(parts['total'], parts['cls1']+parts['seg1']+parts['li'])
+
+def test_without_decoder(batch):
+    net = LiSiamNet('tiny', mt=False, seg=False)
+    assert net(batch[0]).seg is None and net.siamese(*batch[:2], ('cls1', 'cls2'))[1].seg is None
+
+# -- refused --
+@pytest.mark.parametrize('change, says', [
+    (dict(mask=torch.zeros(4, 1, 64, 64)), 'of the size of the pictures'), (dict(mask=torch.zeros(3, 1, 128, 128)), r'\(3, 1, 128, 128\)'), (dict(mask=torch.zeros(4, 3, 128, 128)), 'must be'),
+    (dict(mask=torch.full((4, 128, 128), 100)), '0 to 1'), (dict(mask=torch.full((4, 128, 128), float('nan'))), '0 to 1'), (dict(label=torch.tensor([1, 1, 1, 0])), '1 real faces have a mask'),
+    (dict(li_on='probability'), "'logits' or 'prob'"), (dict(seg_loss_at='output'), "'input' or 'feature'"), (dict(terms=('cls3',)), "'cls3'"), (dict(terms=()), 'at least one')])
+def test_losses_refuse(tiny, batch, change, says):
+    x, spoiled, label, mask = batch
+    with torch.no_grad(): out = tiny.eval().siamese(x, spoiled)
+    with pytest.raises(DeepfidError, match=says) as e: siamese_losses(*out, **dict(label=label, mask=mask)|change)
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('make, says', [(lambda: LiSiamNet('huge'), "'huge'"), (lambda: LiSiamNet('tiny', scu='paper'), 'separable, dense, stride3'), (lambda: LiSiamNet('tiny', ocr_fuse=2), 'ocr_fuse=2'),
+    (lambda: LiSiamNet('tiny', seg=False), 'guided by the map'), (lambda: LiSiamNet('tiny').siamese(torch.zeros(2, 3, 128, 128), torch.zeros(2, 3, 64, 64)), 'same crops'),
+    (lambda: LiSiamNet('tiny').siamese(torch.zeros(2, 3, 128, 128), torch.zeros(1, 3, 128, 128)), 'same crops'), (lambda: LiSiamNet('tiny')(torch.zeros(3, 128, 128)), 'batch')])
+def test_network_refuses(make, says):
+    with pytest.raises(DeepfidError, match=says): make()
+
+# -- degraded batches --
+def picture(size=96, seed=0):
+    "Texture at all scales, uint8 (H,W,3)"
+    import cv2
+    rng = np.random.default_rng(seed)
+    x = sum(cv2.resize(rng.normal(0, 20, (n, n, 3)), (size, size), interpolation=cv2.INTER_CUBIC) for n in (4, 12, 40))
+    return np.clip(x+(170, 110, 60), 0, 255).astype(np.uint8)
+
+def planes(image): return torch.from_numpy(image).permute(2, 0, 1).float()
+def normalised(*images): return torch.stack([planes(i) for i in images])/127.5-1
+X = normalised(picture(seed=0), picture(seed=1), picture(seed=2), picture(seed=3))
+
+@pytest.mark.parametrize('sigma', [0, .1, .3, .7, 1., 3.])
+def test_blur_is_opencvs(sigma): assert (batches.blur(planes(picture()), sigma).round()-planes(stills.blur(picture(), sigma))).abs().max()<=1
+
+@pytest.mark.parametrize('down', ['nearest', 'bilinear'])
+@pytest.mark.parametrize('up', ['nearest', 'bilinear'])
+@pytest.mark.parametrize('fraction', [1/3, .5])
+def test_resize_is_opencvs(down, up, fraction):
+    want = stills.apply_steps(picture(), [('resize', dict(fraction=fraction, down=down, up=up))])
+    assert (batches.resize(planes(picture()), fraction, down, up).round()-planes(want)).abs().max()<=2
+
+@pytest.mark.parametrize('size', [96, 101, 112, 16, 7])
+@pytest.mark.parametrize('quality', [1, 10, 35, 49, 50, 75, 95, 100])
+def test_jpeg_is_nearly_libjpegs(quality, size):
+    image = picture(size)
+    want, got = planes(stills.jpeg(image, quality)), batches.jpeg(planes(image), quality)
+    assert got.shape==want.shape and (got-want).abs().mean()<.12*(want-planes(image)).abs().mean()+.35
+
+def test_exact_is_libjpegs(): assert torch.equal(batches.jpeg_exact(planes(picture()), 30), planes(stills.jpeg(picture(), 30)))
+
+def test_recipes_are_those_of_stills():
+    d, one = DegradeBatch(seed=3), stills.Degrade(seed=3)
+    d(X)
+    assert d.last==[one.recipe() for _ in X]
+
+@pytest.mark.parametrize('jpeg, close', [('exact', .1), ('torch', .8)])
+def test_batch_is_what_stills_do(jpeg, close):
+    d, one = DegradeBatch(seed=3, p=1, order=('jpeg', 'blur'), jpeg=jpeg), stills.Degrade(seed=3, p=1, order=('jpeg', 'blur'))
+    got = d(X)
+    assert got.shape==X.shape and got.dtype==X.dtype
+    for i in range(4): assert ((got[i]+1)*127.5-planes(one(picture(seed=i)))).abs().mean()<close
+
+def test_nothing_asked_nothing_done():
+    x = X+1e-4*torch.randn_like(X)
+    before, out = x.clone(), DegradeBatch(p=0)(x)
+    assert torch.equal(out, before) and torch.equal(x, before) and out.data_ptr()!=x.data_ptr()
+
+def test_input_is_kept_and_each_picture_has_its_own_recipe():
+    x, d = X.clone(), DegradeBatch(seed=1)
+    out = d(x)
+    assert torch.equal(x, X) and len({str(s) for s in d.last})>1
+    assert ((out+1)*127.5-((out+1)*127.5).round()).abs().max()<1e-3 and out.abs().max()<=1
+
+def test_same_seed_same_batches():
+    a, b, c = DegradeBatch(seed=5), DegradeBatch(seed=5), DegradeBatch(seed=6)
+    for _ in range(3): assert torch.equal(a(X), b(X))
+    assert not torch.equal(a(X), c(X))
+
+def test_order_and_formats():
+    d = DegradeBatch(p=1, order=('blur', 'jpeg'), seed=0)
+    assert d(X.to(torch.bfloat16)).dtype==torch.bfloat16 and all([op for op, _ in s]==['blur', 'jpeg'] for s in d.last)
+    assert d(X.to(memory_format=torch.channels_last)).shape==X.shape
+
+def test_geometry_is_shared():
+    "Flipping and cropping first, as the loader does, then spoiling: a landmark stays where it was in both branches and the mask"
+    x = torch.full((1, 3, 96, 96), -1.)
+    x[:, :, 20:45, 50:75] = 1
+    mask = (x[:, :1]>0).float()
+    clean, degraded, after = DegradeBatch(p=1, seed=0).pair(x.flip(3), mask.flip(3))
+    assert torch.equal(clean, x.flip(3)) and torch.equal(after, mask.flip(3))
+    at = lambda m: [((m*g).sum()/m.sum()).item() for g in torch.meshgrid(torch.arange(96.), torch.arange(96.), indexing='ij')]
+    assert at((degraded[0].mean(0)+1).clamp(min=.3)-.3)==pytest.approx(at(after[0, 0]), abs=1.5) # mirrored, it would be 29 pixels off
+
+def test_nearest_accident_never_shrinks_smoothly():
+    d = DegradeBatch(p=1, order=('resize',), seed=0, accidents=('nearest',))
+    out = d(X)
+    for i, [(_, s)] in enumerate(d.last): torch.testing.assert_close((out[i]+1)*127.5, batches.resize(((X[i]+1)*127.5).round(), s['fraction'], 'nearest', 'bilinear').round().clamp(0, 255), atol=1e-3, rtol=0)
+
+@pytest.mark.parametrize('jpeg', ['exact', 'torch'])
+def test_bgr_accident_takes_red_for_blue(jpeg):
+    kw = dict(p=1, quality=(20, 20), order=('jpeg',), jpeg=jpeg)
+    out, right = DegradeBatch(**kw, accidents=('bgr',))(X), DegradeBatch(**kw)(X)
+    assert torch.equal(out, DegradeBatch(**kw)(X.flip(1)).flip(1)) and (out-right).abs().mean()>.005
+
+def test_patches_in_their_places_are_the_picture_without_its_border():
+    x = torch.arange(100.).view(1, 10, 10).repeat_interleave(10, 1).repeat_interleave(10, 2)
+    x = F.pad(x[None], (3,)*4, mode='replicate')[0]
+    order = np.arange(100).reshape(10, 10)
+    torch.testing.assert_close(shuffle_patches(x, order, 'nearest-exact')[0, 8::10, 8::10], torch.arange(100.).view(10, 10)[:10, :10])
+    swapped = order.copy(); swapped[0, :2] = 1, 0
+    assert shuffle_patches(x, swapped, 'nearest-exact')[0, 8, [8, 18]].tolist()==[1, 0]
+
+def test_shuffle_accident_moves_picture_and_mask_alike():
+    rng = np.random.default_rng(0)
+    source = shuffled(10, rng)
+    assert sorted(source.ravel())==list(range(100)) and not np.array_equal(source, np.arange(100).reshape(10, 10))
+    x = X.clone()
+    clean, degraded, mask = DegradeBatch(p=0, seed=0, accidents=('shuffle',)).pair(x, x[:, :1])
+    moved = [(clean[i]-x[i]).abs().mean()>.01 for i in range(4)]
+    assert any(moved) and not all(moved) and torch.equal(clean, degraded) and torch.equal(x, X)
+    for i in range(4): assert (mask[i]-clean[i, :1]).abs().mean()<.15
+
+@pytest.mark.parametrize('call, says', [(lambda: DegradeBatch(p=2), 'p=2'), (lambda: DegradeBatch(quality=(0, 50)), 'quality'), (lambda: DegradeBatch(sigma=(1, .1)), 'sigma'), (lambda: DegradeBatch(side=(100, 400)), 'side'),
+    (lambda: DegradeBatch(order=('noise',)), "'noise'"), (lambda: DegradeBatch(accidents=('rgb',)), 'nearest, bgr, shuffle'), (lambda: DegradeBatch(jpeg='turbo'), "'exact' or 'torch'"),
+    (lambda: DegradeBatch()(torch.zeros(2, 1, 9, 9)), 'masks stay'), (lambda: DegradeBatch()(torch.zeros(3, 9, 9)), 'batch'), (lambda: DegradeBatch()(torch.zeros(2, 3, 9, 9, dtype=torch.uint8)), 'uint8'),
+    (lambda: DegradeBatch().pair(X, torch.zeros(4, 1, 64, 64)), 'of its size'), (lambda: DegradeBatch().pair(X, torch.zeros(3, 1, 96, 96)), 'for each picture')])
+def test_degradation_refuses(call, says):
+    with pytest.raises(DeepfidError, match=says) as e: call()
+    assert '\n' not in str(e.value)
+
+@pytest.mark.cuda
+def test_on_the_gpu():
+    d = DegradeBatch(p=1, seed=0, jpeg='torch')
+    a, b = d(X.cuda()), DegradeBatch(p=1, seed=0, jpeg='torch')(X)
+    assert a.is_cuda and (a.cpu()-b).abs().mean()<.01
+    net = LiSiamNet('tiny').cuda()
+    with torch.autocast('cuda', torch.float16): out = net.siamese(a, a)
+    assert out[0].logits.isfinite().all()
