@@ -141,17 +141,19 @@ def card(
     record:dict # of `bundle_record`
 )->str: # Markdown
     "What a bundled detector is, in words"
-    config, lines = record['config'], [f"# {record['name']}", WARNING, '## Data',
-        '; '.join(f"{k}: {v['train']} training faces, {v['valid']} validation faces, {v['test']} test faces" for k, v in record['faces'].items())+'. Split by person.',
-        f"Drawn by deepfid; Face Research Lab London Set (DeBruine & Jones 2017, CC BY 4.0); portraits of U.S. representatives (public domain), self-blended only.",
-        '## Training', f"`python -m deepfid.bundle {record['name']}`; seed {record['seed']}; commit {record['commit']}; {record['hardware']}; {record['seconds']/60:.0f} minutes.",
-        ', '.join(f'{k}={v}' for k, v in config.items()), '## On people who were in no training', '| set | AUC | accuracy | forger by forger |', '|---|---|---|---|']
-    show = lambda v: f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-    lines[-2:] = ['\n'.join(lines[-2:]+[f"| {k} | {show(r['auc'])} | {show(r['accuracy'])} | {', '.join(f'{f} {show(v)}' for f, v in r['forgers'].items())} |" for k, r in record['results'].items()])]
-    groups = [f"| {g['group']} | {g['people']} | {show(g['real'])} | {show(g['fake'])} |" for g in record['groups']]
-    lines += ['## Wrong how often, London, by what the people say of themselves', '\n'.join(['| group | people | real called fake | fake called real |', '|---|---|---|---|', *groups])]
-    return '\n\n'.join(lines)+'\n'
+    def show(v): return f"{v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
+    def table(head, rows): return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in (head, ['---']*len(head), *rows))
+    faces = '; '.join(f"{k}: {v['train']} training faces, {v['valid']} validation faces, {v['test']} test faces" for k, v in record['faces'].items())
+    results = [(k, show(r['auc']), show(r['accuracy']), ', '.join(f'{f} {show(v)}' for f, v in r['forgers'].items())) for k, r in record['results'].items()]
+    groups = [(g['group'], g['people'], show(g['real']), show(g['fake'])) for g in record['groups']]
+    return '\n\n'.join([f"# {record['name']}", WARNING, '## Data', faces+'. Split by person. Drawn by deepfid; Face Research Lab London Set '
+        '(DeBruine & Jones 2017, CC BY 4.0); portraits of U.S. representatives (public domain), self-blended only.',
+        '## Training', f"`python -m deepfid.bundle {record['name']}`, seed {record['seed']}, commit {record['commit']}, {record['hardware']}, {record['seconds']/60:.0f} minutes. "
+        'Settings: '+', '.join(f'{k}={v}' for k, v in record['config'].items())+'.',
+        '## On people who were in no training', table(('set', 'AUC', 'accuracy', 'AUC by forger'), results),
+        '## Wrong how often: London, by what people say of themselves', table(('group', 'people', 'real called fake', 'fake called real'), groups)])+'\n'
 
+# %% ../nbs/66_bundle.ipynb #46aa8334
 def bundle_record(name, detector, faces, seconds, seed)->dict:
     "How a detector came about, and what it is worth"
     results = test_bundled(detector, faces)
@@ -159,7 +161,7 @@ def bundle_record(name, detector, faces, seconds, seed)->dict:
     counts = {str(d): {s: int(n) for s, n in t['split'].value_counts().items()} for d, t in faces.table.groupby('dataset')}
     return describe_run(detector.config, 'synthetic, london, portraits', seed, seconds, metrics, name=name, results=results, groups=errors_by_group(detector, faces), faces=counts, curves=detector.history)
 
-# %% ../nbs/66_bundle.ipynb #30e081a6
+# %% ../nbs/66_bundle.ipynb #8264932a
 WEIGHTS = Path(deepfid.__file__).parent/'weights'
 NAMES = ('backbone', *RECIPES)
 
@@ -178,7 +180,7 @@ def make(
     write_atomically(out/name/'MODEL_CARD.md', card(record).encode())
     return out/name
 
-# %% ../nbs/66_bundle.ipynb #8264932a
+# %% ../nbs/66_bundle.ipynb #53baa98b
 def install(
     name:str, out # one of `NAMES`, made in that folder
 )->Path: # where it is now
@@ -194,7 +196,7 @@ def install(
     seal(to)
     return to
 
-# %% ../nbs/66_bundle.ipynb #53baa98b
+# %% ../nbs/66_bundle.ipynb #6c32c8eb
 def main(argv=None)->int: # exit status
     "Make the bundle, or parts of it"
     p = argparse.ArgumentParser('python -m deepfid.bundle', description='Train the detectors that travel with the package, from nothing')
