@@ -96,6 +96,13 @@ def _table_options(s):
     s.add_argument('--out', default='out/tables', type=Path, help='folder for results and for the cache of what has been trained')
 
 # %% ../nbs/70_cli.ipynb #ee7c3cab
+def _figure_options(s):
+    s.add_argument('name', help='masks, degradations, similarity, segmentation, attention or features')
+    s.add_argument('--manifest', default='synthetic', help='manifest.csv, or synthetic, london (default: synthetic)')
+    s.add_argument('--model', help='a bundled detector by name, or the folder of a trained one')
+    s.add_argument('--baseline', help='for attention: another detector to set beside it')
+    s.add_argument('--out', default='figure.jpg', type=Path, help='picture to write')
+
 def _maps_options(s):
     s.add_argument('image', help='photograph')
     s.add_argument('--model', required=True, help='a detector\'s name, or a folder that one was saved to')
@@ -121,6 +128,7 @@ VERBS = { # name -> (options, examples)
     'train': (_train_options, ['deepfid train faces/manifest.csv --out model', 'deepfid train faces/manifest.csv --detector lisiam --out model --resume state']),
     'evaluate': (_evaluate_options, ['deepfid evaluate model faces/manifest.csv', 'deepfid evaluate deepfidelity faces/manifest.csv --by dataset --json']),
     'table': (_table_options, ['deepfid table ablation --manifest synthetic --manifest london --seeds 3']),
+    'figure': (_figure_options, ['deepfid figure attention --model lisiam --manifest london --out attention.jpg']),
     'maps': (_maps_options, ['deepfid maps --model out/demo/model photo.jpg --out maps.jpg']),
     'explore': (_explore_options, ['deepfid explore']),
     'notebooks': (_notebooks_options, ['deepfid notebooks lessons']),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'new_folder', 'synth', 'person_of', 'complain', 'forge', 'demo', 'faces', 'train', 'check_output',
            'face_lines', 'score', 'show_file', 'fidelity_of', 'by_group', 'evaluate', 'metrics_text', 'tables', 'table',
-           'maps', 'tutorials', 'notebooks', 'explore', 'doctor']
+           'figure', 'maps', 'tutorials', 'notebooks', 'explore', 'doctor']
 
 # %% ../nbs/69_commands.ipynb #b9cd1c69
 import contextlib, json, subprocess, sys, tempfile
@@ -235,6 +235,22 @@ def table(args):
     if run.table.figure: run.table.figure(record).savefig(args.out/f'table-{args.name}.svg')
     return dict(text=text.replace('<br>', ', '), record=record, saved=str(args.out/f'table-{args.name}.json'))
 
+# %% ../nbs/69_commands.ipynb #35d05d82
+def figure(args):
+    "Make a figure of the papers from a manifest, with a trained detector where it needs one"
+    from deepfid.core import DeepfidError, Picture
+    from deepfid.scoring import load
+    from deepfid.tables.figures import ALONE, FIGURES
+    if args.name not in FIGURES: raise DeepfidError(f"no figure {args.name!r}: there are {', '.join(FIGURES)}")
+    if args.name not in ALONE and not args.model: raise DeepfidError(f'figure {args.name!r} needs a trained detector: give --model')
+    check_output(args.out)
+    faces, = _manifests([args.manifest], args.out.parent).values()
+    given = [load(m) for m in (args.model, args.baseline) if m and args.name not in ALONE]
+    made = FIGURES[args.name](faces, *given[:2 if args.name=='attention' else 1])
+    if hasattr(made, 'dtype'): Picture(made, quality=92).save(args.out)
+    else: made.savefig(args.out, dpi=150, bbox_inches='tight')
+    return dict(saved=str(args.out))
+
 def maps(args):
     "Show what the first blocks of a trained DeepFidelity make of a face (the paper's Figure 4)"
     from deepfid.core import Picture
@@ -245,7 +261,7 @@ def maps(args):
     Picture(maps_picture(detector, align(find_face(args.image), detector.config['size'])), quality=92).save(args.out)
     return dict(saved=str(args.out))
 
-# %% ../nbs/69_commands.ipynb #943a8d9f
+# %% ../nbs/69_commands.ipynb #569c9fa1
 PACKAGE = Path(deepfid.__file__).parent
 
 def tutorials()->list: # paths
@@ -265,7 +281,7 @@ def notebooks(args):
     except OSError as e: raise DeepfidError(f'{args.folder}: cannot be written to ({e.strerror}); name another folder') from None
     return dict(saved=str(args.folder), files=saved, text='\n'.join([*saved, f'open them with: jupyter lab {args.folder}']))
 
-# %% ../nbs/69_commands.ipynb #569c9fa1
+# %% ../nbs/69_commands.ipynb #387fc944
 def explore(args):
     "Open a notebook of explorers as an app in the browser (needs Voila)"
     from deepfid.core import DeepfidError

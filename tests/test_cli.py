@@ -120,7 +120,7 @@ def test_a_very_small_demo(capsys, tmp_path, request, data_name):
     from deepfid.fidelity.learner import DeepFidelity
     DeepFidelity.load(tmp_path/'demo'/'model')
 
-@pytest.mark.parametrize('verb', ['demo', 'score', 'faces', 'synth', 'forge', 'train', 'evaluate', 'table', 'maps', 'explore', 'notebooks', 'doctor'])
+@pytest.mark.parametrize('verb', ['demo', 'score', 'faces', 'synth', 'forge', 'train', 'evaluate', 'table', 'figure', 'maps', 'explore', 'notebooks', 'doctor'])
 def test_every_verb_helps_with_an_example(capsys, verb):
     status, out, _ = run(capsys, verb, '--help')
     assert status==0 and f'deepfid {verb}' in out.split('example')[1] and '--json' in out

@@ -17,7 +17,7 @@ import pandas as pd
 from ..core import Picture
 from ..data.manifest import square
 from ..evaluate.metrics import MetricError, check_scores, confusion, roc
-from .score import FAKE, INK, QUALITY_SIZE, REAL, Explorer, damage_sliders, spoil
+from .score import FAKE, INK, QUALITY_SIZE, REAL, Explorer, choice, damage_sliders, spoil, still
 from ..quality.mapping import KNOTS, FidelityMapping
 
 # %% ../../nbs/60c_explore.evaluation.ipynb #fc08b06f
@@ -26,10 +26,10 @@ QUARTERS = ('worst quarter', 'second', 'third', 'best quarter')
 def quality_bands(
     quality,       # (n,) higher = better
     names=QUARTERS # of equally filled bands, worst first
-)->np.ndarray: # (n,) names
+)->pd.Categorical: # (n,) names, worst first
     "Which band of quality each face lies in"
     edges = np.quantile(quality, np.linspace(0, 1, len(names)+1)[1:-1])
-    return np.array(names)[np.searchsorted(edges, quality, side='right')]
+    return pd.Categorical.from_codes(np.searchsorted(edges, quality, side='right'), list(names), ordered=True)
 
 class Errors(NamedTuple):
     "What a threshold does to one group"
@@ -40,13 +40,15 @@ class Errors(NamedTuple):
 
 def errors_by(
     fidelity, label, threshold:float, # (n,) scores, (n,) 1 = real; at or above it: real
-    groups                            # (n,) names
-)->dict: # name -> `Errors`, in order of first appearance
+    groups                            # (n,) names; a pandas Categorical keeps its order, others are sorted
+)->dict: # name -> `Errors`
     "The errors of each group"
-    groups, out = np.asarray(groups), {}
-    for name in dict.fromkeys(groups.tolist()):
-        (ok, accused), (missed, hit) = confusion(fidelity[groups==name], label[groups==name], threshold).tolist()
-        out[name] = Errors(ok+accused, accused, missed+hit, missed)
+    groups, out = pd.Categorical(groups), {}
+    for code, name in enumerate(groups.categories):
+        here = groups.codes==code
+        if not here.any(): continue
+        (ok, accused), (missed, hit) = confusion(fidelity[here], label[here], threshold).tolist()
+        out[str(name)] = Errors(ok+accused, accused, missed+hit, missed)
     return out
 
 # %% ../../nbs/60c_explore.evaluation.ipynb #a0fa95a0
@@ -140,8 +142,8 @@ class EvaluationExplorer(Explorer):
         groups:dict=None      # name -> (n,) names of groups, to show the errors by
     ):
         self.fidelity, self.label = check_scores(fidelity, label)
-        self.chosen, self.groups = float(threshold), {k: np.asarray(v).astype(str) for k, v in (groups or {'all': ['all']*len(self.label)}).items()}
-        if odd := [k for k, v in self.groups.items() if len(v)!=len(self.label)]: raise MetricError(f'groups {odd[0]!r}: one name a face is needed, {len(self.label)} in all')
+        self.chosen, self.groups = float(threshold), {k: pd.Categorical(v) for k, v in (groups or {'all': ['all']*len(self.label)}).items()}
+        if odd := [k for k, v in self.groups.items() if len(v)!=len(self.label) or v.isna().any()]: raise MetricError(f'groups {odd[0]!r}: one name for each of the {len(self.label)} faces is needed')
         self.curve = roc(self.fidelity, self.label)
         low, high = min(self.fidelity.min(), self.chosen), max(self.fidelity.max(), self.chosen)
         self.threshold = w.FloatSlider(self.chosen, min=low, max=high, step=(high-low)/200 or .01, description='threshold', readout_format='.3f', layout=w.Layout(width='440px'))
@@ -195,11 +197,11 @@ class MappingExplorer(Explorer):
     ):
         self.measure, self.faces, self.quality, self.is_real = measure, dict(faces), np.asarray(quality, float), np.asarray(is_real)
         self.pick, self.damage = w.Dropdown(options=list(self.faces), description='face'), damage_sliders()
-        self.method = w.ToggleButtons(options=list(KNOTS), description='place by')
+        self.method = choice('place by', KNOTS)
         band = lambda name, low, high: w.FloatRangeSlider(value=(low, high), min=0, max=1, step=.01, description=name)
         self.fake, self.real = band('fake band', 0, .4), band('real band', .6, 1)
         self.worst = w.FloatSlider(0, min=0, max=5, step=.1, description='outlier')
-        self.shown, self.plot = w.Image(format='jpeg', width=160), w.HTML()
+        self.shown, self.plot = still(width=160), w.HTML()
         controls = [self.pick, *self.damage.values(), self.method, self.fake, self.real, self.worst]
         super().__init__(w.HBox([w.VBox(controls), w.VBox([self.shown, self.plot])]), controls)
 

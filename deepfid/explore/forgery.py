@@ -14,7 +14,7 @@ from ..data.forge import FORGERS, Forgery, forge
 from ..data.mask import diff_mask, ssim_mask
 from ..data.synth import draw_face
 from ..evaluate.metrics import mask_iou
-from .score import Explorer
+from .score import Explorer, still
 
 # %% ../../nbs/60a_explore.forgery.ipynb #093b37cc
 def draw_forgery(
@@ -68,7 +68,7 @@ class ForgeryExplorer(Explorer):
         self.strength = w.FloatSlider(1., min=0, max=2, step=.1, description='strength')
         self.diff = w.FloatSlider(.1, min=0, max=.5, step=.01, description='DIFF above')
         self.ssim = w.FloatSlider(20/255, min=0, max=.5, step=.01, description='SSIM above')
-        self.jpeg, self.shown = w.IntSlider(100, 5, 100, description='JPEG'), w.Image(format='jpeg')
+        self.jpeg, self.shown = w.IntSlider(100, 5, 100, description='JPEG'), still()
         draws, compares = [self.person, self.picture, self.forger, self.seed, self.strength], [self.diff, self.ssim, self.jpeg]
         super().__init__(w.VBox([w.HBox([w.VBox(draws), w.VBox(compares)]), self.shown]), draws+compares)
 

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from ..core import ConsentError, DeepfidError, Face, Picture, montage
 from ..data.forge import Forgery, selfblend
 from ..explain import fit_map, overlay, run_to
-from .score import Explorer, damage_sliders, named, spoil
+from .score import Explorer, choice, damage_sliders, named, spoil, still
 
 # %% ../../nbs/60b_explore.maps.ipynb #c163cb1c
 SHAPES = dict(ellipse=lambda x, y: x**2+y**2<=1, rectangle=lambda x, y: np.maximum(abs(x), abs(y))<=1) # inside, in half widths and half heights
@@ -118,11 +118,11 @@ class SimilarityExplorer(Explorer):
         self.detector, self.faces, self.place, self.asked = detector, dict(faces), 0, None
         said = detector.predict([next(iter(self.faces.values())).image])[0]
         if said.similarity is None: raise DeepfidError(f'{detector.name}: this detector has no map of pairs; take LocalSimilarity with use_llsm=True')
-        self.pick, self.kind = w.Dropdown(options=list(self.faces), description='face'), w.ToggleButtons(options=['found', 'true'], description='map')
+        self.pick, self.kind = w.Dropdown(options=list(self.faces), description='face'), choice('map', ['found', 'true'])
         share = lambda name, value: w.FloatSlider(value, min=.05, max=1, step=.01, description=name)
         self.x, self.y, self.width, self.height = share('x', .5), share('y', .6), share('width', .5), share('height', .4)
-        self.shape, self.strength = w.ToggleButtons(options=list(SHAPES), description='forged'), w.FloatSlider(1.5, min=0, max=3, step=.1, description='strength')
-        self.shown, self.masks = w.Image(format='jpeg'), w.Image(format='jpeg')
+        self.shape, self.strength = choice('forged', SHAPES), w.FloatSlider(1.5, min=0, max=3, step=.1, description='strength')
+        self.shown, self.masks = still(), still()
         self.board, self.buttons = place_board(len(said.similarity), self.shown, self.click)
         controls = [self.pick, self.kind, self.shape, self.x, self.y, self.width, self.height, self.strength]
         super().__init__(w.HBox([self.board, w.VBox([*controls, self.masks])]), controls)
@@ -153,10 +153,10 @@ def refresh(self:SimilarityExplorer):
     seen = seen_from(self.maps[self.kind.value], self.place).ravel()
     for i, (b, p) in enumerate(zip(self.buttons, seen)):
         b.style.button_color, b.layout.border = tint(p), '3px solid white' if i==self.place else '1px solid transparent'
-    differ, agree = right_pairs(self.maps['found'], self.maps['true'])
+    counted = zip(('differ', 'agree'), right_pairs(self.maps['found'], self.maps['true']))
+    rightly = ', '.join(f'{share:.0%} of the pairs that {what}' for what, share in counted if share==share)
     where = self.buttons[self.place].tooltip
-    return (f'{where}: {(seen>.5).sum()} of {len(seen)} places differ from it ({self.kind.value} map). Fidelity {self.said.fidelity:.2f}. '
-            f'Of the pairs that differ, {differ:.0%} were found; of those that agree, {agree:.0%}.')
+    return f'{where}: {(seen>.5).sum()} of {len(seen)} places differ from it ({self.kind.value} map). Fidelity {self.said.fidelity:.2f}; judged rightly: {rightly}.'
 
 # %% ../../nbs/60b_explore.maps.ipynb #f1d39814
 def two_readings(
@@ -195,7 +195,7 @@ class InvarianceExplorer(Explorer):
         faces:dict # name -> aligned square `Face`
     ):
         self.detectors, self.faces = named(detectors), dict(faces)
-        self.pick, self.damage, self.shown = w.Dropdown(options=list(self.faces), description='face'), damage_sliders(), w.Image(format='jpeg')
+        self.pick, self.damage, self.shown = w.Dropdown(options=list(self.faces), description='face'), damage_sliders(), still()
         controls = [self.pick, *self.damage.values()]
         super().__init__(w.HBox([w.VBox(controls), self.shown]), controls)
 
@@ -265,9 +265,9 @@ class SSAAExplorer(Explorer):
         self.faces, self.maps = dict(faces), dict(maps)
         weight = lambda name, value: w.FloatSlider(value, min=-1, max=1, step=.01, description=name)
         self.w1, self.w2 = map(weight, ('w1', 'w2'), learned)
-        self.one = w.Checkbox(True, description='w1 + w2 = 1, as by a softmax')
+        self.one = w.Checkbox(True, description='w1 + w2 = 1')
         self.pick, self.channel = w.Dropdown(options=list(self.faces), description='face'), w.IntSlider(0, 0, len(next(iter(self.maps.values())))-1, description='channel')
-        self.shown, controls = w.Image(format='jpeg'), [self.pick, self.channel, self.w1, self.w2, self.one]
+        self.shown, controls = still(), [self.pick, self.channel, self.w1, self.w2, self.one]
         super().__init__(w.VBox([*controls, self.shown]), controls)
 
     def refresh(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEUTRAL', 'QUALITY_SIZE', 'INK', 'FAKE', 'REAL', 'SWEEPS', 'spoil', 'Reading', 'read_face', 'gauge',
            'reading_picture', 'sweep', 'animation_note', 'face_from_upload', 'complaint', 'Explorer', 'damage_sliders',
-           'named', 'ScoreExplorer']
+           'choice', 'still', 'named', 'ScoreExplorer']
 
 # %% ../../nbs/60_explore.score.ipynb #a98f7e95
 import io
@@ -102,7 +102,7 @@ def sweep(
     images = [spoil(image, **{what: v}) for v in values]
     return np.array(values), np.array([p.fidelity for p in detector.predict(images)])
 
-# %% ../../nbs/60_explore.score.ipynb #25a44ce3
+# %% ../../nbs/60_explore.score.ipynb #48286592
 def animation_note(
     content # bytes of an image file
 )->str: # empty for a still
@@ -124,7 +124,7 @@ def face_from_upload(
     face.meta['note'] = animation_note(content)
     return face
 
-# %% ../../nbs/60_explore.score.ipynb #2b761afc
+# %% ../../nbs/60_explore.score.ipynb #17b33878
 def complaint(error)->str: # HTML
     "An error as one line on the page"
     return f'<span style="color:#b3401f">{escape(str(error))}</span>'
@@ -148,18 +148,21 @@ class Explorer:
 
     def _ipython_display_(self): display(self.view)
 
-# %% ../../nbs/60_explore.score.ipynb #17b33878
+# %% ../../nbs/60_explore.score.ipynb #e8fb740a
 def damage_sliders()->dict: # name of a setting of `spoil` -> slider
     "The three kinds of damage as sliders that stand at none"
     slide = partial(w.FloatSlider, continuous_update=False, readout_format='.2f')
     return dict(blur=slide(0., min=0, max=5, step=.1, description='blur'), resize=slide(1., min=.1, max=1, step=.02, description='resize'),
                 jpeg=w.IntSlider(100, 2, 100, description='JPEG', continuous_update=False))
 
+def choice(name, options): return w.ToggleButtons(options=list(options), description=name, style=dict(button_width='90px'))
+def still(**kw): return w.Image(format='jpeg', layout=w.Layout(align_self='flex-start'), **kw) # as large as it is
+
 def named(detectors)->dict:
     "Detectors by name, where there may be only one"
     return dict(detectors) if isinstance(detectors, dict) else {detectors.name or type(detectors).__name__: detectors}
 
-# %% ../../nbs/60_explore.score.ipynb #a7259a1a
+# %% ../../nbs/60_explore.score.ipynb #e9d4598b
 class ScoreExplorer(Explorer):
     "Sliders over one face: its quality, and what each detector makes of it"
     def __init__(self,
@@ -170,7 +173,7 @@ class ScoreExplorer(Explorer):
         self.detectors, self.faces, self.quality = named(detectors), dict(faces), quality
         self.pick = w.Dropdown(options=list(self.faces), description='face')
         self.upload = w.FileUpload(accept='image/*', multiple=False, description='your photo')
-        self.damage, self.shown, self.scales = damage_sliders(), w.Image(format='jpeg'), w.HTML()
+        self.damage, self.shown, self.scales = damage_sliders(), still(), w.HTML()
         self.upload.observe(self.take, 'value')
         left = w.VBox([w.HBox([self.pick, self.upload]), *self.damage.values(), self.shown])
         super().__init__(w.HBox([left, self.scales]), [self.pick, *self.damage.values()])
@@ -182,10 +185,10 @@ class ScoreExplorer(Explorer):
         self.readings, self.q = read_face(self.detectors, image, self.quality)
         self.shown.value = Picture(reading_picture(image, self.readings), quality=95).jpeg()
         self.scales.value = ''.join(f'<b>{escape(name)}</b> says {r.says}<br>{gauge(r)}<br>' for name, r in self.readings.items())
-        fidelities = ', '.join(f'{escape(name)} {r.prediction.fidelity:.3f}' for name, r in self.readings.items())
-        return escape('; '.join(filter(None, [face.meta.get('note'), self.q is not None and f'quality {self.q:.2f}'])))+f' fidelity: {fidelities}'
+        fidelities = ', '.join(f'{name} {r.prediction.fidelity:.3f}' for name, r in self.readings.items())
+        return escape('; '.join(filter(None, [face.meta.get('note'), self.q is not None and f'quality {self.q:.2f}', f'fidelity {fidelities}'])))
 
-# %% ../../nbs/60_explore.score.ipynb #75f3f6f7
+# %% ../../nbs/60_explore.score.ipynb #d8b180be
 @patch
 def take(self:ScoreExplorer, change=None):
     "Add an uploaded photograph's largest face, or say why that did not work"
