@@ -24,7 +24,7 @@ READY := $(VENV)/.ready-$(firstword $(shell (cat settings.ini setup.py constrain
 QUIET := PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 NBENV := $(QUIET) OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help setup demo test test-notebooks test-python lab export docs run clean
+.PHONY: help setup demo bundle test test-notebooks test-python lab export docs run clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -43,6 +43,9 @@ test-notebooks: $(READY) ## Only the notebooks (NB=nbs/00_core.ipynb: one of the
 
 test-python: $(READY) ## Only pytest (PYTEST_FLAGS="-k house": some of it)
 	@$(QUIET) MPLBACKEND=agg $(BIN)/python -m pytest tests $(PYTEST_FLAGS)
+
+bundle: $(READY) ## Train the bundled detectors from nothing, and put them into the package (hours on a CPU)
+	@$(BIN)/python -m deepfid.bundle --install
 
 lab: $(READY) ## JupyterLab on the notebooks
 	@$(BIN)/python -m jupyterlab $(LAB_FLAGS) nbs

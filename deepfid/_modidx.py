@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'deepfid.core.DeepfidError': ('core.html#deepfiderror', 'deepfid/core.py'),
                               'deepfid.core.DeepfidError.__init__': ('core.html#deepfiderror.__init__', 'deepfid/core.py'),
                               'deepfid.core.Detector': ('core.html#detector', 'deepfid/core.py'),
+                              'deepfid.core.Detector.__init_subclass__': ('core.html#detector.__init_subclass__', 'deepfid/core.py'),
                               'deepfid.core.Detector.calibrate': ('core.html#detector.calibrate', 'deepfid/core.py'),
                               'deepfid.core.Detector.features': ('core.html#detector.features', 'deepfid/core.py'),
                               'deepfid.core.Detector.fit': ('core.html#detector.fit', 'deepfid/core.py'),

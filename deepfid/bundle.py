@@ -49,11 +49,11 @@ def bundle_faces(
             workers=workers, quality=load_niqe('synth').score, progress=True)
     return joined(found, folder)
 
-# %% ../nbs/66_bundle.ipynb #0b397b56
+# %% ../nbs/66_bundle.ipynb #900b68fe
 RECIPES = { # what each is made with, beside its own recipe `ours`
     'deepfidelity': dict(size=SIZE, epochs=10, svr=dict(scale=True, C=.1, max_rows=6000)),
-    'local_similarity': dict(size=SIZE, epochs=3, amp='bf16'),
-    'lisiam': dict(size=SIZE, epochs=3, amp='bf16'),
+    'local_similarity': dict(size=SIZE, epochs=2, amp='bf16'),
+    'lisiam': dict(size=SIZE, epochs=(1, 1, 2), steps=150, amp='bf16'),
 }
 
 def train_bundled(
@@ -72,7 +72,7 @@ def train_bundled(
     detector.trust = trust_ranges(detector, faces)
     return kind.load(detector.save(Path(folder)/name, half=True))
 
-# %% ../nbs/66_bundle.ipynb #78a1e0c7
+# %% ../nbs/66_bundle.ipynb #8c60133f
 def test_bundled(
     detector,
     faces:Manifest, # whose test rows nobody has seen
@@ -92,7 +92,7 @@ def test_bundled(
             forgers={k: v._asdict() for k, v in by.items()})
     return out
 
-# %% ../nbs/66_bundle.ipynb #51165d09
+# %% ../nbs/66_bundle.ipynb #43e1483d
 def errors_by_group(
     detector, faces:Manifest
 )->list: # of dicts: what, group, people, and for real and fake faces the share that was called wrong (value, low, high)
@@ -113,7 +113,7 @@ def errors_by_group(
             out.append(dict(what='gender' if what=='gender' else 'origin', group=g, people=t['identity'][group==g].nunique())|shares)
     return out
 
-# %% ../nbs/66_bundle.ipynb #bee92594
+# %% ../nbs/66_bundle.ipynb #17974d35
 BACKBONE = dict(size=SIZE, epochs=4, amp='bf16', use_llsm=False, use_flm=False)
 
 def train_backbone(
@@ -132,7 +132,7 @@ def train_backbone(
     save_file({k: v.contiguous().cpu() for k, v in weights.items()}, Path(folder)/'xception_tiny.safetensors')
     return detector
 
-# %% ../nbs/66_bundle.ipynb #03c22c8c
+# %% ../nbs/66_bundle.ipynb #46aa8334
 WARNING = """Not evidence about any photograph or video from the world. It was trained on drawn faces, on the studio photographs of a hundred people and on official
 portraits, forged by this library's five forgers. It has not seen the output of a face-swapping application or of a generator, another camera, or a video codec; on those, its score
 means nothing. It must not be used to accuse a person, to moderate what people publish, or to decide about anyone."""
@@ -153,7 +153,7 @@ def card(
         '## On people who were in no training', table(('set', 'AUC', 'accuracy', 'AUC by forger'), results),
         '## Wrong how often: London, by what people say of themselves', table(('group', 'people', 'real called fake', 'fake called real'), groups)])+'\n'
 
-# %% ../nbs/66_bundle.ipynb #46aa8334
+# %% ../nbs/66_bundle.ipynb #30e081a6
 def bundle_record(name, detector, faces, seconds, seed)->dict:
     "How a detector came about, and what it is worth"
     results = test_bundled(detector, faces)
@@ -161,7 +161,7 @@ def bundle_record(name, detector, faces, seconds, seed)->dict:
     counts = {str(d): {s: int(n) for s, n in t['split'].value_counts().items()} for d, t in faces.table.groupby('dataset')}
     return describe_run(detector.config, 'synthetic, london, portraits', seed, seconds, metrics, name=name, results=results, groups=errors_by_group(detector, faces), faces=counts, curves=detector.history)
 
-# %% ../nbs/66_bundle.ipynb #8264932a
+# %% ../nbs/66_bundle.ipynb #53baa98b
 WEIGHTS = Path(deepfid.__file__).parent/'weights'
 NAMES = ('backbone', *RECIPES)
 
@@ -180,7 +180,7 @@ def make(
     write_atomically(out/name/'MODEL_CARD.md', card(record).encode())
     return out/name
 
-# %% ../nbs/66_bundle.ipynb #53baa98b
+# %% ../nbs/66_bundle.ipynb #6c32c8eb
 def install(
     name:str, out # one of `NAMES`, made in that folder
 )->Path: # where it is now
@@ -196,7 +196,7 @@ def install(
     seal(to)
     return to
 
-# %% ../nbs/66_bundle.ipynb #6c32c8eb
+# %% ../nbs/66_bundle.ipynb #97282187
 def main(argv=None)->int: # exit status
     "Make the bundle, or parts of it"
     p = argparse.ArgumentParser('python -m deepfid.bundle', description='Train the detectors that travel with the package, from nothing')

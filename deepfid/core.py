@@ -268,6 +268,10 @@ class Detector:
     "The protocol by which tables, widgets and commands know a detector"
     name:str=''              # short name for tables and files
     calibration:tuple|None=None # (slope, offset) of `platt`; None until `calibrate`
+    kinds = {}               # name -> class, of every detector that has been defined so far
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.name: Detector.kinds[cls.name] = cls
 
     # What each detector brings itself:
     def fit(self, manifest, preset=None, recipe='ours', cbs=None)->'Detector': raise NotImplementedError   # train on a manifest; returns itself

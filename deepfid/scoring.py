@@ -35,9 +35,11 @@ def detector_class(
     name:str # one of `DETECTORS`
 )->type: # a `Detector`
     "The class of a detector, imported only now"
-    if name not in DETECTORS: raise DeepfidError(f"no detector {name!r}: there are {', '.join(DETECTORS)}")
-    module, _, cls = DETECTORS[name].partition(':')
-    return getattr(import_module(module), cls)
+    if name in DETECTORS:
+        module, _, cls = DETECTORS[name].partition(':')
+        return getattr(import_module(module), cls)
+    if name in Detector.kinds: return Detector.kinds[name] # one of your own, defined or imported before
+    raise DeepfidError(f"no detector {name!r}: there are {', '.join(DETECTORS)}, and those of your own that you import first")
 
 # %% ../nbs/62_scoring.ipynb #ced7d644
 BUNDLED = Path(deepfid.__file__).parent/'weights'/'detectors'
@@ -82,7 +84,7 @@ def saved_kind(
     path = Path(folder)/'detector.json'
     about = read_json(path, WeightsError)
     name = about.get('detector') if isinstance(about, dict) else None
-    if name not in DETECTORS: raise WeightsError(f"{path}: names the detector {name!r}; there are {', '.join(DETECTORS)}")
+    if name not in DETECTORS and name not in Detector.kinds: raise WeightsError(f"{path}: names the detector {name!r}; there are {', '.join(DETECTORS)}, and those of your own that you import first")
     return name
 
 def load(

@@ -158,7 +158,7 @@ def peak_bytes(f)->int:
             most = max(most, held)
     return most
 
-# %% ../../nbs/31_similarity.llsm.ipynb #1684e765
+# %% ../../nbs/31_similarity.llsm.ipynb #eb02868d
 def sample_places(
     mask:torch.Tensor, # (B,H,W) or (B,1,H,W), 1 = forged
     size,              # side of the map of places, or (h, w)
