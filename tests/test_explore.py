@@ -65,7 +65,7 @@ def test_one_detector_goes_by_its_own_name(faces):
     ('notes.txt', b'hello', 'not a picture'), ('empty.jpg', b'', 'empty'), ('paper.pdf', b'%PDF-1.7 ...', 'not a picture'),
     ('half.png', encoded(Image.new('RGB', (99, 99)), 'PNG')[:60], 'half.png'),
     ('huge.png', encoded(Image.new('1', (20_000, 10_000)), 'PNG'), 'refused before decoding'),
-    ('<b>wall</b>.png', encoded(Image.new('RGB', (300, 200), 'grey'), 'PNG'), 'no face found')])
+    ('<b>wall</b>.png', encoded(Image.new('RGB', (300, 200), 'grey'), 'PNG'), 'no face found')], ids=lambda v: v if isinstance(v, str) else '')
 def test_a_bad_upload_is_one_line(faces, name, content, says, monkeypatch):
     monkeypatch.setattr('deepfid.data.faces.find_face', lambda image, finder=None: (_ for _ in ()).throw(NoFaceError('this picture: no face found')))
     e = ScoreExplorer(Bright(), faces)
@@ -135,6 +135,9 @@ def test_the_forged_region_follows_the_sliders(faces):
     assert middle() == pytest.approx([.3, .4], abs=.06)
     e.x.value = .7
     assert middle() == pytest.approx([.7, .4], abs=.06)
+    e.x.value = e.y.value = 1.
+    assert 'pairs that agree' in e.words.value and 'nan' not in e.words.value
+    e.x.value, e.y.value = .7, .4
     round_one = e.forgery.mask.sum()
     e.shape.value = 'rectangle'
     assert e.forgery.mask.sum() > round_one
@@ -191,6 +194,8 @@ def scores():
 def test_errors_add_up_to_the_confusion(scores):
     fidelity, label, quality = scores
     groups = quality_bands(quality)
+    assert list(errors_by(fidelity, label, .5, groups)) == ['worst quarter', 'second', 'third', 'best quarter']
+    groups = np.array(groups)
     assert sorted(np.unique(groups, return_counts=True)[1]) == [20]*4
     assert set(groups[quality.argsort()[:20]]) == {'worst quarter'} and set(groups[quality.argsort()[-20:]]) == {'best quarter'}
     for t in (-1, .4, .6, 2):
@@ -209,7 +214,8 @@ def test_threshold_is_dragged(scores):
     e.by.value = 'parity'
     assert 'best quarter' not in e.page.value
 
-@pytest.mark.parametrize('change, says', [(dict(groups={'a': ['x']}), "groups 'a'"), (dict(fidelity=[np.nan]*80), 'row 0'), (dict(label=[1]*80), 'only real')])
+@pytest.mark.parametrize('change, says', [(dict(groups={'a': ['x']}), "groups 'a'"), (dict(groups={'a': [None]*80}), "groups 'a'"),
+    (dict(fidelity=[np.nan]*80), 'row 0'), (dict(label=[1]*80), 'only real')])
 def test_scores_that_make_no_evaluation(scores, change, says):
     with pytest.raises(MetricError, match=says): EvaluationExplorer(**(dict(fidelity=scores[0], label=scores[1])|change))
 

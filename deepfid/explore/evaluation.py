@@ -120,7 +120,9 @@ def bars_svg(
 def heaps_html(heaps)->str: # `<table>`
     "The four heaps, the wrong ones in red"
     cell = lambda n, wrong: f'<td style="padding:2px 14px;text-align:right;color:{FAKE if wrong else INK}">{n}</td>'
-    rows = ''.join(f'<tr><th style="text-align:left">is {kind}</th>{"".join(cell(n, i!=j) for j, n in enumerate(row))}</tr>' for i, (kind, row) in enumerate(zip(('real', 'fake'), heaps)))
+    row = lambda kind, cells: f'<tr><th style="text-align:left">is {kind}</th>{"".join(cells)}</tr>'
+    (ok, accused), (missed, hit) = heaps
+    rows = row('real', (cell(ok, False), cell(accused, True)))+row('fake', (cell(missed, True), cell(hit, False)))
     return f'<table><tr><th></th><th>called real</th><th>called fake</th></tr>{rows}</table>'
 
 def evaluation_html(
@@ -143,10 +145,12 @@ class EvaluationExplorer(Explorer):
     ):
         self.fidelity, self.label = check_scores(fidelity, label)
         self.chosen, self.groups = float(threshold), {k: pd.Categorical(v) for k, v in (groups or {'all': ['all']*len(self.label)}).items()}
-        if odd := [k for k, v in self.groups.items() if len(v)!=len(self.label) or v.isna().any()]: raise MetricError(f'groups {odd[0]!r}: one name for each of the {len(self.label)} faces is needed')
+        odd = [k for k, v in self.groups.items() if len(v)!=len(self.label) or v.isna().any()]
+        if odd: raise MetricError(f'groups {odd[0]!r}: one name for each of the {len(self.label)} faces is needed')
         self.curve = roc(self.fidelity, self.label)
         low, high = min(self.fidelity.min(), self.chosen), max(self.fidelity.max(), self.chosen)
-        self.threshold = w.FloatSlider(self.chosen, min=low, max=high, step=(high-low)/200 or .01, description='threshold', readout_format='.3f', layout=w.Layout(width='440px'))
+        self.threshold = w.FloatSlider(self.chosen, min=low, max=high, step=(high-low)/200 or .01,
+            description='threshold', readout_format='.3f', layout=w.Layout(width='440px'))
         self.by, self.page = w.Dropdown(options=list(self.groups), description='errors by'), w.HTML()
         super().__init__(w.VBox([w.HBox([self.threshold, self.by]), self.page]), [self.threshold, self.by])
 

@@ -102,7 +102,8 @@ def place_board(
         return b
     buttons = [button(i) for i in range(n*n)]
     cells = f'repeat({n}, {side/n:.2f}px)'
-    return w.GridBox([shown, *buttons], layout=w.Layout(grid_template_columns=cells, grid_template_rows=cells, width=f'{side}px', height=f'{side}px', overflow='hidden')), buttons
+    layout = w.Layout(grid_template_columns=cells, grid_template_rows=cells, width=f'{side}px', height=f'{side}px', overflow='hidden')
+    return w.GridBox([shown, *buttons], layout=layout), buttons
 
 def tint(p:float)->str: # colour of CSS
     "The more different, the more colour lies over the face"
