@@ -215,4 +215,5 @@ def main(argv=None)->int: # exit status
         return 1
     return 0
 
+# %% ../nbs/66_bundle.ipynb #a1f39ebb
 if __name__=='__main__': sys.exit(main())

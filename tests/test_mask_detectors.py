@@ -168,7 +168,7 @@ def test_steps(faces):
 def test_changed_faces(faces, tmp_path):
     dark = changed(faces, lambda im: im//2, tmp_path/'dark')
     assert np.array_equal(dark.image(1), faces.image(1)//2) and np.array_equal(dark.mask(1), faces.mask(1)) and dark.table['quality'].isna().all()
-    assert dark.key()!=faces.key()
+    assert dark.key()!=faces.key() and dark.key()!=changed(faces, lambda im: im//3, tmp_path/'darker').key()
     def bad(im): raise RuntimeError
     with pytest.raises(RuntimeError): changed(faces, bad, tmp_path/'bad')
     assert not (tmp_path/'bad').exists()

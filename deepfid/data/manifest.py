@@ -615,17 +615,19 @@ def changed(
     manifest:Manifest,
     change,     # function of a picture, uint8 RGB (H,W,3), that keeps its size
     folder,     # for the new manifest; one that is there already is read again
-)->Manifest:    # its pictures as PNG, its quality unknown
+)->Manifest:    # its pictures as PNG, their quality unknown, their checksums in `content`: other pictures are another table
     "The same table of faces with every picture changed"
     folder = Path(folder)
     if (folder/'manifest.csv').is_file(): return Manifest.read(folder/'manifest.csv')
-    table = manifest.table.assign(path=manifest.table['path']+'.png', quality=np.nan)
+    table, content = manifest.table.assign(path=manifest.table['path']+'.png', quality=np.nan), []
     with atomic_folder(folder) as tmp:
         for i, (new, mask) in enumerate(zip(table['path'], table['mask'])):
             (tmp/new).parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(tmp/new), change(manifest.image(i))[..., ::-1])
+            data = cv2.imencode('.png', change(manifest.image(i))[..., ::-1])[1].tobytes()
+            (tmp/new).write_bytes(data)
+            content.append(hashlib.sha256(data).hexdigest()[:16])
             if mask:
                 (tmp/mask).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(manifest.folder/mask, tmp/mask)
-        Manifest(table, tmp, manifest.name).save(tmp/'manifest.csv')
+        Manifest(table.assign(content=content), tmp, manifest.name).save(tmp/'manifest.csv')
     return Manifest.read(folder/'manifest.csv')
