@@ -336,7 +336,7 @@ def describe_run(
 def record(self:TableRun)->dict:
     "The whole table as it is recorded"
     found = self.results()
-    metrics = {f"{r['row']} | {r['column']} | {r['metric']}": {k: r[k] for k in ('value', 'low', 'high')} for r in found}
+    metrics = {f"{r['row']} | {r['column']} | {r['metric']}": {k: r[k] for k in ('value', 'low', 'high')} for r in found if r['value'] is not None}
     rows = [dict(name=r.name, recipe=r.recipe, settings=json.loads(to_json(r.settings)), after=r.after) for r in self.table.rows]
     origins = {(c['trained']['commit'], c['trained']['changed'], c['trained']['seconds']) for c in self.cells.values()}
     seconds, commits = sum(s for _, _, s in origins), sorted({o[:2] for o in origins}, key=str)
