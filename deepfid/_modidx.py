@@ -1781,6 +1781,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'deepfid/tables/siamese.py'),
                                         'deepfid.tables.siamese.tint': ('tables.siamese.html#tint', 'deepfid/tables/siamese.py'),
                                         'deepfid.tables.siamese.to_c40': ('tables.siamese.html#to_c40', 'deepfid/tables/siamese.py'),
+                                        'deepfid.tables.siamese.to_levels': ('tables.siamese.html#to_levels', 'deepfid/tables/siamese.py'),
                                         'deepfid.tables.siamese.with_masks': ( 'tables.siamese.html#with_masks',
                                                                                'deepfid/tables/siamese.py')},
             'deepfid.tables.similarity': { 'deepfid.tables.similarity.Evidence': ( 'tables.similarity.html#evidence',
