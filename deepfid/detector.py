@@ -8,6 +8,7 @@ __all__ = ['SETTINGS', 'NetworkDetector', 'read_settings', 'read_network', 'diff
 # %% ../nbs/19a_detector.ipynb #35a5db40
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 import numpy as np, torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
@@ -228,3 +229,38 @@ def load(cls:NetworkDetector,
     self.threshold, self.calibration, self.trust = about['threshold'], about['calibration'], about.get('trust', {})
     self.load_parts(folder, about)
     return self
+
+# %% ../nbs/19a_detector.ipynb #11c6054d
+def _hub():
+    try: import huggingface_hub
+    except ImportError: raise DeepfidError('the Hub needs huggingface_hub: pip install huggingface_hub') from None
+    return huggingface_hub
+
+@patch
+def push_to_hub(self:NetworkDetector,
+    repo_id:str,  # 'owner/name'
+    half=True,    # weights in 16 bits
+    private=True,
+    **kwargs      # of `HfApi.upload_folder`: commit_message, revision, token, ...
+)->str: # the address
+    "Save, and upload to the Hugging Face Hub"
+    hub = _hub()
+    with TemporaryDirectory() as tmp:
+        folder, api = self.save(Path(tmp)/self.name, half), hub.HfApi(token=kwargs.pop('token', None))
+        try:
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(api.upload_folder(repo_id=repo, folder_path=folder, **kwargs))
+        except (OSError, ValueError) as e: raise DeepfidError(f'{repo_id}: could not be uploaded ({type(e).__name__}: {str(e).splitlines()[0]})') from None
+
+@patch(cls_method=True)
+def from_pretrained(cls:NetworkDetector,
+    name:str,     # 'owner/name' on the Hub; or a folder
+    device=None,
+    **kwargs      # of `snapshot_download`: revision, token, cache_dir, local_files_only, ...
+)->NetworkDetector:
+    "Load a detector from the Hugging Face Hub, or from a folder"
+    if Path(name).is_dir(): return cls.load(name, device)
+    hub = _hub()
+    try: folder = hub.snapshot_download(name, allow_patterns=['detector.json', '*.safetensors', '*/*.safetensors', '*/*.json'], **kwargs)
+    except (OSError, ValueError) as e: raise WeightsError(f'{name}: no folder of that name, and the Hub gave none ({type(e).__name__}: {str(e).splitlines()[0]})') from None
+    return cls.load(folder, device)

@@ -65,6 +65,24 @@ def test_picture(similarity, faces):
     with pytest.raises(DeepfidError, match='nothing to show'):
         similarity_picture(LocalSimilarity(use_flm=False, **SMALL).configure('tiny'), test_images(faces)[:1], [test.mask(0)], 'a')
 
+def test_hub(similarity, faces, tmp_path, monkeypatch):
+    import huggingface_hub, shutil
+    kept = tmp_path/'hub'
+    class Api:
+        def __init__(self, token=None): pass
+        def create_repo(self, name, **k): return type('Repo', (), dict(repo_id=name))
+        def upload_folder(self, repo_id, folder_path, **k): return shutil.copytree(folder_path, kept/repo_id)
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **k: str(kept/name))
+    similarity.push_to_hub('me/mine')
+    again = LocalSimilarity.from_pretrained('me/mine')
+    images = test_images(faces)
+    assert np.allclose([p.fidelity for p in again.predict(images)], [p.fidelity for p in similarity.predict(images)], atol=2e-2)
+    def gone(name, **k): raise OSError('offline\nmore')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', gone)
+    with pytest.raises(WeightsError, match='offline'): LocalSimilarity.from_pretrained('me/mine')
+    with pytest.raises(WeightsError, match="is a 'local_similarity'"): LiSiam.from_pretrained(str(kept/'me/mine'))
+
 # -- places --
 def test_sampled_places_are_those_of_the_full_map():
     llsm, x = LLSM(8).eval(), torch.randn(2, 8, 6, 6)
