@@ -252,6 +252,7 @@ def push_to_hub(self:NetworkDetector,
             return str(api.upload_folder(repo_id=repo, folder_path=folder, **kwargs))
         except (OSError, ValueError) as e: raise DeepfidError(f'{repo_id}: could not be uploaded ({type(e).__name__}: {str(e).splitlines()[0]})') from None
 
+# %% ../nbs/19a_detector.ipynb #c8410fa1
 @patch(cls_method=True)
 def from_pretrained(cls:NetworkDetector,
     name:str,     # 'owner/name' on the Hub; or a folder
