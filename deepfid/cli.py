@@ -85,9 +85,10 @@ def _evaluate_options(s):
     s.add_argument('--by', action='append', metavar='COLUMN', help='also the AUC within each group of this column; may be given several times')
 
 def _table_options(s):
-    s.add_argument('name', help='of the table; a wrong one is answered with those there are')
+    s.add_argument('name', nargs='+', help='of the table, or of several; a wrong one is answered with those there are')
     s.add_argument('--manifest', action='append', required=True, help='manifest.csv, or synthetic, london, portraits, moving; several may be given, cross tables train on the first')
     s.add_argument('--seeds', type=_count, default=3, help='trainings of each row (default: 3)')
+    s.add_argument('--jobs', type=_count, default=1, help='trainings at a time, each a process (default: 1)')
     s.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
     s.add_argument('--epochs', type=_count, help='passes over the training faces (default: the recipe\'s)')
     s.add_argument('--set', type=_setting, action='append', metavar='NAME=VALUE', help='any other setting of the detectors, such as amp=bf16')

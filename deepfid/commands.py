@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'new_folder', 'synth', 'person_of', 'complain', 'forge', 'demo', 'faces', 'train', 'check_output',
-           'face_lines', 'score', 'show_file', 'fidelity_of', 'by_group', 'evaluate', 'metrics_text', 'tables', 'table',
-           'figure', 'maps', 'tutorials', 'notebooks', 'explore', 'doctor']
+           'face_lines', 'score', 'show_file', 'fidelity_of', 'by_group', 'evaluate', 'metrics_text', 'tables',
+           'keep_table', 'table', 'figure', 'maps', 'tutorials', 'notebooks', 'explore', 'doctor']
 
 # %% ../nbs/69_commands.ipynb #b9cd1c69
 import contextlib, json, subprocess, sys, tempfile
@@ -219,21 +219,34 @@ def _manifests(names, folder, pairs=None, size=112):
     return found
 
 # %% ../nbs/69_commands.ipynb #230fee27
+def keep_table(
+    run, # `TableRun` that has been run
+    out  # folder
+)->dict: # text, record, saved
+    "Write a table's record, its text and its figure"
+    from deepfid.core import write_atomically, write_json
+    from deepfid.evaluate.protocols import show_record
+    record, path = run.record(), Path(out)/f'table-{run.table.name}.json'
+    text = show_record(record, run.table)
+    write_json(path, record)
+    write_atomically(path.with_suffix('.md'), (text+'\n').encode())
+    if run.table.figure: run.table.figure(record).savefig(path.with_suffix('.svg'))
+    return dict(text=text.replace('<br>', ', '), record=record, saved=str(path))
+
 def table(args):
-    "Run a paper's table on any manifests, and show it beside the paper's numbers"
-    from deepfid.core import DeepfidError, write_atomically, write_json
-    from deepfid.evaluate.protocols import TableRun, show_record
-    if args.name not in (known := tables()): raise DeepfidError(f"no table {args.name!r}: there are {', '.join(known)}")
+    "Run papers' tables on any manifests, and show them beside the papers' numbers"
+    from deepfid.core import DeepfidError
+    from deepfid.evaluate.protocols import TableRun, run_tables
+    known = tables()
+    for name in args.name:
+        if name not in known: raise DeepfidError(f"no table {name!r}: there are {', '.join(known)}")
     say = lambda line: print(line, file=sys.stderr, flush=True)
     overrides = dict(args.set or [])|(dict(epochs=args.epochs) if args.epochs else {})
     faces = _manifests(args.manifest, args.out, args.pairs, args.size)
-    run = TableRun(known[args.name], faces, args.seeds, args.preset, args.out, say, **overrides).run()
-    record = run.record()
-    text = show_record(record, run.table)
-    write_json(args.out/f'table-{args.name}.json', record)
-    write_atomically(args.out/f'table-{args.name}.md', (text+'\n').encode())
-    if run.table.figure: run.table.figure(record).savefig(args.out/f'table-{args.name}.svg')
-    return dict(text=text.replace('<br>', ', '), record=record, saved=str(args.out/f'table-{args.name}.json'))
+    runs = [TableRun(known[name], faces, args.seeds, args.preset, args.out, say, **overrides) for name in args.name]
+    done = [keep_table(run, args.out) for run in run_tables(runs, args.jobs)]
+    if len(done)==1: return done[0]
+    return dict(text='\n\n'.join(d['text'] for d in done), records=[d['record'] for d in done], saved=', '.join(d['saved'] for d in done))
 
 # %% ../nbs/69_commands.ipynb #35d05d82
 def figure(args):

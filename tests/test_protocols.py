@@ -4,7 +4,7 @@ import numpy as np, pytest
 from deepfid import cli
 from deepfid.core import DeepfidError, Detector, Prediction
 from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, over_seeds
-from deepfid.evaluate.protocols import Column, Row, Table, TableRun, describe_run, gains, markdown_table, show_record, verdict
+from deepfid.evaluate.protocols import Column, Row, Table, TableRun, describe_code, describe_run, gains, markdown_table, run_tables, show_record, verdict
 from deepfid.testing import tiny_manifest
 
 calls = []
@@ -45,6 +45,28 @@ def test_another_setting_is_another_cell(manifests, tmp_path):
     calls.clear()
     run(manifests, tmp_path, changed)
     assert calls==[('fit', .5)]*2
+
+def test_several_tables_in_several_processes_train_what_they_share_once(manifests, tmp_path):
+    said, half = [], Table('half', '', TABLE.rows[:1], TABLE.columns)
+    make = lambda t: TableRun(t, manifests, 2, 'tiny', tmp_path/'a', said.append)
+    found = run_tables([make(TABLE), make(half)], 2)
+    assert len(said)==4 and said[-1].startswith('4 of 4 trainings') # two rows of two seeds; the third row starts from the second
+    calls.clear()
+    assert [r.results() for r in run_tables([make(TABLE), make(half)], 2)]==[r.results() for r in found] and not calls
+    assert found[0].results()==run(manifests, tmp_path/'b').results() and found[1].results()==[r for r in found[0].results() if r['row']=='a']
+
+class Broken(Sharp):
+    def fit(self, *args, **kw): raise DeepfidError('out of order')
+
+def test_a_failure_in_another_process_ends_the_table(manifests, tmp_path):
+    with pytest.raises(DeepfidError, match='out of order'):
+        run_tables([TableRun(Table('bad', '', [Row('x', Broken)], TABLE.columns), manifests, 2, 'tiny', tmp_path)], 2)
+
+def test_a_copy_without_a_repository_may_be_told_its_commit(monkeypatch):
+    monkeypatch.setenv('DEEPFID_COMMIT', '0123abc')
+    assert describe_code()==dict(commit='0123abc', changed=False)
+    monkeypatch.setenv('DEEPFID_COMMIT', 'main')
+    assert describe_code()['commit']!='main'
 
 def test_interrupted_table_goes_on(manifests, tmp_path):
     class Cut(Exception): pass

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOCAL', 'VIDEO', 'NAMES', 'PACKAGES', 'Row', 'Column', 'Table', 'settings_of', 'run_key', 'score_mask', 'score_test',
-           'TableRun', 'show_cell', 'markdown_table', 'verdict', 'gains', 'describe_code', 'describe_run',
+           'TableRun', 'run_tables', 'show_cell', 'markdown_table', 'verdict', 'gains', 'describe_code', 'describe_run',
            'show_record']
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #07adf0aa
-import hashlib, json, os, platform, subprocess, time
-from dataclasses import dataclass, field
+import hashlib, json, os, platform, re, subprocess, time
+from dataclasses import dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
 import cv2, numpy as np
@@ -64,14 +66,14 @@ def settings_of(row, preset, overrides)->dict:
 
 def run_key(
     row:Row, rows:dict,  # the row, and all rows by name
-    manifests, seed:int, preset:str, overrides:dict # trained on and, for scores, tested on; and what else decides them
+    faces:list, seed:int, preset:str, overrides:dict # keys of the manifests trained on and, for scores, tested on; and what else decides them
 )->str: # 24 hexadecimal digits
     "What a trained detector or its scores depend on, as one name"
     steps = []
     while row.after:
         steps.append(dict(settings=row.settings, refit=row.refit.__qualname__ if row.refit else ''))
         row = rows[row.after]
-    about = dict(detector=row.detector.__name__, config=settings_of(row, preset, overrides), steps=steps, seed=seed, faces=[m.key() for m in manifests], version=deepfid.__version__)
+    about = dict(detector=row.detector.__name__, config=settings_of(row, preset, overrides), steps=steps, seed=seed, faces=faces, version=deepfid.__version__)
     return hashlib.sha256(to_json(about).encode()).hexdigest()[:24]
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #dc993ed3
@@ -115,6 +117,7 @@ class TableRun:
         if table.derive: self.manifests = {**manifests, **table.derive(manifests, self.cache/'derived')}
         self.preset, self.overrides, self.rows = get_preset(preset), overrides, {r.name: r for r in table.rows}
         self.columns, self.cells, self.trained, self.origins = table.columns(list(self.manifests)), {}, {}, {}
+        self.faces = {name: m.key() for name, m in self.manifests.items()}
         self.baseline = self.rows.get(table.baseline or table.rows[0].name)
         self.check()
 
@@ -146,7 +149,13 @@ def path_of(self:TableRun, row, train, test, seed):
     return self.cache/'cells'/f'{self.key(row, (train, test), seed)}.json'
 
 @patch
-def key(self:TableRun, row, names, seed): return run_key(row, self.rows, [self.manifests[n] for n in names], seed, self.preset, self.overrides)
+def key(self:TableRun, row, names, seed): return run_key(row, self.rows, [self.faces[n] for n in names], seed, self.preset, self.overrides)
+
+@patch
+def base_of(self:TableRun, row):
+    "The row whose training a row starts from: itself, mostly"
+    while row.after: row = self.rows[row.after]
+    return row
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #43a4c016
 @patch
@@ -183,13 +192,15 @@ def detector(self:TableRun, row, train, seed):
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #1ea15638
 @patch
+def work(self:TableRun)->list: # of (row, train, test, seed)
+    "Every cell, training by training"
+    tests = {train: dict.fromkeys(c.test for c in self.columns if c.train==train) for train in dict.fromkeys(c.train for c in self.columns)}
+    return [(row, train, test, seed) for train in tests for seed in self.seeds for row in self.table.rows for test in tests[train]]
+
+@patch
 def run(self:TableRun)->'TableRun':
     "Do what is not in the cache yet"
-    for train in dict.fromkeys(c.train for c in self.columns):
-        tests = list(dict.fromkeys(c.test for c in self.columns if c.train==train))
-        for seed in self.seeds:
-            for row in self.table.rows:
-                for test in tests: self.cell(row, train, test, seed)
+    for cell in self.work(): self.cell(*cell)
     return self
 
 @patch
@@ -199,12 +210,49 @@ def cell(self:TableRun, row, train, test, seed):
     if not path.is_file():
         self.say(f'{self.table.name}: {row.name}, trained on {train}, tested on {test}, seed {seed}')
         path.parent.mkdir(parents=True, exist_ok=True)
-        scores, base = score_test(self.detector(row, train, seed), self.manifests[test]), row
-        while base.after: base = self.rows[base.after]
-        write_json(path, dict(row=row.name, train=train, test=test, seed=seed, **scores, trained=self.origins[base.name, train, seed]))
+        scores = score_test(self.detector(row, train, seed), self.manifests[test])
+        write_json(path, dict(row=row.name, train=train, test=test, seed=seed, **scores, trained=self.origins[self.base_of(row).name, train, seed]))
     found = read_json(path)
     self.cells[row.name, train, test, seed] = found
     return found
+
+# %% ../../nbs/51_evaluate.protocols.ipynb #f90a132b
+def _hush(line): "Say nothing"
+
+@patch
+def __getstate__(self:TableRun): # what a process needs that only fills the cache
+    table = replace(self.table, columns=None, notes=None, figure=None, derive=None)
+    return vars(self)|dict(table=table, say=_hush, columns=[], cells={}, trained={})
+
+def _begin(threads): # leave the other cores to the other processes
+    import torch
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(1)
+
+def _fill(cells):
+    for run, *cell in cells: run.cell(*cell)
+
+def run_tables(
+    runs,  # `TableRun`s
+    jobs=1 # processes; more than one: the detectors' classes and functions must be importable
+)->list:   # the same, with their cells
+    "Several tables at once; what they have in common is trained once"
+    parts = {}
+    for run in runs:
+        for row, train, test, seed in run.work() if jobs>1 else ():
+            if not run.path_of(row, train, test, seed).is_file():
+                parts.setdefault(run.key(run.base_of(row), (train,), seed), []).append((run, row, train, test, seed))
+    with ProcessPoolExecutor(max(1, jobs), get_context('spawn'), _begin, (max(1, (os.cpu_count() or 1)//max(1, jobs)),)) as pool:
+        waiting = {pool.submit(_fill, cells): cells[0] for cells in parts.values()}
+        try:
+            for k, done in enumerate(as_completed(waiting), 1):
+                done.result()
+                run, row, train, _, seed = waiting[done]
+                run.say(f'{k} of {len(waiting)} trainings: {row.name}, trained on {train}, seed {seed}')
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [run.run() for run in runs]
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #5f656dba
 @patch
@@ -314,7 +362,8 @@ def _git(*args):
     except OSError: return '' # no git on this machine
 
 def describe_code()->dict: # commit, changed: both None where the package is not in a repository of its own
-    "Which state of the code is running"
+    "Which state of the code is running; a copy without a repository may be told by DEEPFID_COMMIT"
+    if re.fullmatch('[0-9a-f]{7,40}', told := os.environ.get('DEEPFID_COMMIT', '')): return dict(commit=told, changed=False)
     ours = bool(_git('ls-files', '__init__.py')) # and not merely installed somewhere below somebody else's repository
     return dict(commit=_git('rev-parse', 'HEAD') if ours else None, changed=bool(_git('status', '--porcelain', '--untracked-files=no', '.')) if ours else None)
 
