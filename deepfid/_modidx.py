@@ -695,6 +695,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols._hush': ( 'evaluate.protocols.html#_hush',
                                                                                   'deepfid/evaluate/protocols.py'),
+                                            'deepfid.evaluate.protocols._parts': ( 'evaluate.protocols.html#_parts',
+                                                                                   'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols._version': ( 'evaluate.protocols.html#_version',
                                                                                      'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.describe_code': ( 'evaluate.protocols.html#describe_code',

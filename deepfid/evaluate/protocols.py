@@ -232,17 +232,24 @@ def _begin(threads): # leave the other cores to the other processes
 def _fill(cells):
     for run, *cell in cells: run.cell(*cell)
 
+# %% ../../nbs/51_evaluate.protocols.ipynb #a24f5a9e
+def _parts(runs):
+    "The cells that are not in the cache, by the training that scores them: key -> list of (run, row, train, test, seed)"
+    parts = {}
+    for run in runs:
+        for row, train, test, seed in run.work():
+            if not run.path_of(row, train, test, seed).is_file():
+                parts.setdefault(run.key(run.base_of(row), (train,), seed), []).append((run, row, train, test, seed))
+    return parts
+
 def run_tables(
     runs,  # `TableRun`s
     jobs=1 # processes; more than one: the detectors' classes and functions must be importable
 )->list:   # the same, with their cells
     "Several tables at once; what they have in common is trained once"
-    parts = {}
-    for run in runs:
-        for row, train, test, seed in run.work() if jobs>1 else ():
-            if not run.path_of(row, train, test, seed).is_file():
-                parts.setdefault(run.key(run.base_of(row), (train,), seed), []).append((run, row, train, test, seed))
-    with ProcessPoolExecutor(max(1, jobs), get_context('spawn'), _begin, (max(1, (os.cpu_count() or 1)//max(1, jobs)),)) as pool:
+    parts = _parts(runs) if jobs>1 else {}
+    threads = max(1, (os.cpu_count() or 1)//max(1, jobs))
+    with ProcessPoolExecutor(max(1, jobs), get_context('spawn'), _begin, (threads,)) as pool:
         waiting = {pool.submit(_fill, cells): cells[0] for cells in parts.values()}
         try:
             for k, done in enumerate(as_completed(waiting), 1):
