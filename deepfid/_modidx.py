@@ -701,6 +701,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.describe_code': ( 'evaluate.protocols.html#describe_code',
                                                                                           'deepfid/evaluate/protocols.py'),
+                                            'deepfid.evaluate.protocols.describe_machine': ( 'evaluate.protocols.html#describe_machine',
+                                                                                             'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.describe_run': ( 'evaluate.protocols.html#describe_run',
                                                                                          'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.gains': ( 'evaluate.protocols.html#gains',

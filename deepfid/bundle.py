@@ -51,9 +51,9 @@ def bundle_faces(
 
 # %% ../nbs/66_bundle.ipynb #900b68fe
 RECIPES = { # what each is made with, beside its own recipe `ours`
-    'deepfidelity': dict(size=SIZE, epochs=16, svr=dict(scale=True, C=.1, max_rows=6000)),
-    'local_similarity': dict(size=SIZE, epochs=8, amp='bf16'),
-    'lisiam': dict(size=SIZE, epochs=(3, 1, 6), steps=200, amp='bf16'),
+    'deepfidelity': dict(size=SIZE, epochs=10, svr=dict(scale=True, C=.1, max_rows=6000)),
+    'local_similarity': dict(size=SIZE, epochs=2, amp='bf16'),
+    'lisiam': dict(size=SIZE, epochs=(1, 1, 2), steps=150, amp='bf16'),
 }
 
 def train_bundled(

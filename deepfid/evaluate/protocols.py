@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCAL', 'VIDEO', 'NAMES', 'PACKAGES', 'Row', 'Column', 'Table', 'settings_of', 'run_key', 'score_mask', 'score_test',
-           'TableRun', 'run_tables', 'show_cell', 'markdown_table', 'verdict', 'gains', 'describe_code', 'describe_run',
-           'show_record']
+           'TableRun', 'run_tables', 'show_cell', 'markdown_table', 'verdict', 'gains', 'describe_code',
+           'describe_machine', 'describe_run', 'show_record']
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #07adf0aa
 import hashlib, json, os, platform, re, subprocess, time
@@ -117,6 +117,7 @@ class TableRun:
         if table.derive: self.manifests = {**manifests, **table.derive(manifests, self.cache/'derived')}
         self.preset, self.overrides, self.rows = get_preset(preset), overrides, {r.name: r for r in table.rows}
         self.columns, self.cells, self.trained, self.origins = table.columns(list(self.manifests)), {}, {}, {}
+        self.data = ', '.join(manifests)
         self.faces = {name: m.key() for name, m in self.manifests.items()}
         self.baseline = self.rows.get(table.baseline or table.rows[0].name)
         self.check()
@@ -165,7 +166,7 @@ def trained_base(self:TableRun, row, train, seed):
     if (folder/'trained.json').is_file(): # written last: without it the folder is of a run that was cut off
         self.origins[row.name, train, seed] = read_json(folder/'trained.json')
         return row.detector.load(folder)
-    start, code, made = time.time(), describe_code(), row.detector(seed=seed, **(row.settings|self.overrides))
+    start, code, made = time.time(), describe_code()|describe_machine(), row.detector(seed=seed, **(row.settings|self.overrides))
     made.fit(self.manifests[train], preset=self.preset, recipe=row.recipe)
     self.origins[row.name, train, seed] = origin = dict(code, seconds=time.time()-start)
     try:
@@ -374,17 +375,19 @@ def describe_code()->dict: # commit, changed: both None where the package is not
     ours = bool(_git('ls-files', '__init__.py')) # and not merely installed somewhere below somebody else's repository
     return dict(commit=_git('rev-parse', 'HEAD') if ours else None, changed=bool(_git('status', '--porcelain', '--untracked-files=no', '.')) if ours else None)
 
+def describe_machine()->dict: # hardware, torch
+    "On what the code is running"
+    if default_device().type=='cpu': return dict(hardware=f'{os.cpu_count()} cores, {platform.machine()}', torch=_version('torch'))
+    import torch
+    return dict(hardware=torch.cuda.get_device_name(), torch=torch.__version__)
+
 def describe_run(
     config:dict, data:str, seed, seconds:float, # settings, name of the data, seed or seeds, wall time
     metrics:dict,                               # name -> dict(value, low, high)
     **more                                      # curves, per-forger results, ...
 )->dict:
     "A run as it is recorded: with commit, hardware and versions"
-    device, hardware = default_device(), f'{os.cpu_count()} cores, {platform.machine()}'
-    if device.type!='cpu':
-        import torch
-        hardware = torch.cuda.get_device_name()
-    return dict(config=config, data=data, seed=seed, **describe_code(), hardware=hardware,
+    return dict(config=config, data=data, seed=seed, **describe_code(), hardware=describe_machine()['hardware'],
                 versions={p: _version(p) for p in PACKAGES}|{'deepfid': deepfid.__version__}, seconds=seconds, metrics=metrics)|more
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #13339cf8
@@ -394,10 +397,11 @@ def record(self:TableRun)->dict:
     found = self.results()
     metrics = {f"{r['row']} | {r['column']} | {r['metric']}": {k: r[k] for k in ('value', 'low', 'high')} for r in found if r['value'] is not None}
     rows = [dict(name=r.name, recipe=r.recipe, settings=json.loads(to_json(r.settings)), after=r.after) for r in self.table.rows]
-    origins = {(c['trained']['commit'], c['trained']['changed'], c['trained']['seconds']) for c in self.cells.values()}
-    seconds, commits = sum(s for _, _, s in origins), sorted({o[:2] for o in origins}, key=str)
-    return describe_run(dict(table=self.table.name, preset=self.preset, rows=rows, overrides=self.overrides), ', '.join(self.manifests), self.seeds, seconds, metrics,
-        title=self.table.title, baseline=self.baseline.name, results=found, trained_at=[dict(commit=c, changed=d) for c, d in commits], faces={k: {s: int(n) for s, n in m.table['split'].value_counts().items()} for k, m in self.manifests.items()})
+    origins = list({to_json(c['trained']): c['trained'] for c in self.cells.values()}.values())
+    where = {to_json(o): o for o in ({k: v for k, v in o.items() if k!='seconds'} for o in origins)}
+    machines = sorted({o['hardware'] for o in origins if 'hardware' in o}) or [describe_machine()['hardware']]
+    return describe_run(dict(table=self.table.name, preset=self.preset, rows=rows, overrides=self.overrides), self.data, self.seeds, sum(o['seconds'] for o in origins), metrics,
+        title=self.table.title, baseline=self.baseline.name, results=found, hardware='; '.join(machines), trained_at=[where[k] for k in sorted(where)], faces={k: {s: int(n) for s, n in m.table['split'].value_counts().items()} for k, m in self.manifests.items()})
 
 def show_record(
     record:dict, table=None # of `TableRun.record`; its `Table`, for notes and the paper's own numbers
