@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'new_folder', 'synth', 'person_of', 'complain', 'forge', 'demo', 'faces', 'train', 'check_output',
            'face_lines', 'score', 'show_file', 'fidelity_of', 'by_group', 'evaluate', 'metrics_text', 'tables',
-           'keep_table', 'table', 'figure', 'maps', 'tutorials', 'notebooks', 'explore', 'doctor']
+           'keep_table', 'table', 'figure', 'maps', 'tutorials', 'notebooks', 'voila_warning', 'explore', 'doctor']
 
 # %% ../nbs/69_commands.ipynb #b9cd1c69
-import contextlib, json, subprocess, sys, tempfile
+import contextlib, json, re, subprocess, sys, tempfile
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 import deepfid
@@ -295,6 +296,16 @@ def notebooks(args):
     return dict(saved=str(args.folder), files=saved, text='\n'.join([*saved, f'open them with: jupyter lab {args.folder}']))
 
 # %% ../nbs/69_commands.ipynb #387fc944
+def voila_warning(
+    versions=None # package -> version; default: those installed
+)->str: # empty where nothing is known to be wrong
+    "Voila 0.5 shows no widgets of jupyterlab-widgets 3.0.17 or later, which want a newer JupyterLab than it brings"
+    def parts(package):
+        try: return tuple(int(p) for p in re.findall(r'\d+', versions[package] if versions is not None else version(package))[:3])
+        except (KeyError, PackageNotFoundError): return ()
+    if not ((0,)<parts('voila')<(0, 6) and parts('jupyterlab-widgets')>=(3, 0, 17)): return ''
+    return 'this Voila does not show the widgets of the jupyterlab-widgets that is installed; if the page stays empty: pip install "jupyterlab-widgets<3.0.17"'
+
 def explore(args):
     "Open a notebook of explorers as an app in the browser (needs Voila)"
     from deepfid.core import DeepfidError
@@ -303,6 +314,7 @@ def explore(args):
     if name not in known: raise DeepfidError(f"no explorer {name!r}: there are {', '.join(known)}")
     if find_spec('voila') is None:
         raise DeepfidError('explorers as an app need Voila: pip install "deepfid[app]"; without it: deepfid notebooks DIR, then jupyter lab DIR')
+    if warning := voila_warning(): print(f'deepfid: {warning}', file=sys.stderr)
     command = [sys.executable, '-m', 'voila', str(known[name]), *(['--no-browser'] if args.no_browser else []), *([f'--port={args.port}'] if args.port else [])]
     return dict(status=subprocess.run(command).returncode)
 

@@ -348,7 +348,9 @@ def verdict(
     if not steady: return 'not told apart'
     return 'better' if gain['low']>0 else 'worse' if gain['high']<0 else 'not told apart'
 
-def gains(results)->str:
+def gains(
+    results, most=24 # of `TableRun.results`; of more comparisons than that, only those that are told apart are listed
+)->str:
     "Each row against the one that it is compared with, as Markdown: differences in per cent points, and what they are worth"
     lines = []
     for r in results:
@@ -356,7 +358,9 @@ def gains(results)->str:
         d, low, high = (100*r['gain'][k] for k in ('value', 'low', 'high'))
         seeds = ', '.join(f'{100*s:+.1f}' for s in r['gain']['seeds'])
         lines.append(f"| {r['row']} | {r['column']} | {NAMES[r['metric']]} {d:+.1f} [{low:+.1f}, {high:+.1f}] | {seeds} | {verdict(r['gain'])} |")
-    return '\n'.join(['| row | column | difference | seed by seed | |', '|---|---|---|---|---|', *lines]) if lines else ''
+    told = [l for l in lines if not l.endswith('not told apart |')] if len(lines)>most else lines
+    head = f'{len(told)} of {len(lines)} differences are told apart; only these are listed.\n\n' if len(told)<len(lines) else ''
+    return head+'\n'.join(['| row | column | difference | seed by seed | |', '|---|---|---|---|---|', *told]) if told else head
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #bcac7234
 PACKAGES = ('torch', 'timm', 'fastai', 'scikit-learn', 'numpy', 'opencv-python-headless')
@@ -375,6 +379,7 @@ def describe_code()->dict: # commit, changed: both None where the package is not
     ours = bool(_git('ls-files', '__init__.py')) # and not merely installed somewhere below somebody else's repository
     return dict(commit=_git('rev-parse', 'HEAD') if ours else None, changed=bool(_git('status', '--porcelain', '--untracked-files=no', '.')) if ours else None)
 
+# %% ../../nbs/51_evaluate.protocols.ipynb #3a97b58f
 def describe_machine()->dict: # hardware, torch
     "On what the code is running"
     if default_device().type=='cpu': return dict(hardware=f'{os.cpu_count()} cores, {platform.machine()}', torch=_version('torch'))

@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'SPOILED', 'WHOLE', 'EVERY', 'LEVELS', 'COMPRESSION', 'compr
            'ablation', 'FRAMES', 'VIDEOS', 'CROSS', 'frames', 'videos', 'cross', 'FORGED', 'MASKS', 'MASKTABLE',
            'masks', 'UNSEEN', 'SEEN', 'robustness', 'TABLES', 'h264', 'compressed', 'across', 'to_levels', 'to_c40',
            'each', 'crossed', 'by_video', 'film', 'moving_faces', 'masked_by', 'with_masks', 'by_mask', 'noise', 'tint',
-           'recoded', 'lanczos', 'screenshot', 'damaged', 'damage_columns']
+           'recoded', 'lanczos', 'screenshot', 'damaged', 'damage_columns', 'damage_plot']
 
 # %% ../../nbs/57_tables.siamese.ipynb #2e7ae853
 import tempfile
@@ -26,6 +26,7 @@ from ..evaluate.protocols import Column, Row, Table
 from ..siamese.learner import LiSiam
 from ..siamese.network import ABLATIONS
 from ..similarity.learner import LocalSimilarity
+from .similarity import matrix
 
 # %% ../../nbs/57_tables.siamese.ipynb #dd09959b
 PLAIN = Row('Xception', LocalSimilarity, dict(use_llsm=False, use_flm=False))
@@ -65,7 +66,7 @@ COMPRESSION = """| video AUC, trained on → tested on | C0 → C0, C23, C40 | C
 | Xception, same augmentation | 99.64, 97.74, 78.82 | 99.31, 99.07, 86.23 | 92.14, 92.15, 91.31 |
 | LiSiam | 99.93, 98.12, 83.52 | 99.50, 99.52, 87.82 | 93.88, 93.80, 94.65 |"""
 
-compression = Table('lisiam-compression', 'Tables IV and V: trained at one level of compression, tested at each', [PLAIN, SPOILED, WHOLE], across, COMPRESSION, derive=compressed)
+compression = Table('lisiam-compression', 'Tables IV and V: trained at one level of compression, tested at each', [PLAIN, SPOILED, WHOLE], across, COMPRESSION, derive=compressed, notes=matrix)
 
 def to_levels(names):
     "Trained on faces as they are, tested at each level"
@@ -220,8 +221,25 @@ def damaged(manifests, folder)->dict: # 'name, damage' -> `Manifest` of test fac
     "The test faces of each manifest, spoiled in ways seen and unseen in training"
     return {f'{name}, {k}': changed(m.of('test'), f, folder/f'{m.of("test").key()[:12]}-{k.replace(" ", "")}') for name, m in manifests.items() for k, f in (SEEN|UNSEEN).items()}
 
+# %% ../../nbs/57_tables.siamese.ipynb #68a78268
 def damage_columns(names): return [Column(n, n.split(', ')[0], n) for n in names]
 
-robustness = Table('lisiam-robustness', 'Damage seen and unseen in training', [PLAIN, SPOILED, WHOLE, Row('LiSiam, clean twice', LiSiam, dict(p=0.)), Row('local similarity', LocalSimilarity)], damage_columns, derive=damaged)
+def damage_plot(record): # of the table `lisiam-robustness`
+    "AUC by damage, a line for each detector, its interval as a band; a panel for each set"
+    import matplotlib.pyplot as plt
+    found = pd.DataFrame([r for r in record['results'] if r['metric']=='auc'])
+    found[['set', 'damage']] = [(c.split(', ')+['none'])[:2] for c in found['column']]
+    fig, axes = plt.subplots(1, found['set'].nunique(), figsize=(11, 3.4), sharey=True, squeeze=False, layout='constrained')
+    for ax, (name, part) in zip(axes[0], found.groupby('set', sort=False)):
+        for row, line in part.groupby('row', sort=False):
+            ax.plot(line['damage'], line['value'], 'o-', ms=3, label=row)
+            ax.fill_between(line['damage'], line['low'], line['high'], alpha=.07)
+        ax.set_title(name)
+        ax.tick_params(axis='x', rotation=45)
+    axes[0][0].set_ylabel('AUC')
+    axes[0][-1].legend(fontsize=8, frameon=False)
+    return fig
+
+robustness = Table('lisiam-robustness', 'Damage seen and unseen in training', [PLAIN, SPOILED, WHOLE, Row('LiSiam, clean twice', LiSiam, dict(p=0.)), Row('local similarity', LocalSimilarity)], damage_columns, derive=damaged, figure=damage_plot)
 
 TABLES = {t.name: t for t in (frames, videos, cross, compression, levels_table, ablation, masks, robustness)}

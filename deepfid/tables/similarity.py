@@ -83,7 +83,7 @@ def forger_columns(names):
 def matrix(record)->str: # Markdown
     "Trained on a line's forger, tested on a column's; and the mean over the others"
     import pandas as pd
-    found, parts = pd.DataFrame(record['results']), []
+    found, parts = pd.DataFrame([r for r in record['results'] if r['metric']=='auc']), []
     found[['set', 'pair']] = found['column'].str.split(': ', expand=True)
     found[['train', 'test']] = found['pair'].str.split(' to ', expand=True)
     for (where, row), f in found.groupby(['set', 'row'], sort=False):
