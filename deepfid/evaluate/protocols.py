@@ -326,17 +326,17 @@ NAMES = dict(accuracy='Acc', auc='AUC', ap='AP', eer='EER', iou='IoU', f1='F1', 
 def show_cell(found:list, brief=False)->str: # results of one cell, one for each metric
     "Per cent, with interval and spread: `Acc 81.2 [79.0, 83.1] ±0.8`"
     def one(f):
-        if f['value'] is None: return '–'
         spread = f" ±{100*np.std(f['seeds'], ddof=1):.1f}" if len(f['seeds'])>1 else ''
         return f"{NAMES[f['metric']]} {100*f['value']:.1f}" + ('' if brief else f" [{100*f['low']:.1f}, {100*f['high']:.1f}]{spread}")
-    return '<br>'.join(map(one, found))
+    return '<br>'.join(one(f) for f in found if f['value'] is not None) or '–'
 
 def markdown_table(results, brief=False)->str:
     "The table as Markdown"
     rows, columns = (list(dict.fromkeys(r[k] for r in results)) for k in ('row', 'column'))
     cell = lambda row, col: show_cell([r for r in results if (r['row'], r['column'])==(row, col)], brief)
-    lines = [f"| | {' | '.join(columns)} |", '|---'*(len(columns)+1)+'|']
-    return '\n'.join(lines+[f"| {row} | {' | '.join(cell(row, c) for c in columns)} |" for row in rows])
+    across, down = (columns, rows) if len(columns)<=8 else (rows, columns) # a page is taller than it is wide
+    lines = [f"| | {' | '.join(across)} |", '|---'*(len(across)+1)+'|']
+    return '\n'.join(lines+[f"| {d} | {' | '.join(cell(d, a) if across is columns else cell(a, d) for a in across)} |" for d in down])
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #d5e4d2e9
 def verdict(

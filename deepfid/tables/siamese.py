@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PLAIN', 'SPOILED', 'WHOLE', 'EVERY', 'LEVELS', 'COMPRESSION', 'compression', 'levels_table', 'VARIANTS', 'ABLATION',
            'ablation', 'FRAMES', 'VIDEOS', 'CROSS', 'frames', 'videos', 'cross', 'FORGED', 'MASKS', 'MASKTABLE',
-           'masks', 'UNSEEN', 'SEEN', 'robustness', 'TABLES', 'h264', 'compressed', 'across', 'to_levels', 'to_c40',
-           'each', 'crossed', 'by_video', 'film', 'moving_faces', 'masked_by', 'with_masks', 'by_mask', 'noise', 'tint',
-           'recoded', 'lanczos', 'screenshot', 'damaged', 'damage_columns', 'damage_plot']
+           'masks', 'UNSEEN', 'SEEN', 'robustness', 'TABLES', 'STRENGTHS', 'h264', 'compressed', 'across', 'to_levels',
+           'to_c40', 'each', 'crossed', 'by_video', 'film', 'moving_faces', 'masked_by', 'with_masks', 'by_mask',
+           'noise', 'tint', 'recoded', 'lanczos', 'screenshot', 'damaged', 'damage_columns', 'damage_plot', 'curves',
+           'curves_plot']
 
 # %% ../../nbs/57_tables.siamese.ipynb #2e7ae853
 import tempfile
@@ -22,6 +23,7 @@ from ..data.manifest import WORK, Manifest, changed
 from ..data.mask import diff_mask, ssim_mask
 from ..data.synth import camera_settings, draw_face, expose
 from ..data.video import sample_frames, synth_clip, write_video
+from ..evaluate.metrics import auc_interval
 from ..evaluate.protocols import Column, Row, Table
 from ..siamese.learner import LiSiam
 from ..siamese.network import ABLATIONS
@@ -243,3 +245,51 @@ def damage_plot(record): # of the table `lisiam-robustness`
 robustness = Table('lisiam-robustness', 'Damage seen and unseen in training', [PLAIN, SPOILED, WHOLE, Row('LiSiam, clean twice', LiSiam, dict(p=0.)), Row('local similarity', LocalSimilarity)], damage_columns, derive=damaged, figure=damage_plot)
 
 TABLES = {t.name: t for t in (frames, videos, cross, compression, levels_table, ablation, masks, robustness)}
+
+# %% ../../nbs/57_tables.siamese.ipynb #99b79bc3
+def _times(image, n):
+    for _ in range(n): image = screenshot(image)
+    return image
+
+def _codec(image, quality, suffix): return recoded(image, suffix, quality)
+
+STRENGTHS = { # damage -> what its strength is, function of (image, strength), strengths from weak to strong
+    'noise': ('standard deviation', noise, (5, 10, 20)),
+    'tint': ('grey levels', tint, (9, 18, 36)),
+    'WebP': ('quality', partial(_codec, suffix='.webp'), (60, 20, 5)),
+    'AVIF': ('quality', partial(_codec, suffix='.avif'), (60, 30, 10)),
+    'Lanczos': ('share of the size', lanczos, (.7, .4, .25)),
+    'screenshot': ('times', _times, (1, 2, 4)),
+}
+
+def curves(
+    detectors:dict, # name -> trained `Detector`
+    manifest:Manifest # its test faces are spoiled
+)->pd.DataFrame: # detector, damage, strength (None: as they are), value, low, high of the AUC
+    "How each detector gives way as each damage grows"
+    test, rows = manifest.of('test'), []
+    label, people, faces = test.table['label'].to_numpy(), test.table['identity'].to_numpy(), [test.image(i) for i in range(len(test))]
+    def ask(damage, strength, spoiled):
+        for name, d in detectors.items():
+            rows.append(dict(detector=name, damage=damage, strength=strength)|auc_interval(np.array([p.fidelity for p in d.predict(spoiled)]), label, people)._asdict())
+    ask('none', None, faces)
+    for damage, (_, f, strengths) in STRENGTHS.items():
+        for s in strengths: ask(damage, s, [f(face, s) for face in faces])
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/57_tables.siamese.ipynb #d69ffa6b
+def curves_plot(found): # of `curves`
+    "A panel for each damage, a line for each detector; on the left, faces as they are"
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(STRENGTHS), figsize=(12, 2.6), sharey=True, layout='constrained')
+    clean = found[found['damage']=='none'].set_index('detector')
+    for ax, (damage, (what, _, strengths)) in zip(axes, STRENGTHS.items()):
+        for name, line in found[found['damage']==damage].groupby('detector', sort=False):
+            line = pd.concat([clean.loc[[name]], line])
+            ax.plot(range(len(line)), line['value'], 'o-', ms=3, label=name)
+            ax.fill_between(range(len(line)), line['low'], line['high'], alpha=.1)
+        ax.set_xticks(range(len(strengths)+1), ['none', *map(str, strengths)])
+        ax.set(title=damage, xlabel=what)
+    axes[0].set_ylabel('AUC')
+    axes[-1].legend(fontsize=7, frameon=False)
+    return fig
