@@ -377,7 +377,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deepfid.data.manifest.Manifest.where': ( 'data.manifest.html#manifest.where',
                                                                                  'deepfid/data/manifest.py'),
                                        'deepfid.data.manifest.PairPlan': ('data.manifest.html#pairplan', 'deepfid/data/manifest.py'),
-                                       'deepfid.data.manifest._float': ('data.manifest.html#_float', 'deepfid/data/manifest.py'),
                                        'deepfid.data.manifest._number': ('data.manifest.html#_number', 'deepfid/data/manifest.py'),
                                        'deepfid.data.manifest._refuse': ('data.manifest.html#_refuse', 'deepfid/data/manifest.py'),
                                        'deepfid.data.manifest._row': ('data.manifest.html#_row', 'deepfid/data/manifest.py'),

@@ -39,13 +39,9 @@ def _refuse(table, bad, name, column, say):
         more = f' (and {i.size-1} more)' if i.size>1 else ''
         raise ManifestError(f"{name}: {_row(table, i[0])}{more} has {column} {str(table[column].iloc[i[0]])!r}; {say}")
 
-def _float(cell): # to the last digit, whatever reads the file: the key of a table depends on it
-    try: return float(cell)
-    except (TypeError, ValueError): return np.nan
-
 def _number(table, column, name, say):
     "A column as numbers, NaN where the cell is empty; anything else is refused"
-    number = table[column].map(_float)
+    number = table[column].astype(object).where(pd.to_numeric(table[column], errors='coerce').notna(), np.nan).map(float) # float is exact, to_numeric is not in every pandas
     empty = table[column].isna() | table[column].astype(str).str.strip().str.lower().isin(['', 'nan', '<na>', 'none'])
     _refuse(table, number.isna() & ~empty, name, column, say)
     return number.astype(float)
