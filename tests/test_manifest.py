@@ -3,6 +3,7 @@ import filecmp
 import cv2, numpy as np, pandas as pd, pytest, torch
 from deepfid.core import ManifestError
 from deepfid.data.manifest import Manifest, build_pairs, dataloaders, split_identities, synth_sources
+from deepfid.testing import tiny_manifest
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory): return build_pairs(synth_sources(30, 2, seed=77), tmp_path_factory.mktemp('m')/'set', pairs=(30, 10, 10), workers=1, quality=np.mean)
@@ -108,3 +109,16 @@ def test_enlarged_masks_do_not_wrap_around(tmp_path):
     rows = [dict(path='r.png', label=1, identity='a', split='train', pair='1', mask=''), dict(path='f.png', label=0, identity='a', split='train', pair='1', mask='m.png')]
     got = FaceSet(Manifest(pd.DataFrame(rows), tmp_path), 'label+mask', 56).decode([1])[0, 3].numpy().astype(int)
     assert got[20:36, 20:36].min()==255 and got[:10].max()==0 and np.abs(np.diff(got[28])).max()<=255 and (got[28, 16:40]>200).all()
+
+@pytest.mark.parametrize('cell', ['1_000', 'much', '0x10'])
+def test_quality_that_is_no_plain_number_is_refused(cell, tmp_path):
+    m = tiny_manifest((4, 4, 4))
+    table = m.table.astype({'quality': object})
+    table.loc[2, 'quality'] = cell
+    with pytest.raises(ManifestError, match=cell): Manifest(table, m.folder)
+
+def test_key_keeps_the_last_digit(tmp_path):
+    m = tiny_manifest((4, 4, 4))
+    table = m.table.assign(quality=-7.779709979665626+1e-15*np.arange(len(m)))
+    assert Manifest(table, m.folder).table['quality'].tolist()==table['quality'].tolist()
+    assert Manifest(table.astype({'quality': str}), m.folder).key()==Manifest(table, m.folder).key()
