@@ -52,7 +52,7 @@ def bundle_faces(
 # %% ../nbs/66_bundle.ipynb #900b68fe
 RECIPES = { # what each is made with, beside its own recipe `ours`
     'deepfidelity': dict(size=SIZE, epochs=10, svr=dict(scale=True, C=.1, max_rows=6000)),
-    'local_similarity': dict(size=SIZE, epochs=2, amp='bf16'),
+    'local_similarity': dict(size=SIZE, epochs=10, amp='bf16'),
     'lisiam': dict(size=SIZE, epochs=(1, 1, 2), steps=150, amp='bf16'),
 }
 
