@@ -1,4 +1,5 @@
 "The room of deepfid.fidelity.deploy: folding, packing, 16 bits, memory, one graph"
+import importlib.util
 import numpy as np, pytest, torch
 from torch import nn
 
@@ -105,7 +106,8 @@ def test_a_batch_of_any_number():
 
 def test_benchmark():
     r = benchmark('ssaaformer_tiny', 64, batch=2, repeats=2, threads=1, device='cpu')
-    assert list(r['seconds'])==['as written', 'channels last', 'channels last, autocast', 'fast', 'fast, bf16'] and r['speedup']['as written']==1
+    served = ['OpenVINO', 'OpenVINO, bf16'] if importlib.util.find_spec('openvino') else []
+    assert list(r['seconds'])==['as written', 'channels last', 'channels last, autocast', 'fast', 'fast, bf16', *served] and r['speedup']['as written']==1
     assert r['error']['as written']==0 < r['error']['fast']<1e-4 < r['error']['fast, bf16'] and r['score_error']['fast, bf16']<.01
     assert all(len(t)==2 for t in r['times'].values())
 
@@ -118,6 +120,23 @@ def test_speed_of_the_published_network():
 def test_compiled():
     net = shake(SSAAFormer(**SMALL)); x = pictures(net)
     with torch.no_grad(): assert off_by(fast(net, compile=True).embed(x), net.embed(x))<1e-4
+
+def test_openvino():
+    pytest.importorskip('openvino')
+    net = shake(SSAAFormer(**SMALL)).train(); x = pictures(net, 5)
+    served = fast(net, compile='openvino')
+    assert net.training and net.head.weight.requires_grad
+    net.eval()
+    for part in (x, x[:1]): assert off_by(served(part), net(part))<1e-4 and off_by(served.embed(part), net.embed(part))<1e-4
+    assert served(x).data_ptr()!=served(x).data_ptr() and served(x.double()).dtype==torch.float32
+    with pytest.raises(DeepfidError, match='multiples|wants|channels'): served(x[:, :1])
+    assert off_by(fast(net, torch.bfloat16, compile='openvino')(x), net(x))<.05
+
+def test_openvino_is_asked_for(monkeypatch):
+    net = SSAAFormer(**SMALL)
+    with pytest.raises(DeepfidError, match="compile=True, False or 'openvino'"): fast(net, compile='tvm')
+    monkeypatch.setitem(__import__('sys').modules, 'openvino', None)
+    with pytest.raises(DeepfidError, match='pip install openvino'): fast(net, compile='openvino')
 
 @pytest.mark.cuda
 def test_on_a_gpu():

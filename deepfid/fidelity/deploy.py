@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROOM', 'FORMATS', 'written_attention', 'as_written', 'shake', 'scale_and_shift', 'Linear', 'fold_linear',
            'with_identity', 'fold_behind', 'on_map', 'FoldedConvBlock', 'attend', 'FoldedAttentionBlock', 'FoldedStem',
-           'FoldedNet', 'fold', 'off_by', 'PackedLinear', 'can_pack', 'pack', 'fast', 'candidates', 'benchmark',
-           'kept_bytes', 'training_memory', 'FidelityGraph', 'fidelity_graph', 'export_graph']
+           'FoldedNet', 'fold', 'off_by', 'PackedLinear', 'can_pack', 'pack', 'in_openvino', 'fast', 'candidates',
+           'benchmark', 'kept_bytes', 'training_memory', 'FidelityGraph', 'fidelity_graph', 'export_graph']
 
 # %% ../../nbs/24_fidelity.deploy.ipynb #5c6102f7
-import copy, statistics, time
+import copy, importlib.util, statistics, time
 from pathlib import Path
 
 import torch
@@ -255,16 +255,50 @@ def pack(
         elif min(m.weight.shape)>=least: setattr(module, name, PackedLinear(m))
     return module
 
+# %% ../../nbs/24_fidelity.deploy.ipynb #3b9a6e10
+class _FeatureMap(nn.Module):
+    "A network up to its last map"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x): return self.net.forward_features(x)
+
+def in_openvino(
+    model:SSAAFormer, # stays as it is
+    dtype:torch.dtype=torch.float32 # of the products: torch.float32 or torch.bfloat16
+): # function: (B,in_chans,H,W) on the CPU -> float32 (B,C4,H/32,W/32)
+    "The network's last map as OpenVINO computes it, with as many threads as torch has; needs `pip install openvino`"
+    try: import openvino
+    except ImportError: raise DeepfidError("compile='openvino' needs OpenVINO: pip install openvino") from None
+    if next(model.parameters()).is_cuda: raise DeepfidError("compile='openvino' is for CPUs, and this network is on a GPU: there it is compile=True")
+    net,programs = copy.deepcopy(model).eval().requires_grad_(False),{}
+    options = dict(INFERENCE_PRECISION_HINT={torch.float32: 'f32', torch.bfloat16: 'bf16'}[dtype], INFERENCE_NUM_THREADS=torch.get_num_threads(), PERFORMANCE_HINT='LATENCY')
+
+    def program(x):
+        with torch.inference_mode(False), torch.no_grad(): graph = openvino.convert_model(torch.export.export(_FeatureMap(net), (torch.zeros_like(x),)))
+        return openvino.Core().compile_model(graph, 'CPU', options).create_infer_request()
+
+    def run(x):
+        net._check(x)
+        x = x.detach().float().contiguous()
+        if x.shape not in programs: programs[x.shape] = program(x)
+        return torch.from_numpy(programs[x.shape].infer([x.numpy()], share_inputs=True)[0].copy())
+    return run
+
 # %% ../../nbs/24_fidelity.deploy.ipynb #9757a44f
 def fast(
     model:SSAAFormer, # stays as it is
     dtype:torch.dtype|None=None, # torch.bfloat16: half the bits; None: 32 bits
-    compile:bool=False # `torch.compile` the pass (a minute at the first batch of each shape); on a GPU as a CUDA graph
+    compile:bool|str=False # True: `torch.compile` the pass (a minute at the first batch of each shape), on a GPU as a CUDA graph; 'openvino': see `in_openvino`
 )->FoldedNet:
     "The quickest form of a network on the device where it is"
     if dtype not in (None, torch.float32, torch.bfloat16): raise DeepfidError(f'fast wants dtype torch.bfloat16 or None, not {dtype}')
+    if compile not in (False, True, 'openvino'): raise DeepfidError(f"fast wants compile=True, False or 'openvino', not {compile!r}")
     net = fold(model)
     net.dtype = dtype or torch.float32
+    if compile=='openvino':
+        net.forward_features = in_openvino(model, net.dtype)
+        return net
     net.layers.to(net.dtype)
     if compile:
         run = torch.compile(net.forward_features, mode='reduce-overhead' if net.scale.is_cuda else None)
@@ -275,7 +309,7 @@ def fast(
 # %% ../../nbs/24_fidelity.deploy.ipynb #00f363b2
 def candidates(
     model:SSAAFormer,
-    compile:bool|None=None # also compiled ones; None: only on a GPU
+    compile:bool|None=None # also those of `torch.compile`; None: only on a GPU
 )->dict: # name -> what maps a batch to logits
     "What `benchmark` compares"
     eager = as_written(model)
@@ -287,6 +321,8 @@ def candidates(
     out = {'as written': eager, 'channels last': channels_last, 'channels last, autocast': autocast, 'fast': fast(model), 'fast, bf16': fast(model, torch.bfloat16)}
     if cuda if compile is None else compile:
         out |= {'fast, compiled': fast(model, compile=True), 'fast, bf16, compiled': fast(model, torch.bfloat16, compile=True)}
+    if not cuda and importlib.util.find_spec('openvino'):
+        out |= {'OpenVINO': fast(model, compile='openvino'), 'OpenVINO, bf16': fast(model, torch.bfloat16, compile='openvino')}
     return out
 
 # %% ../../nbs/24_fidelity.deploy.ipynb #1e23f559
