@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'TURNS', 'Frame', 'synth_clip', 'VideoError', 'write_video', 'upright', 'sample_frames', 'VideoInfo',
-           'probe', 'Track', 'face_tracks', 'compress']
+           'probe', 'Track', 'face_tracks', 'compress', 'h264']
 
 # %% ../../nbs/06_data.video.ipynb #ff4d5405
-import contextlib, itertools
+import contextlib, itertools, tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -405,3 +405,13 @@ def compress(
         if first is None: raise VideoError(f'{src}: frame 0 cannot be decoded; nothing was written')
         size = (first.width, first.height) if _orientation(first)<5 else (first.height, first.width)
         return _encode(dst, size, stream.average_rate or 25, stream.time_base, crf, frames())
+
+# %% ../../nbs/06_data.video.ipynb #58d0c3b1
+def h264(
+    image,  # uint8 RGB (H,W,3)
+    crf:int # 0 best, 51 worst; 23 and 40 are the c23 and c40 of FaceForensics++
+)->np.ndarray: # the same size
+    "A picture as H.264 leaves it, as a clip of one frame"
+    with tempfile.TemporaryDirectory() as tmp:
+        frame, = sample_frames(write_video([image], Path(tmp)/'one.mp4', crf=crf), 1)
+    return frame.image

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCAL', 'VIDEO', 'NAMES', 'PACKAGES', 'Row', 'Column', 'Table', 'settings_of', 'run_key', 'score_mask', 'score_test',
            'TableRun', 'run_tables', 'show_cell', 'markdown_table', 'verdict', 'gains', 'describe_code',
-           'describe_machine', 'describe_run', 'show_record']
+           'describe_machine', 'describe_run', 'show_record', 'Quote']
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #07adf0aa
 import hashlib, json, os, platform, re, subprocess, time
@@ -421,3 +421,22 @@ def show_record(
         '[95 % interval over the people tested] ± standard deviation of the seeds. Threshold chosen on validation faces.', notes, compared]
     if paper: parts += ['**The paper’s own numbers**, on its data. They are *other data* and cannot be compared with ours cell by cell:', paper]
     return '\n\n'.join(p for p in parts if p)
+
+# %% ../../nbs/51_evaluate.protocols.ipynb #a47e9c03
+class Quote:
+    "The numbers of a recorded table for sentences about it: per cent, as text"
+    def __init__(self,
+        record:dict # of `TableRun.record`
+    ): self.found = {(r['row'], r['column'], r['metric']): r for r in record['results']}
+
+    def __call__(self, row, column, metric='auc')->str: # '84.9'
+        return f"{100*self.found[row, column, metric]['value']:.1f}"
+
+    def gain(self, row, column, metric='auc')->str: # '-2.6': points above the row that it is compared with
+        return f"{100*self.found[row, column, metric]['gain']['value']:+.1f}"
+
+    def verdict(self, row, column, metric='auc')->str: return verdict(self.found[row, column, metric]['gain'])
+
+    def told(self, *metrics)->list: # of results; all metrics where none is named
+        "What is told apart from the row that it is compared with"
+        return [r for r in self.found.values() if r['gain'] and (not metrics or r['metric'] in metrics) and verdict(r['gain'])!='not told apart']

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PLAIN', 'SPOILED', 'WHOLE', 'EVERY', 'LEVELS', 'COMPRESSION', 'compression', 'levels_table', 'VARIANTS', 'ABLATION',
            'ablation', 'FRAMES', 'VIDEOS', 'CROSS', 'frames', 'videos', 'cross', 'FORGED', 'MASKS', 'MASKTABLE',
-           'masks', 'UNSEEN', 'SEEN', 'robustness', 'TABLES', 'STRENGTHS', 'h264', 'compressed', 'across', 'to_levels',
+           'masks', 'UNSEEN', 'SEEN', 'robustness', 'TABLES', 'STRENGTHS', 'compressed', 'across', 'to_levels',
            'to_c40', 'each', 'crossed', 'by_video', 'film', 'moving_faces', 'masked_by', 'with_masks', 'by_mask',
            'noise', 'tint', 'recoded', 'lanczos', 'screenshot', 'damaged', 'damage_columns', 'damage_plot', 'curves',
            'curves_plot']
 
 # %% ../../nbs/57_tables.siamese.ipynb #2e7ae853
-import tempfile
 from functools import partial
 from pathlib import Path
 import cv2, numpy as np, pandas as pd
@@ -22,7 +21,7 @@ from ..data.forge import FORGERS, forge
 from ..data.manifest import WORK, Manifest, changed
 from ..data.mask import diff_mask, ssim_mask
 from ..data.synth import camera_settings, draw_face, expose
-from ..data.video import sample_frames, synth_clip, write_video
+from ..data.video import h264, sample_frames, synth_clip, write_video
 from ..evaluate.metrics import auc_interval
 from ..evaluate.protocols import Column, Row, Table
 from ..siamese.learner import LiSiam
@@ -37,15 +36,6 @@ WHOLE = Row('LiSiam', LiSiam)
 EVERY = ('accuracy', 'auc', 'iou', 'f1', 'pixel_auc')
 
 # %% ../../nbs/57_tables.siamese.ipynb #b0360b63
-def h264(
-    image,  # uint8 RGB (H,W,3), sides even
-    crf:int # 0 best, 51 worst
-)->np.ndarray: # the same size
-    "A picture as H.264 leaves it"
-    with tempfile.TemporaryDirectory() as tmp:
-        frame, = sample_frames(write_video([image], Path(tmp)/'one.mp4', crf=crf), 1)
-    return frame.image
-
 LEVELS = dict(c0=0, c23=23, c40=40)
 
 def compressed(manifests, folder)->dict: # 'name, c23' -> `Manifest`

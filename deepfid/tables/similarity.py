@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'LLSM', 'FLM', 'BOTH', 'EVERY', 'CROSS', 'INTRA', 'ABLATION', 'cross', 'intra', 'ablation', 'FORGERS',
-           'forgers', 'kernels', 'sampled', 'SPOILED', 'poor', 'testtime', 'TABLES', 'row', 'each', 'crossed',
+           'forgers', 'kernels', 'sampled', 'BAD', 'SPOILED', 'poor', 'testtime', 'TABLES', 'row', 'each', 'crossed',
            'by_forger', 'forger_columns', 'matrix', 'enhance', 'spoiled', 'spoiled_columns', 'evidence', 'Evidence',
            'weighed', 'heard']
 
 # %% ../../nbs/56_tables.similarity.ipynb #7a2901ab
+from functools import partial
 import cv2, numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -16,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from ..core import Detector, Prediction
 from ..data.degrade import jpeg
 from ..data.manifest import changed
+from ..data.video import h264
 from ..evaluate.protocols import Column, Row, Table
 from ..similarity.learner import LocalSimilarity
 
@@ -109,10 +111,9 @@ def enhance(
     calm = cv2.fastNlMeansDenoisingColored(np.ascontiguousarray(image), None, 4, 6, 5, 15)
     return cv2.addWeighted(calm, 1.5, cv2.GaussianBlur(calm, (0, 0), 1.2), -.5, 0)
 
-def _jpeg30(image): return jpeg(image, 30)
-def _jpeg10(image): return jpeg(image, 10)
-def _enhanced(image): return enhance(jpeg(image, 10))
-SPOILED = {'JPEG 30': _jpeg30, 'JPEG 10': _jpeg10, 'JPEG 10, enhanced': _enhanced, 'only enhanced': enhance}
+def _then_enhanced(spoil, image): return enhance(spoil(image))
+BAD = {'JPEG 30': partial(jpeg, quality=30), 'JPEG 10': partial(jpeg, quality=10), 'c40': partial(h264, crf=40)}
+SPOILED = BAD | {'JPEG 10, enhanced': partial(_then_enhanced, BAD['JPEG 10']), 'c40, enhanced': partial(_then_enhanced, BAD['c40']), 'only enhanced': enhance}
 
 def spoiled(manifests, folder)->dict: # 'name, damage' -> `Manifest` of test faces
     "The test faces of each manifest, spoiled"
