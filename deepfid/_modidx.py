@@ -663,6 +663,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.Table': ( 'evaluate.protocols.html#table',
                                                                                   'deepfid/evaluate/protocols.py'),
+                                            'deepfid.evaluate.protocols.Table.check_number': ( 'evaluate.protocols.html#table.check_number',
+                                                                                               'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.TableRun': ( 'evaluate.protocols.html#tablerun',
                                                                                      'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.TableRun.__getstate__': ( 'evaluate.protocols.html#tablerun.__getstate__',

@@ -241,6 +241,7 @@ def table(args):
     known = tables()
     for name in args.name:
         if name not in known: raise DeepfidError(f"no table {name!r}: there are {', '.join(known)}")
+        known[name].check_number(len(args.manifest))
     say = lambda line: print(line, file=sys.stderr, flush=True)
     overrides = dict(args.set or [])|(dict(epochs=args.epochs) if args.epochs else {})
     faces = _manifests(args.manifest, args.out, args.pairs, args.size)

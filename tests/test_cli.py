@@ -196,3 +196,7 @@ def test_faces_of_a_folder(capsys, data, tmp_path):
     assert status==0 and json.loads(out)['faces']==4
     one_line(run(capsys, 'faces', tmp_path/'set', '--out', tmp_path/'out', '--compression', 'c40'), '--compression')
     one_line(run(capsys, 'faces', tmp_path, '--out', tmp_path/'none'), 'real')
+
+def test_a_table_says_what_it_needs_before_it_draws_a_face(capsys, tmp_path):
+    one_line(run(capsys, 'table', 'lisiam-cross', '--manifest', 'synthetic', '--out', tmp_path/'out'), 'needs 2 manifests')
+    assert not (tmp_path/'out').exists()

@@ -58,6 +58,12 @@ class Table:
     figure: Callable|None = None          # function that draws a recorded table
     derive: Callable|None = None          # function of (manifests by name, folder): more manifests, made of them
 
+    def check_number(self,
+        n:int # manifests given
+    ):
+        "Refuse too few manifests"
+        if n<self.needs: raise DeepfidError(f'table {self.name!r} needs {self.needs} manifests (trained on the first), got {n}')
+
 # %% ../../nbs/51_evaluate.protocols.ipynb #552d1dc3
 def settings_of(row, preset, overrides)->dict:
     "Every setting of a row's detector, as it would be trained; the row's own words where a detector cannot say"
@@ -111,7 +117,7 @@ class TableRun:
         say=print,      # function that is told what is going on
         **overrides     # settings for every row: epochs=2
     ):
-        if len(manifests)<table.needs: raise DeepfidError(f'table {table.name!r} needs {table.needs} manifests (trained on the first), got {len(manifests)}')
+        table.check_number(len(manifests))
         self.table, self.manifests, self.say, self.cache = table, manifests, say, Path(cache)
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
         if table.derive: self.manifests = {**manifests, **table.derive(manifests, self.cache/'derived')}
