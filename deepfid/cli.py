@@ -173,6 +173,9 @@ def main(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nobody reads any more
         return 1
+    except OSError as e: # a full disk, a folder taken away: not of our making, so without a traceback
+        if not e.strerror: raise
+        return commands.complain(': '.join(str(part) for part in (e.filename, e.strerror) if part))
 
 def _show(result, as_json):
     "Print what a verb returned, unless all it has to say is its status"

@@ -14,6 +14,7 @@ __all__ = ['DETECTORS', 'BUNDLED', 'SUMS', 'ENDINGS', 'QUALITY_SIZE', 'FLAGS', '
 import csv, json, os, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from html import escape
 from importlib import import_module
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 import deepfid
-from .core import DeepfidError, Detector, Face, ImageError, NoFaceError, Picture, WeightsError, file_hash, read_image, read_json, to_json, write_atomically
+from .core import DataMissingError, DeepfidError, Detector, Face, ImageError, NoFaceError, Picture, WeightsError, file_hash, read_image, read_json, to_json, write_atomically
 from .data.datasets import PHOTOS, VIDEOS, walk
 from .data.faces import FaceFinder, cut_matrix, flags, warp
 
@@ -306,6 +307,8 @@ class Scorer:
         workers:int=2            # threads that read, find and cut
     ):
         from deepfid.quality.statistics import load_niqe
+        for name, n in dict(frames=frames, batch_size=batch_size, workers=workers).items():
+            if not (isinstance(n, int) and n>0): raise DeepfidError(f'{name}={n!r}: give a whole number from 1')
         self.detectors = detectors_of(detector)
         self.frames, self.batch_size, self.workers, self.given = frames, batch_size, workers, finder
         self.sizes = {d.config['size'] for d in self.detectors.values()}|{QUALITY_SIZE}
@@ -335,6 +338,7 @@ def read(self:Scorer,
             image = Face(getattr(item, 'image', item)).image
             cuts = cut_faces(image, self.find(image), self.sizes)
         if not cuts: raise NoFaceError(f"{name}: no face found; is one in it, upright and large enough?")
+    except (DataMissingError, WeightsError): raise # no fault of the file's: without a finder no file can be read
     except (DeepfidError, OSError) as e:
         file.error = str(e)
         return file, []
@@ -426,11 +430,14 @@ class ResultsFile:
 
     def write(self, line:str):
         "Append one line; it is with the operating system when this returns, even if we are killed"
-        self.file.write(line.encode()+b'\n')
-        self.file.flush()
+        try:
+            self.file.write(line.encode()+b'\n')
+            self.file.flush()
+        except OSError as e: raise DeepfidError(f'{self.path}: no more can be written ({e.strerror}); make room and run it again, it goes on from here') from None
 
     def __enter__(self): return self
-    def __exit__(self, *_): self.file.close()
+    def __exit__(self, *_):
+        with suppress(OSError): self.file.close() # what could not be written has been complained about
 
 # %% ../nbs/62_scoring.ipynb #f2559684
 @patch

@@ -200,3 +200,24 @@ def test_faces_of_a_folder(capsys, data, tmp_path):
 def test_a_table_says_what_it_needs_before_it_draws_a_face(capsys, tmp_path):
     one_line(run(capsys, 'table', 'lisiam-cross', '--manifest', 'synthetic', '--out', tmp_path/'out'), 'needs 2 manifests')
     assert not (tmp_path/'out').exists()
+
+def test_outputs_never_cost_what_is_there(capsys, tmp_path):
+    photo, other = tmp_path/'a.jpg', tmp_path/'b.png'
+    for p in (photo, other): p.write_bytes(b'mine')
+    one_line(run(capsys, 'score', photo, '--csv', photo), 'to be read as well as written')
+    one_line(run(capsys, 'score', photo, '--csv', other), 'is there already')
+    one_line(run(capsys, 'score', photo, '--results', tmp_path/'r.jsonl', '--csv', tmp_path/'r.jsonl'), 'two outputs')
+    one_line(run(capsys, 'maps', photo, '--model', 'deepfidelity', '--out', photo), 'to be read as well as written')
+    one_line(run(capsys, 'maps', photo, '--model', 'local_similarity', '--out', tmp_path/'m.jpg'), 'of a DeepFidelity')
+    assert photo.read_bytes()==other.read_bytes()==b'mine' and sorted(p.name for p in tmp_path.iterdir())==['a.jpg', 'b.png']
+
+@pytest.mark.parametrize('argv', [['demo'], ['table', 'similarity-intra', '--manifest', 'synthetic'], ['train', 'no.csv']])
+def test_a_folder_that_cannot_be_written_is_noticed_first(capsys, tmp_path, argv):
+    (tmp_path/'file').write_text('x')
+    one_line(run(capsys, *argv, '--out', tmp_path/'file'/'out'), 'is a file')
+
+def test_trouble_of_the_machine_is_one_line(capsys, monkeypatch, tmp_path):
+    from deepfid import commands
+    def full(args): raise OSError(28, 'No space left on device', str(tmp_path/'x'))
+    monkeypatch.setattr(commands, 'doctor', full)
+    one_line(run(capsys, 'doctor'), 'No space left', str(tmp_path/'x'))

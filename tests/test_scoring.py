@@ -300,3 +300,26 @@ def test_a_long_report_shows_the_most_suspicious_and_says_so(tmp_path):
     write_report(tmp_path/'r.html', scorer().stream((f'{i}.png', picture(i)) for i in range(30, 0, -1)), most=5)
     page = (tmp_path/'r.html').read_text()
     assert page.count('class="card"')==5 and '(5 of 30)' in page and all(f'<b>{i}.png</b>' in page for i in range(1, 6))
+
+def test_without_a_finder_nothing_is_counted_as_done(saved, tmp_path, monkeypatch):
+    from deepfid import scoring
+    from deepfid.core import DataMissingError
+    def gone(): raise DataMissingError('no finder')
+    monkeypatch.setattr(scoring, 'FaceFinder', gone)
+    for i in range(3): cv2.imwrite(str(tmp_path/f'{i}.jpg'), np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(DataMissingError): list(Scorer(saved).run(tmp_path, tmp_path/'r.jsonl'))
+    assert not list(read_results(tmp_path/'r.jsonl'))
+
+def test_a_full_disk_is_one_line(tmp_path):
+    class Full:
+        def write(self, data): raise OSError(28, 'No space left on device')
+        close = flush = lambda self: None
+    with pytest.raises(DeepfidError, match='No space left.*goes on from here'):
+        with ResultsFile(tmp_path/'r.jsonl', {}) as kept:
+            kept.file.close()
+            kept.file = Full()
+            kept.add(ScoredFile('a'))
+
+@pytest.mark.parametrize('wrong', [dict(workers=0), dict(frames=-1), dict(batch_size=1.5)])
+def test_numbers_of_a_scorer(saved, wrong):
+    with pytest.raises(DeepfidError, match='whole number from 1'): Scorer(saved, **wrong)
