@@ -84,6 +84,14 @@ def test_an_upload_joins_the_faces_and_an_animation_is_named(faces, monkeypatch)
     assert not e.faces['dance.gif'].consent and e.faces['dance.gif'].image.shape == (64, 64, 3)
     assert 'animation' not in upload(e, 'still.png', encoded(frames[0], 'PNG')) and list(e.faces) == [*faces, 'dance.gif', 'still.png']
 
+def test_another_photograph_of_the_same_name_is_shown(faces, monkeypatch):
+    monkeypatch.setattr('deepfid.data.faces.find_face', lambda image, finder=None: Face(image, points=draw_face(5, 96).points))
+    e = ScoreExplorer(Bright(), faces)
+    upload(e, 'image.png', encoded(Image.fromarray(draw_face(5, 96).image), 'PNG'))
+    before = e.shown.value
+    upload(e, 'image.png', encoded(Image.fromarray(255-draw_face(5, 96).image), 'PNG'))
+    assert e.pick.value == 'image.png' and e.shown.value != before
+
 def test_gauge_shows_targets_only_where_there_are_some():
     plain, mapped = gauge(Reading(Prediction(.3), .5)), gauge(Reading(Prediction(.3), .5, (.2, .8)))
     assert 'if real' not in plain and 'if real' in mapped and '0.30' in plain and 'nan' not in plain

@@ -2,7 +2,7 @@
 import filecmp
 import cv2, numpy as np, pandas as pd, pytest, torch
 from deepfid.core import ManifestError
-from deepfid.data.manifest import Manifest, build_pairs, dataloaders, split_identities, synth_sources
+from deepfid.data.manifest import FaceSet, Manifest, build_pairs, dataloaders, split_identities, synth_sources
 from deepfid.testing import tiny_manifest
 
 @pytest.fixture(scope='module')
@@ -122,3 +122,17 @@ def test_key_keeps_the_last_digit(tmp_path):
     table = m.table.assign(quality=-7.779709979665626+1e-15*np.arange(len(m)))
     assert Manifest(table, m.folder).table['quality'].tolist()==table['quality'].tolist()
     assert Manifest(table.astype({'quality': str}), m.folder).key()==Manifest(table, m.folder).key()
+
+@pytest.mark.parametrize('change, says', [
+    (lambda mask: cv2.resize(mask, (64, 32)), 'a mask of 64x32 pixels for a face of 112x112'),
+    (lambda mask: mask//255, 'its largest value is 1 of 255')])
+def test_masks_that_do_not_fit(built, tmp_path, change, says):
+    m = built.of('train')
+    one = m.where(pair=m.table['pair'].iloc[0])
+    name = one.table['mask'].max()
+    for sub in ('faces', 'masks'): (tmp_path/sub).mkdir()
+    for path in one.table['path']: (tmp_path/path).write_bytes((built.folder/path).read_bytes())
+    cv2.imwrite(str(tmp_path/name), change(cv2.imread(str(built.folder/name), 0)))
+    moved = Manifest(one.table, tmp_path)
+    with pytest.raises(ManifestError, match=f'{name}: {says}'): FaceSet(moved, 'label+mask').pixels(torch.arange(2))
+    assert FaceSet(Manifest(one.table, built.folder), 'label+mask').pixels(torch.arange(2)).shape==(2, 4, 112, 112)

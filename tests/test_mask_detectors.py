@@ -166,6 +166,14 @@ def test_interrupted_between_and_inside_phases(faces, tmp_path):
 def test_settings_refused(make, says):
     with pytest.raises(DeepfidError, match=says): make()
 
+@pytest.mark.parametrize('wrong', [dict(bs=0), dict(lr='a'), dict(lr=-1), dict(lr=0), dict(epochs=1.5), dict(epochs='many'), dict(amp='int8'), dict(ema=3), dict(seed=-1), dict(size='big'), dict(clip=float('nan'))])
+@pytest.mark.parametrize('kind', [LocalSimilarity, LiSiam])
+def test_numbers_refused(kind, wrong):
+    with pytest.raises(DeepfidError, match=f'^{next(iter(wrong))}='): kind(**wrong).configure('tiny')
+
+def test_faces_of_floats_are_refused(similarity):
+    with pytest.raises(DeepfidError, match='face 1: is float64.*uint8'): similarity.predict([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3))])
+
 @pytest.mark.parametrize('kind', [LocalSimilarity, LiSiam])
 @pytest.mark.parametrize('spoil, says', [
     (lambda t: t.assign(mask=''), 'mask'), (lambda t: t[t['label']==1], 'only real'), (lambda t: t[t['split']!='valid'], "'valid' has no faces")])
@@ -176,7 +184,7 @@ def test_real_faces_with_masks_are_refused(faces):
     t = faces.table.copy()
     t.loc[t['label']==1, 'mask'] = t['mask'][t['label']==0].iloc[0]
     for kind in (LocalSimilarity, LiSiam):
-        with pytest.raises(Exception, match='mask'): kind(epochs=3, **SMALL).fit(Manifest(t, faces.folder, 'x'), 'tiny')
+        with pytest.raises(DeepfidError, match='real face'): kind(epochs=3, **SMALL).fit(Manifest(t, faces.folder, 'x'), 'tiny')
 
 # -- loaders and changed faces --
 def test_steps(faces):

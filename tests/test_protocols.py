@@ -204,3 +204,14 @@ def test_detector_whose_saving_was_cut_off_is_trained_again(manifests, tmp_path)
     calls.clear()
     run(manifests, tmp_path, t, seeds=1)
     assert calls==[('load', 0)]
+
+def test_a_mask_that_looks_at_nothing_is_the_mark_to_beat():
+    from deepfid.data.manifest import Manifest
+    from deepfid.evaluate.protocols import blind_mask, score_mask
+    m = tiny_manifest()
+    fakes = {s: m.where(split=s, label=0) for s in ('train', 'test')}
+    always = np.mean([fakes['train'].mask(i) for i in range(len(fakes['train']))], 0)
+    by_hand = [score_mask(always, fakes['test'].mask(i)) for i in range(len(fakes['test']))]
+    blind = blind_mask(m, m)
+    assert blind['iou']==pytest.approx(np.mean([s['iou'] for s in by_hand])) and .8<blind['pixel_auc']<=1
+    assert blind_mask(m, Manifest(m.table.assign(mask=''), m.folder)) is None

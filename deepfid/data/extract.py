@@ -380,5 +380,7 @@ def faces_command(
     whole = len(clips)-len(table[['dataset', 'method', 'video']].drop_duplicates())
     failed, seconds = whole-sum(not c.split for c in clips), time.perf_counter()-started
     counts = dict(clips=len(clips), faces=len(table), failed=failed, skipped=len(pd.read_csv(log)), seconds=round(seconds, 1))
-    text = f"{census(clips, dataset)}\n{len(table)} faces of {len(clips)-whole} clips; {failed} clips gave none; what was skipped and why: {log}"
+    splits = ', '.join(f'{n} {s}' for s, n in table['split'].value_counts().items())
+    if set(table['split'])=={'test'} and dataset=='folder': splits += ' (fewer than ten people: all of them go to the test split, and a training needs more)'
+    text = f"{census(clips, dataset)}\n{len(table)} faces ({splits}) of {len(clips)-whole} clips; {failed} clips gave none; what was skipped and why: {log}"
     return dict(saved=str(Path(out)/'manifest.csv'), log=str(log), text=text, **counts, status=3 if failed else 0)

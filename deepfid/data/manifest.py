@@ -6,8 +6,8 @@
 __all__ = ['REQUIRED', 'OPTIONAL', 'SPLITS', 'TEXT', 'WORDS', 'WORK', 'KINDS', 'typed_table', 'read_table', 'check_rows',
            'check_identities', 'check_pairs', 'check_files', 'Manifest', 'split_identities', 'DrawnSource',
            'synth_sources', 'PairPlan', 'methods_of', 'plan_pairs', 'make_pair', 'build_pairs', 'square',
-           'fidelity_targets', 'FaceSet', 'paired_rows', 'move', 'normalise', 'FaceLoader', 'dataloaders',
-           'faces_to_batch', 'changed']
+           'fidelity_targets', 'FaceSet', 'check_mask_file', 'paired_rows', 'move', 'normalise', 'FaceLoader',
+           'dataloaders', 'faces_to_batch', 'changed']
 
 # %% ../../nbs/07_data.manifest.ipynb #178e7e85
 import hashlib, shutil
@@ -402,13 +402,25 @@ class FaceSet:
     def __len__(self): return len(self.manifest)
 
 # %% ../../nbs/07_data.manifest.ipynb #b37c8d15
+def check_mask_file(
+    mask,  # float (H,W), 0 to 1
+    image, # uint8 (H,W,3)
+    name:str # of the mask's file; '' where there is none, and the mask is empty
+): # the mask
+    "Refuse a mask of another size than its picture, or one written as 0 and 1"
+    if mask.shape!=image.shape[:2]: raise ManifestError(f'{name}: a mask of {mask.shape[1]}x{mask.shape[0]} pixels for a face of {image.shape[1]}x{image.shape[0]}; they must be the same size')
+    if 0<mask.max()<.5: raise ManifestError(f'{name}: its largest value is {round(255*mask.max())} of 255; a mask is 255 where the face was forged')
+    return mask
+
 @patch
 def _channels(self:FaceSet, i):
     "Row `i` as uint8 (3,size,size), or (4,size,size) with its mask"
     path, m = self.manifest.table['path'].iloc[i], self.manifest
-    planes = square(m.image(i), self.size, path)
+    image = m.image(i)
+    planes = square(image, self.size, path)
     if self.kind=='label+mask':
-        mask = (square(m.mask(i), self.size, path).clip(0, 1)*255).round().astype(np.uint8) # enlarging overshoots
+        mask = check_mask_file(m.mask(i), image, m.table['mask'].iloc[i])
+        mask = (square(mask, self.size, path).clip(0, 1)*255).round().astype(np.uint8) # enlarging overshoots
         planes = np.dstack([planes, mask])
     return np.ascontiguousarray(planes.transpose(2, 0, 1))
 
@@ -607,6 +619,8 @@ def faces_to_batch(
     "Faces as a model sees them"
     import torch
     images = [np.asarray(getattr(im, 'image', im)) for im in images]
+    if wrong := [i for i, im in enumerate(images) if im.dtype!=np.uint8]:
+        raise ImageError(f'face {wrong[0]}: is {images[wrong[0]].dtype}, and a face is uint8, 0 to 255 (deepfid.core.to_uint8 makes it so)')
     size = size or len(images[0])
     return normalise(torch.from_numpy(np.stack([square(im, size, f'face {i}') for i,im in enumerate(images)])).permute(0, 3, 1, 2), device)
 

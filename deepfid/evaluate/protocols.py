@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCAL', 'VIDEO', 'NAMES', 'PACKAGES', 'Row', 'Column', 'Table', 'settings_of', 'run_key', 'score_mask', 'score_test',
-           'TableRun', 'run_tables', 'show_cell', 'markdown_table', 'verdict', 'gains', 'describe_code',
+           'blind_mask', 'TableRun', 'run_tables', 'show_cell', 'markdown_table', 'verdict', 'gains', 'describe_code',
            'describe_machine', 'describe_run', 'show_record', 'Quote']
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #07adf0aa
@@ -104,6 +104,18 @@ def score_test(
         fidelity += [float(p.fidelity) for p in said]
         local += [score_mask(p.mask, test.mask(i)) for i, p in zip(rows, said) if p.mask is not None]
     return dict(fidelity=fidelity, threshold=float(detector.threshold), local={k: [s and s[k] for s in local] for k in LOCAL} if local else None)
+
+# %% ../../nbs/51_evaluate.protocols.ipynb #d2c07b4e
+def blind_mask(
+    train, test # manifests with masks: of `train`, the fakes of its training rows; of `test`, those of its test rows
+)->dict|None:   # mean of each of `LOCAL`; None where a mask is missing
+    "What a map scores that is the same for every face"
+    train, test = train.where(split='train', label=0), test.where(split='test', label=0)
+    if not (len(train) and len(test)) or (train.table['mask']=='').any() or (test.table['mask']=='').any(): return None
+    size = test.mask(0).shape[::-1]
+    always = np.mean([cv2.resize(train.mask(i), size, interpolation=cv2.INTER_AREA) for i in range(len(train))], 0)
+    scores = [s for i in range(len(test)) if (s := score_mask(always, test.mask(i)))]
+    return {k: float(np.mean([s[k] for s in scores])) for k in LOCAL} if scores else None
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #74e6482f
 class TableRun:
@@ -403,6 +415,13 @@ def describe_run(
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #13339cf8
 @patch
+def blind(self:TableRun)->dict: # column -> of `LOCAL`, for the columns whose table scores masks and has found some
+    "What a map that looks at no face scores in each column"
+    local = {(train, test) for (_, train, test, _), c in self.cells.items() if c.get('local')}
+    known = {pair: blind_mask(*(self.manifests[n] for n in pair)) for pair in local if any((col.train, col.test)==pair and set(col.metrics)&set(LOCAL) for col in self.columns)}
+    return {col.name: known[col.train, col.test] for col in self.columns if known.get((col.train, col.test))}
+
+@patch
 def record(self:TableRun)->dict:
     "The whole table as it is recorded"
     found = self.results()
@@ -412,7 +431,7 @@ def record(self:TableRun)->dict:
     where = {to_json(o): o for o in ({k: v for k, v in o.items() if k!='seconds'} for o in origins)}
     machines = sorted({o['hardware'] for o in origins if 'hardware' in o}) or [describe_machine()['hardware']]
     return describe_run(dict(table=self.table.name, preset=self.preset, rows=rows, overrides=self.overrides), self.data, self.seeds, sum(o['seconds'] for o in origins), metrics,
-        title=self.table.title, baseline=self.baseline.name, results=found, hardware='; '.join(machines), trained_at=[where[k] for k in sorted(where)], faces={k: {s: int(n) for s, n in m.table['split'].value_counts().items()} for k, m in self.manifests.items()})
+        title=self.table.title, baseline=self.baseline.name, results=found, blind=self.blind(), hardware='; '.join(machines), trained_at=[where[k] for k in sorted(where)], faces={k: {s: int(n) for s, n in m.table['split'].value_counts().items()} for k, m in self.manifests.items()})
 
 def show_record(
     record:dict, table=None # of `TableRun.record`; its `Table`, for notes and the paper's own numbers
@@ -422,9 +441,11 @@ def show_record(
     settings = ''.join(f', {k}={v}' for k, v in record['config']['overrides'].items())
     compared = gains(record['results'])
     if compared: compared = f"Compared with *{record['baseline']}*; \"better\" and \"worse\" only where both the people and the seeds bear it out:\n\n{compared}"
+    blind = '; '.join(f"{column} " + ', '.join(f'{NAMES[k]} {100*v:.1f}' for k, v in found.items()) for column, found in record.get('blind', {}).items())
+    if blind: blind = f'A mask that is the same for every face, the mean of the training masks, scores: {blind}. A map that does not beat it has found nothing.'
     parts = [f"**{record['title']}**", markdown_table(record['results']),
         f"Trained and tested on {record['data']} ({len(record['seed'])} seeds, preset `{record['config']['preset']}`{settings}, {record['hardware']}). In each cell: mean over seeds "
-        '[95 % interval over the people tested] ± standard deviation of the seeds. Threshold chosen on validation faces.', notes, compared]
+        '[95 % interval over the people tested] ± standard deviation of the seeds. Threshold chosen on validation faces.', blind, notes, compared]
     if paper: parts += ['**The paper’s own numbers**, on its data. They are *other data* and cannot be compared with ours cell by cell:', paper]
     return '\n\n'.join(p for p in parts if p)
 

@@ -264,7 +264,7 @@ class SSAAExplorer(Explorer):
         learned=(.5, .5)       # weights of the block that gave the maps: where the sliders begin
     ):
         self.faces, self.maps = dict(faces), dict(maps)
-        weight = lambda name, value: w.FloatSlider(value, min=-1, max=1, step=.01, description=name)
+        weight = lambda name, value: w.FloatSlider(value, min=-1, max=2, step=.01, description=name)
         self.w1, self.w2 = map(weight, ('w1', 'w2'), learned)
         self.one = w.Checkbox(True, description='w1 + w2 = 1')
         self.pick, self.channel = w.Dropdown(options=list(self.faces), description='face'), w.IntSlider(0, 0, len(next(iter(self.maps.values())))-1, description='channel')

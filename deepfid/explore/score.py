@@ -198,5 +198,7 @@ def take(self:ScoreExplorer, change=None):
     except DeepfidError as e:
         self.words.value = complaint(e)
         return
+    again = item['name']==self.pick.value # another picture of the same name: no control changes
     self.pick.options = list(self.faces)
     self.pick.value = item['name']
+    if again: self.update()

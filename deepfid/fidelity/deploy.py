@@ -432,6 +432,7 @@ def fidelity_graph(
     detector # a trained `DeepFidelity`
 )->FidelityGraph: # on the CPU, folded
     "A detector as one module; it says what `predict` says"
+    if detector.name!='deepfidelity': raise DeepfidError(f'a {detector.name} cannot be exported: only DeepFidelity has a graph from picture to fidelity; the others are saved with detector.save')
     if detector.model is None: raise DeepfidError('this DeepFidelity is not trained: there is no graph to make; call fit, or load a trained one')
     c,regressor = detector.config,detector.regressor
     if regressor is not None: regressor = regressor.module(torch.float64)

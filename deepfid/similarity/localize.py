@@ -150,7 +150,7 @@ def similarity_losses(
 )->dict: # cls, ls, loc: those that the network has
     "The three parts (eq. 5 to 7)"
     m = check_mask(mask)
-    if (bad := (m.flatten(1).amax(1)>.5)&(label==1)).any(): raise DeepfidError(f'{int(bad.sum())} real faces have a mask that is not empty: label and mask do not belong together')
+    if (bad := (m.flatten(1).amax(1)>0)&(label==1)).any(): raise DeepfidError(f'{int(bad.sum())} real faces have a mask that is not empty: label and mask do not belong together')
     parts = dict(cls=F.binary_cross_entropy_with_logits(out.logit, label.float()))
     if out.pairs is not None:
         parts['ls'] = F.binary_cross_entropy_with_logits(out.pairs, pair_target(m, out.size, places=out.places))
