@@ -18,7 +18,7 @@ def description():
     text = re.sub(rf'(!\[[^\]]*\]\(|<img src="){relative}([^)"\s]+)', lambda m: m[1] + address('raw', m[2]), text)
     return re.sub(rf'(\]\(){relative}([^)\s]+)', lambda m: m[1] + address('blob', m[2]), text)
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('multi', 'onnx', 'openvino', 'ray', 'app', 'dlib', 'heic')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('multi', 'onnx', 'openvino', 'ray', 'app', 'dlib', 'heic', 'hub')}
 extras['dev'] = cfg['dev_requirements'].split() + extras['multi'] + extras['onnx'] + extras['openvino']
 
 setup(

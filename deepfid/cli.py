@@ -136,6 +136,7 @@ VERBS = { # name -> (options, examples)
     'doctor': (_doctor_options, ['deepfid doctor', 'deepfid doctor --json']),
 }
 NOTES = dict(score='Status 0: every file was scored; 1: some were not; 130: interrupted. With --json, one JSON object a line and file.',
+             faces='Status 0: every clip and photograph gave a face; 3: done, but some gave none.',
              forge='Of people about whose consent nothing is known: a face is only ever blended with itself.')
 
 # %% ../nbs/70_cli.ipynb #de0037db
@@ -157,7 +158,7 @@ def parser()->argparse.ArgumentParser:
 # %% ../nbs/70_cli.ipynb #0887c5b0
 def main(
     argv=None # arguments; None = those of the process
-)->int: # exit status: 0 done, 1 something of yours was wrong, 2 wrong usage, 130 interrupted
+)->int: # exit status: 0 done, 1 something of yours was wrong, 2 wrong usage, 3 some clips gave no face, 130 interrupted
     "Entry point of the `deepfid` command"
     args = parser().parse_args(argv)
     warnings.simplefilter('ignore', FutureWarning) # libraries' notes to programmers are not for the person at the prompt

@@ -80,22 +80,23 @@ def complain(error)->int: # 1, for counting
 def forge(args):
     "Blend each face with an altered copy of itself, and write real, fake, mask and a manifest"
     import pandas as pd
-    from deepfid.core import DeepfidError, NoFaceError
+    from deepfid.core import DeepfidError, NoFaceError, atomic_folder
     from deepfid.data.datasets import PhotoSource
     from deepfid.data.manifest import Manifest, PairPlan, make_pair, split_identities
     from deepfid.scoring import items_of
     photos, rows, failed = list(items_of(args.source)), [], 0 # all of them now: what we write may lie below
     out = new_folder(args.out)
-    for sub in ('faces', 'masks'): (out/sub).mkdir()
-    for i, (name, path) in enumerate(photos):
-        source = PhotoSource(name, person_of(path, args.source), 'yours', False)
-        try: rows += make_pair(PairPlan(f'{i:05d}-{path.stem}', 'train', source, 'selfblend', None, args.seed+i), out, args.size, 1.3)
-        except DeepfidError as e: failed += complain(e)
-    if not rows: raise NoFaceError(f'{args.source}: nothing could be forged')
-    people = {r['identity'] for r in rows}
-    if len(people)>2: rows = [r|dict(split=split_identities(people, seed=args.seed)[r['identity']]) for r in rows]
-    saved = Manifest(pd.DataFrame(rows), out, 'the new manifest').check().save()
-    return dict(saved=str(saved), pairs=len(rows)//2, people=len(people), failed=failed, status=int(failed>0))
+    with atomic_folder(out) as tmp:
+        for sub in ('faces', 'masks'): (tmp/sub).mkdir()
+        for i, (name, path) in enumerate(photos):
+            source = PhotoSource(name, person_of(path, args.source), 'yours', False)
+            try: rows += make_pair(PairPlan(f'{i:05d}-{path.stem}', 'train', source, 'selfblend', None, args.seed+i), tmp, args.size, 1.3)
+            except DeepfidError as e: failed += complain(e)
+        if not rows: raise NoFaceError(f'{args.source}: nothing could be forged')
+        people = {r['identity'] for r in rows}
+        if len(people)>2: rows = [r|dict(split=split_identities(people, seed=args.seed)[r['identity']]) for r in rows]
+        Manifest(pd.DataFrame(rows), tmp, 'the new manifest').check().save()
+    return dict(saved=str(out/'manifest.csv'), pairs=len(rows)//2, people=len(people), failed=failed, status=int(failed>0))
 
 # %% ../nbs/69_commands.ipynb #69b88cb5
 def demo(args):
@@ -259,6 +260,7 @@ def keep_table(
     if run.table.figure: run.table.figure(record).savefig(path.with_suffix('.svg'))
     return dict(text=text.replace('<br>', ', '), record=record, saved=str(path))
 
+# %% ../nbs/69_commands.ipynb #96d1c8be
 def table(args):
     "Run papers' tables on any manifests, and show them beside the papers' numbers"
     from deepfid.core import DeepfidError

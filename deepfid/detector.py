@@ -54,6 +54,7 @@ def settle(self:NetworkDetector, preset=None, recipe='ours')->dict: # every sett
         if k not in known: raise DeepfidError(f"{type(self).__name__} has no setting {k!r}: there are {', '.join(known)}")
     return dict(preset=preset, recipe=recipe) | self.asked | known | self.overrides
 
+# %% ../nbs/19a_detector.ipynb #8e02f7c1
 LEAST = dict(size=8, bs=1, epochs=0, steps=1, shift=0, seed=0) # settings that are whole numbers, and the smallest that makes sense
 REAL = ('lr', 'wd', 'clip', 'momentum')                      # and those that are numbers from 0
 
@@ -72,6 +73,7 @@ def check_numbers(
     if ema is not None and not (isinstance(ema, Real) and 0<=ema<1): raise DeepfidError(f'ema={ema!r}: give a number from 0 to below 1, or None')
     precision(config.get('amp'))
 
+# %% ../nbs/19a_detector.ipynb #f36a9c20
 @patch
 def check_settings(self:NetworkDetector):
     "Refuse a setting outside its choices, a number that is none, then whatever the subclass refuses"

@@ -221,3 +221,9 @@ def test_trouble_of_the_machine_is_one_line(capsys, monkeypatch, tmp_path):
     def full(args): raise OSError(28, 'No space left on device', str(tmp_path/'x'))
     monkeypatch.setattr(commands, 'doctor', full)
     one_line(run(capsys, 'doctor'), 'No space left', str(tmp_path/'x'))
+
+def test_forge_leaves_nothing_behind_where_nothing_was_forged(capsys, tmp_path):
+    (tmp_path/'photos').mkdir()
+    (tmp_path/'photos'/'bad.jpg').write_bytes(b'no picture')
+    status, _, err = run(capsys, 'forge', tmp_path/'photos', '--out', tmp_path/'out')
+    assert status==1 and 'nothing could be forged' in err and not list((tmp_path/'out').iterdir())

@@ -412,6 +412,7 @@ def check_mask_file(
     if 0<mask.max()<.5: raise ManifestError(f'{name}: its largest value is {round(255*mask.max())} of 255; a mask is 255 where the face was forged')
     return mask
 
+# %% ../../nbs/07_data.manifest.ipynb #c63d18a5
 @patch
 def _channels(self:FaceSet, i):
     "Row `i` as uint8 (3,size,size), or (4,size,size) with its mask"
@@ -433,6 +434,7 @@ def decode(self:FaceSet, rows):
         for j,planes in enumerate(pool.map(self._channels, [int(r) for r in rows])): pixels[j] = torch.from_numpy(planes)
     return pixels
 
+# %% ../../nbs/07_data.manifest.ipynb #91fe30b7
 @patch
 def pixels(self:FaceSet, rows):
     "Some rows as one uint8 tensor, from memory if they are there"

@@ -415,12 +415,13 @@ def describe_run(
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #13339cf8
 @patch
-def blind(self:TableRun)->dict: # column -> of `LOCAL`, for the columns whose table scores masks and has found some
+def blind(self:TableRun)->dict: # column -> metric of masks -> value; of the columns in which masks were scored
     "What a map that looks at no face scores in each column"
-    local = {(train, test) for (_, train, test, _), c in self.cells.items() if c.get('local')}
-    known = {pair: blind_mask(*(self.manifests[n] for n in pair)) for pair in local if any((col.train, col.test)==pair and set(col.metrics)&set(LOCAL) for col in self.columns)}
-    return {col.name: known[col.train, col.test] for col in self.columns if known.get((col.train, col.test))}
+    asked = [c for c in self.columns if set(c.metrics)&set(LOCAL) and np.any(self.localisable(c))]
+    found = {c.name: blind_mask(self.manifests[c.train], self.manifests[c.test]) for c in asked}
+    return {name: scores for name, scores in found.items() if scores}
 
+# %% ../../nbs/51_evaluate.protocols.ipynb #b05e77d3
 @patch
 def record(self:TableRun)->dict:
     "The whole table as it is recorded"
@@ -441,8 +442,9 @@ def show_record(
     settings = ''.join(f', {k}={v}' for k, v in record['config']['overrides'].items())
     compared = gains(record['results'])
     if compared: compared = f"Compared with *{record['baseline']}*; \"better\" and \"worse\" only where both the people and the seeds bear it out:\n\n{compared}"
-    blind = '; '.join(f"{column} " + ', '.join(f'{NAMES[k]} {100*v:.1f}' for k, v in found.items()) for column, found in record.get('blind', {}).items())
-    if blind: blind = f'A mask that is the same for every face, the mean of the training masks, scores: {blind}. A map that does not beat it has found nothing.'
+    said = {column: ', '.join(f'{NAMES[k]} {100*v:.1f}' for k, v in found.items()) for column, found in record.get('blind', {}).items()}
+    blind = '; '.join(f'{column} {words}' for words, column in {words: column for column, words in reversed(said.items())}.items()) # the first of columns that share their masks
+    if blind: blind = f'A mask that is the same for every face, the mean of the training masks, scores: {blind}. A map below that has not shown that it finds anything.'
     parts = [f"**{record['title']}**", markdown_table(record['results']),
         f"Trained and tested on {record['data']} ({len(record['seed'])} seeds, preset `{record['config']['preset']}`{settings}, {record['hardware']}). In each cell: mean over seeds "
         '[95 % interval over the people tested] ± standard deviation of the seeds. Threshold chosen on validation faces.', blind, notes, compared]
