@@ -176,7 +176,7 @@ def test_command(manifests, tmp_path, capsys):
     assert record['seed']==[0] and len(record['results'])==8
     assert list(tmp_path.glob('detectors/*/network.safetensors'))
 
-@pytest.mark.parametrize('argv, says', [(['table', 'beauty', '--manifest', 'synthetic'], 'no table'), (['table', 'cross', '--manifest', 'none.csv'], 'none.csv')])
+@pytest.mark.parametrize('argv, says', [(['table', 'beauty', '--manifest', 'synthetic'], 'no table'), (['table', 'cross', '--manifest', 'synthetic'], 'needs 2 manifests'), (['table', 'intra', '--manifest', 'none.csv'], 'none.csv')])
 def test_command_refuses_in_one_line(argv, says, capsys, tmp_path):
     assert cli.main([*argv, '--out', str(tmp_path/'o')])==1
     err = capsys.readouterr().err
