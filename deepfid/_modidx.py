@@ -660,6 +660,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.Quote.gain': ( 'evaluate.protocols.html#quote.gain',
                                                                                        'deepfid/evaluate/protocols.py'),
+                                            'deepfid.evaluate.protocols.Quote.points': ( 'evaluate.protocols.html#quote.points',
+                                                                                         'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.Quote.told': ( 'evaluate.protocols.html#quote.told',
                                                                                        'deepfid/evaluate/protocols.py'),
                                             'deepfid.evaluate.protocols.Quote.verdict': ( 'evaluate.protocols.html#quote.verdict',

@@ -377,8 +377,9 @@ def gains(
         seeds = ', '.join(f'{100*s:+.1f}' for s in r['gain']['seeds'])
         lines.append(f"| {r['row']} | {r['column']} | {NAMES[r['metric']]} {d:+.1f} [{low:+.1f}, {high:+.1f}] | {seeds} | {verdict(r['gain'])} |")
     told = [l for l in lines if not l.endswith('not told apart |')] if len(lines)>most else lines
+    if not told: return f'None of {len(lines)} differences is told apart.' if lines else ''
     head = f'{len(told)} of {len(lines)} differences are told apart; only these are listed.\n\n' if len(told)<len(lines) else ''
-    return head+'\n'.join(['| row | column | difference | seed by seed | |', '|---|---|---|---|---|', *told]) if told else head
+    return head+'\n'.join(['| row | column | difference | seed by seed | |', '|---|---|---|---|---|', *told])
 
 # %% ../../nbs/51_evaluate.protocols.ipynb #bcac7234
 PACKAGES = ('torch', 'timm', 'fastai', 'scikit-learn', 'numpy', 'opencv-python-headless')
@@ -458,8 +459,10 @@ class Quote:
         record:dict # of `TableRun.record`
     ): self.found = {(r['row'], r['column'], r['metric']): r for r in record['results']}
 
+    def points(self, row, column, metric='auc')->float: return 100*self.found[row, column, metric]['value']
+
     def __call__(self, row, column, metric='auc')->str: # '84.9'
-        return f"{100*self.found[row, column, metric]['value']:.1f}"
+        return f'{self.points(row, column, metric):.1f}'
 
     def gain(self, row, column, metric='auc')->str: # '-2.6': points above the row that it is compared with
         return f"{100*self.found[row, column, metric]['gain']['value']:+.1f}"
