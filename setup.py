@@ -19,7 +19,7 @@ def description():
     return re.sub(rf'(\]\(){relative}([^)\s]+)', lambda m: m[1] + address('blob', m[2]), text)
 
 extras = {name: cfg[f'{name}_requirements'].split() for name in ('multi', 'onnx', 'openvino', 'ray', 'app', 'dlib', 'heic', 'hub')}
-extras['dev'] = cfg['dev_requirements'].split() + extras['multi'] + extras['onnx'] + extras['openvino']
+extras['dev'] = cfg['dev_requirements'].split() + extras['multi'] + extras['onnx'] + extras['openvino'] + extras['heic']
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],

@@ -34,7 +34,7 @@ class DataMissingError(DeepfidError): "Data or a model that has to be fetched fi
 
 # %% ../nbs/00_core.ipynb #b2bac147
 # Reading a picture file safely.
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')  # formats read; none runs another program
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'HEIF')  # formats read; none runs another program
 
 # What EXIF orientation asks for: the picture as stored -> the picture as it should be seen
 ORIENT = {2: lambda a: a[:, ::-1],  3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
@@ -61,6 +61,7 @@ def to_uint8(
 # %% ../nbs/00_core.ipynb #d61edf84
 def _check_file(path):
     "Refuse what is not a plain, non-empty file before anything opens it"
+    if path.is_symlink() and not path.exists(): raise ImageError(f'{path}: is a link that leads nowhere, or round in a circle')
     if not path.exists():  raise ImageError(f'{path}: no such file; check the path')
     if path.is_dir():      raise ImageError(f'{path}: is a folder; give the path of one picture')
     if not path.is_file(): raise ImageError(f'{path}: is not a regular file; give the path of a picture')
@@ -76,6 +77,25 @@ def _open_source(source, name):
         return io.BytesIO(source), str(name or f'picture of {len(source):,} bytes')
     if hasattr(source, 'read'): return source, str(name or getattr(source, 'name', 'open file'))
     raise ImageError(f'{name or "picture"}: read_image takes a path, bytes or an open file, not {type(source).__name__}')
+
+# %% ../nbs/00_core.ipynb #0b6f2c11
+def _first_bytes(file):
+    "The start of what PIL is to open"
+    if isinstance(file, Path):
+        with file.open('rb') as f: return f.read(64)
+    at = file.tell()
+    head = file.read(64)
+    file.seek(at)
+    return head
+
+def _check_kind(file, name):
+    "Say what a PDF is; have PIL read HEIC, or say what that takes"
+    head = _first_bytes(file)
+    if head[:5] == b'%PDF-': raise ImageError(f'{name}: is a PDF; save the picture in it as JPEG or PNG')
+    if head[4:8] == b'ftyp' and head[8:12] in (b'heic', b'heix', b'hevc', b'mif1', b'msf1') and b'avif' not in head[8:]:
+        try: from pillow_heif import register_heif_opener
+        except ImportError: raise ImageError(f'{name}: is a HEIC photograph, which needs a plug-in (pip install pillow-heif); or save it as JPEG') from None
+        register_heif_opener()
 
 # %% ../nbs/00_core.ipynb #5de58528
 def _bomb(name, size, max_pixels):
@@ -107,6 +127,7 @@ def read_image(
     name = name or (str(source) if isinstance(source, (str, os.PathLike)) else None)
     try:
         file, name = _open_source(source, name)
+        _check_kind(file, name)
         return _decode(file, name, max_pixels, background)
     except ImageError as e: raise e if str(e).startswith(str(name)) else ImageError(f'{name}: {e}') from None
     except MemoryError as e: raise ImageError(f'{name}: not enough memory to decode it; shrink it') from e

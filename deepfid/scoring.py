@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['DETECTORS', 'BUNDLED', 'SUMS', 'ENDINGS', 'QUALITY_SIZE', 'FLAGS', 'CLOSE', 'COLUMNS', 'CAUTION', 'STYLE',
            'detector_class', 'seal', 'check_seal', 'bundled', 'saved_kind', 'load', 'Verdict', 'ScoredFace',
-           'ScoredFile', 'items_of', 'read_photo', 'read_heic', 'Cut', 'cut_faces', 'prefetch', 'trust_ranges',
-           'doubts_about', 'trust_sentence', 'detectors_of', 'Scorer', 'masked', 'ResultsFile', 'read_results',
-           'frames_line', 'table_rows', 'write_csv', 'write_output', 'bar', 'verdict_html', 'face_html', 'write_report',
-           'score']
+           'ScoredFile', 'items_of', 'read_photo', 'Cut', 'cut_faces', 'prefetch', 'trust_ranges', 'doubts_about',
+           'trust_sentence', 'detectors_of', 'Scorer', 'masked', 'ResultsFile', 'read_results', 'frames_line',
+           'table_rows', 'write_csv', 'write_output', 'bar', 'verdict_html', 'face_html', 'write_report', 'score']
 
 # %% ../nbs/62_scoring.ipynb #9aca3d6c
 import csv, json, os, threading
@@ -150,7 +149,7 @@ class ScoredFile:
         return cls(**row|dict(faces=faces))
 
 # %% ../nbs/62_scoring.ipynb #eb1ad9ab
-ENDINGS = (*PHOTOS, '.heic', '.heif', *VIDEOS)
+ENDINGS = (*PHOTOS, *VIDEOS)
 
 def items_of(
     source # path, folder, uint8 array or `Face`, or a list of any of these
@@ -171,25 +170,12 @@ def read_photo(
     path, # of a file that claims to be a photograph
 ): # (uint8 RGB (H,W,3), note)
     "A photograph, with a note if only part of the file was read; or one line that says what the file is instead"
-    path = Path(path)
-    if path.is_symlink() and not path.exists(): raise ImageError(f'{path}: is a link that leads nowhere, or round in a circle')
-    head = path.open('rb').read(16) if path.is_file() and os.access(path, os.R_OK) else b''
-    if head[:5]==b'%PDF-': raise ImageError(f'{path}: is a PDF; save the picture in it as JPEG or PNG')
-    if head[4:8]==b'ftyp' and head[8:12] in (b'heic', b'heix', b'hevc', b'mif1', b'msf1'): return read_heic(path), ''
-    return read_image(path), _animation(path) if head[:4] in (b'GIF8', b'RIFF', b'\x89PNG') else ''
-
-def read_heic(path, max_pixels=100_000_000)->np.ndarray: # uint8 RGB (H,W,3)
-    "A HEIC photograph, if its plug-in is installed"
-    try: from pillow_heif import open_heif
-    except ImportError: raise ImageError(f'{path}: is a HEIC photograph, which needs the plug-in pillow-heif (pip install pillow-heif); or save it as JPEG') from None
-    try:
-        image = open_heif(path, convert_hdr_to_8bit=True)
-        if image.size[0]*image.size[1]>max_pixels: raise ImageError(f'{path}: {image.size[0]:,} x {image.size[1]:,} pixels are more than {max_pixels:,}; shrink it')
-        return np.array(image.to_pillow().convert('RGB'))
-    except (OSError, ValueError, RuntimeError, SyntaxError) as e: raise ImageError(f'{path}: is truncated or damaged ({e}); copy it again') from None
+    return read_image(path), _animation(path)
 
 def _animation(path):
     "What to say of an animation"
+    with open(path, 'rb') as f: head = f.read(4)
+    if head not in (b'GIF8', b'RIFF', b'\x89PNG'): return ''
     from PIL import Image
     with Image.open(path) as image: n = getattr(image, 'n_frames', 1)
     return f'an animation of {n} frames, of which the first was scored; save it as a video to have more' if n>1 else ''

@@ -50,6 +50,29 @@ def test_truncated_and_folder(tmp_path):
     with pytest.raises(ImageError, match='cut.jpg'): read_image(tmp_path/'cut.jpg')
     with pytest.raises(ImageError, match='folder'): read_image(tmp_path)
 
+@pytest.mark.parametrize('how', ['path', 'bytes', 'file'])
+def test_a_pdf_and_a_telephones_photograph(tmp_path, how, monkeypatch):
+    def ask(path):
+        with open(path, 'rb') as f: return read_image({'path': path, 'bytes': path.read_bytes(), 'file': f}[how], name=path.name)
+    (tmp_path/'paper.jpg').write_bytes(b'%PDF-1.7 ...')
+    with pytest.raises(ImageError, match='^paper.jpg: is a PDF'): ask(tmp_path/'paper.jpg')
+    heif = pytest.importorskip('pillow_heif')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tall = Image.fromarray(np.ascontiguousarray(np.rot90(scene(), 1)))
+    heif.from_pillow(tall).save(tmp_path/'phone.heic', quality=100, chroma=444, exif=exif.tobytes())
+    seen = ask(tmp_path/'phone.heic')
+    assert seen.shape==scene().shape and np.abs(seen.astype(int)-scene())[5:15, 5:25].max()<12
+    (tmp_path/'cut.heic').write_bytes((tmp_path/'phone.heic').read_bytes()[:200])
+    with pytest.raises(ImageError, match='cut.heic: is'): ask(tmp_path/'cut.heic')
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    with pytest.raises(ImageError, match='phone.heic: is a HEIC photograph.*pip install pillow-heif'): ask(tmp_path/'phone.heic')
+
+def test_a_heavy_heic_is_refused_before_decoding(tmp_path):
+    heif = pytest.importorskip('pillow_heif')
+    heif.from_pillow(Image.fromarray(scene())).save(tmp_path/'a.heic')
+    with pytest.raises(ImageError, match='a.heic.*max_pixels'): read_image(tmp_path/'a.heic', max_pixels=100)
+
 def test_face_checks_its_shapes():
     image = scene()
     with pytest.raises(DeepfidError, match='landmarks'): Face(image, landmarks=np.zeros((5, 2)))

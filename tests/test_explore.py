@@ -62,7 +62,7 @@ def test_one_detector_goes_by_its_own_name(faces):
     assert list(ScoreExplorer(Bright(), faces).readings) == ['bright']
 
 @pytest.mark.parametrize('name, content, says', [
-    ('notes.txt', b'hello', 'not a picture'), ('empty.jpg', b'', 'empty'), ('paper.pdf', b'%PDF-1.7 ...', 'not a picture'),
+    ('notes.txt', b'hello', 'not a picture'), ('empty.jpg', b'', 'empty'), ('paper.pdf', b'%PDF-1.7 ...', 'is a PDF'),
     ('half.png', encoded(Image.new('RGB', (99, 99)), 'PNG')[:60], 'half.png'),
     ('huge.png', encoded(Image.new('1', (20_000, 10_000)), 'PNG'), 'refused before decoding'),
     ('<b>wall</b>.png', encoded(Image.new('RGB', (300, 200), 'grey'), 'PNG'), 'no face found')], ids=lambda v: v if isinstance(v, str) else '')

@@ -218,7 +218,7 @@ class Clip:
 
 # %% ../../nbs/08_data.datasets.ipynb #c9c1c5d7
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv', '.flv')
-PHOTOS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.jp2', '.avif')
+PHOTOS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.jp2', '.avif', '.heic', '.heif')
 
 def walk(
     folder,
