@@ -105,7 +105,7 @@ def test_single_kernel_stays_at_chance_and_sixteen_do_not(): assert trained(0)>.
 
 # -- refused --
 @pytest.mark.parametrize('make, says', [(lambda: LLSM(4, metric='angle'), 'cosine'), (lambda: LLSM(4, hidden=-1), 'hidden=-1'), (lambda: LLSM(4)(torch.zeros(1, 5, 3, 3)), r'\(B,4,H,W\)'),
-    (lambda: check_memory(600, 64), 'tap a deeper stage')])
+    (lambda: check_memory(600*600, 64), r'360,000 places.*64 pictures need \d+\.\d GiB.*deeper tap.*sample=256')])
 def test_refused(make, says):
     with pytest.raises(DeepfidError, match=says): make()
 

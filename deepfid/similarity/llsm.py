@@ -117,15 +117,20 @@ def pair_memory(
     return dict(pairs=8*channels*n*n*batch, hidden=4*hidden*n*n*batch, logits=4*n*n*batch)
 
 def check_memory(
-    side:int, batch:int, device='cpu' # of the map; pictures; where
+    places:int,    # of the map: height times width
+    batch:int,     # pictures
+    hidden:int=64, # kernels over a pair
+    device='cpu'
 ):
-    "Refuse maps whose logits alone could not be held, with the size and the way out"
-    need = 3*pair_memory(1, side, batch=batch)['logits'] # logits, their gradient, the target
+    "Refuse a map that could not be held, with what it needs and the ways out"
+    kept = 3 if torch.is_grad_enabled() else 2 # logits and probabilities; or logits, their gradient and the target
+    at_work = 64*hidden if torch.device(device).type=='cuda' else 0 # rows whose hidden maps are made at a time; 4 MiB on a CPU
+    need = 4*batch*places*(kept*places+2*at_work)
     if torch.device(device).type=='cuda': room = torch.cuda.mem_get_info()[0]
     else:
         import os
         room = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else math.inf
-    if need>room: raise DeepfidError(f'a map of {side}x{side} places has {side**4:,} pairs: {batch} pictures need {need/2**30:.1f} GiB and there are {room/2**30:.1f}; tap a deeper stage, take a smaller picture or a smaller batch')
+    if need>room: raise DeepfidError(f'{places:,} places have {places**2:,} pairs: {batch} pictures need {need/2**30:.1f} GiB and there are {room/2**30:.1f}; choose a deeper tap, a smaller size or batch, or, in training, compare only some places (sample=256)')
 
 # %% ../../nbs/31_similarity.llsm.ipynb #583683ec
 def benchmark(

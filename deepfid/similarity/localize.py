@@ -139,7 +139,7 @@ def forward(self:SimilarityNet,
     if self.llsm is None: return SimilarityOutput(logit, mask, None)
     size = tuple(maps[self.tap].shape[-2:])
     places = choose(size) if choose else None
-    if places is None: check_memory(max(size), len(x), x.device)
+    if places is None: check_memory(size[0]*size[1], len(x), self.llsm.hidden, x.device)
     return SimilarityOutput(logit, mask, self.llsm(maps[self.tap], places), size, places)
 
 # %% ../../nbs/32_similarity.localize.ipynb #a343f812
