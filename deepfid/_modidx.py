@@ -134,6 +134,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'deepfid.core._wrap': ('core.html#_wrap', 'deepfid/core.py'),
                               'deepfid.core._zoom': ('core.html#_zoom', 'deepfid/core.py'),
                               'deepfid.core.atomic_folder': ('core.html#atomic_folder', 'deepfid/core.py'),
+                              'deepfid.core.computes_bf16': ('core.html#computes_bf16', 'deepfid/core.py'),
                               'deepfid.core.data_dir': ('core.html#data_dir', 'deepfid/core.py'),
                               'deepfid.core.default_device': ('core.html#default_device', 'deepfid/core.py'),
                               'deepfid.core.face_region': ('core.html#face_region', 'deepfid/core.py'),

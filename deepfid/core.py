@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'ORIENT', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
-           'DataMissingError', 'to_uint8', 'read_image', 'default_device', 'get_preset', 'set_seed', 'data_dir',
-           'five_points', 'Face', 'face_region', 'Prediction', 'platt', 'Detector', 'montage', 'Picture',
+           'DataMissingError', 'to_uint8', 'read_image', 'default_device', 'computes_bf16', 'get_preset', 'set_seed',
+           'data_dir', 'five_points', 'Face', 'face_region', 'Prediction', 'platt', 'Detector', 'montage', 'Picture',
            'write_atomically', 'atomic_folder', 'to_json', 'write_json', 'read_json', 'file_hash', 'model_file']
 
 # %% ../nbs/00_core.ipynb #ae8b9cf4
@@ -143,6 +143,15 @@ def default_device():
     "The first CUDA GPU where there is one, else the CPU (Apple's MPS is never chosen by itself)"
     import torch
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+def computes_bf16(
+    device=None # torch.device; default: `default_device`
+)->bool:
+    "Does a device compute in bfloat16, or only imitate it, slower than 32 bits?"
+    import torch
+    device = device or default_device()
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != 'cpu' or bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 def get_preset(
     name:str=None, # 'tiny', 'full', or None to choose by what the machine has

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 import deepfid
+from .core import computes_bf16
 
 # %% ../nbs/68_doctor.ipynb #fc9fdf88
 SIGNS = dict(ok='ok     ', optional='-      ', missing='MISSING')
@@ -63,7 +64,7 @@ def check_machine()->list: # of `Finding`
     cores, device = os.cpu_count() or 1, torch.cuda.is_available()
     gpu = f'{torch.cuda.get_device_name()} ({torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB)' if device else 'none; everything runs on the CPU'
     return [Finding('system', 'deepfid', 'ok', f'{deepfid.__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}'),
-            Finding('device', 'CPU', 'ok', f'{cores} cores, {torch.get_num_threads()} threads'),
+            Finding('device', 'CPU', 'ok', f"{cores} cores, {torch.get_num_threads()} threads; {'computes' if computes_bf16(torch.device('cpu')) else 'does not compute'} in bfloat16 (amp='bf16')"),
             Finding('device', 'GPU', 'ok' if device else 'optional', gpu)]
 
 # %% ../nbs/68_doctor.ipynb #a5dfc3c1

@@ -7,7 +7,7 @@ __all__ = ['KEPT', 'bare', 'EMA', 'Part', 'FidelityAUC', 'BestEpoch', 'LoadBest'
            'Checkpoint', 'Autocast', 'precision', 'distributed', 'share']
 
 # %% ../nbs/19_training.ipynb #655c1598
-import io, json
+import io, json, warnings
 from copy import deepcopy
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ from fastai.learner import Metric
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
-from .core import DeepfidError, read_json, set_seed, to_json, write_atomically, write_json
+from .core import DeepfidError, computes_bf16, read_json, set_seed, to_json, write_atomically, write_json
 
 # %% ../nbs/19_training.ipynb #f2ab5558
 def bare(model):
@@ -190,6 +190,7 @@ class Autocast(Callback):
     def before_fit(self):
         self.after_fit()
         model = bare(self.learn.model)
+        if not computes_bf16(next(model.parameters()).device): warnings.warn("no instructions for bfloat16 here: amp='bf16' takes longer than 32 bits; leave it out (amp=None)")
         self.hooks = (model.register_forward_pre_hook(self.enter), model.register_forward_hook(self.leave, always_call=True))
 
     def enter(self, model, args):

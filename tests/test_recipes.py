@@ -108,6 +108,10 @@ def test_wrong_settings_are_refused(manifest, asked, says):
     with pytest.raises(DeepfidError, match=says) as e: DeepFidelity(**asked).fit(manifest, 'tiny')
     assert '\n' not in str(e.value)
 
+def test_bf16_where_it_is_only_imitated_says_so(manifest, monkeypatch):
+    monkeypatch.setattr('deepfid.training.computes_bf16', lambda device: False)
+    with pytest.warns(UserWarning, match="leave it out"): DeepFidelity(epochs=1, amp='bf16', **SMALL).fit(manifest, 'tiny')
+
 def test_bf16_trains(manifest):
     d = DeepFidelity(epochs=1, amp='bf16', **SMALL).fit(manifest, 'tiny')
     assert np.isfinite(scores(d, manifest)).all() and next(d.model.parameters()).dtype==torch.float32
