@@ -100,13 +100,13 @@ def _table_options(s):
 def _figure_options(s):
     s.add_argument('name', help='masks, degradations, similarity, segmentation, attention or features')
     s.add_argument('--manifest', default='synthetic', help='manifest.csv, or synthetic, london (default: synthetic)')
-    s.add_argument('--model', help='a bundled detector by name, or the folder of a trained one')
+    s.add_argument('--detector', '--model', dest='model', metavar='NAME|FOLDER', help='a bundled detector by name, or the folder of a trained one')
     s.add_argument('--baseline', help='for attention: another detector to set beside it')
     s.add_argument('--out', default='figure.jpg', type=Path, help='picture to write')
 
 def _maps_options(s):
     s.add_argument('image', help='photograph')
-    s.add_argument('--model', required=True, help='a detector\'s name, or a folder that one was saved to')
+    s.add_argument('--detector', '--model', dest='model', metavar='NAME|FOLDER', required=True, help='a detector\'s name, or a folder that one was saved to')
     s.add_argument('--out', default='maps.jpg', type=Path, help='JPEG file to write')
 
 def _explore_options(s):

@@ -287,7 +287,7 @@ def figure(args):
     from deepfid.scoring import load
     from deepfid.tables.figures import ALONE, FIGURES
     if args.name not in FIGURES: raise DeepfidError(f"no figure {args.name!r}: there are {', '.join(FIGURES)}")
-    if args.name not in ALONE and not args.model: raise DeepfidError(f'figure {args.name!r} needs a trained detector: give --model')
+    if args.name not in ALONE and not args.model: raise DeepfidError(f'figure {args.name!r} needs a trained detector: give --detector')
     check_output(args.out, PICTURES)
     faces, = _manifests([args.manifest], args.out.parent).values()
     given = [load(m) for m in (args.model, args.baseline) if m and args.name not in ALONE]

@@ -8,6 +8,7 @@ __all__ = ['LEAST', 'REAL', 'TOO_FEW', 'SETTINGS', 'NetworkDetector', 'check_num
 
 # %% ../nbs/19a_detector.ipynb #35a5db40
 import warnings
+from copy import deepcopy
 from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,8 @@ class NetworkDetector(Detector):
     def build(self): raise NotImplementedError     # a fresh network, by `self.config`
     def initialise(self): "Begin with other weights than the fresh ones"
     def read(self, out): raise NotImplementedError # the network's output for a batch -> list of `Prediction`
+    def maps(self, out): raise NotImplementedError # the same as tensors, for a graph: (B,) fidelities, and (B,H,W) masks or None
+    def plain(self): return deepcopy(self.model)   # the network, without what `maps` does not read
     def embed(self, x): raise NotImplementedError  # a batch -> (B,D): the features behind the score
     def prepare(self, x): return x                 # a batch as the network is to see it
     def parts(self): return {}                     # more for detector.json

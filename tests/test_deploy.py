@@ -216,3 +216,21 @@ def test_what_cannot_be_written(detector, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
     with pytest.raises(DeepfidError, match='pip install onnx onnxscript'): export_graph(detector, tmp_path/'g', 'onnx')
     assert [p.name for p in tmp_path.iterdir()]==['file']
+
+@pytest.fixture(scope='module', params=['local_similarity', 'lisiam', 'no masks'])
+def marking(request, tmp_path_factory):
+    from deepfid.similarity.learner import LocalSimilarity
+    if request.param=='no masks': return LocalSimilarity(use_llsm=False, use_flm=False, size=64, pretrained=False).configure('tiny')
+    from deepfid.scoring import load
+    return load(request.param)
+
+@pytest.mark.parametrize('format', ['torch', 'onnx'])
+def test_masks_travel_with_the_score(marking, format, faces, tmp_path):
+    if format=='onnx': [pytest.importorskip(m) for m in ('onnx', 'onnxscript')]
+    path, seen = export_graph(marking, tmp_path/'g', format), marking.predict(faces[:3])
+    if format=='torch':
+        with torch.inference_mode(): given = [o.numpy() for o in torch.export.load(path).module()(batch(marking, faces[:3]))]
+    else: given = pytest.importorskip('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider']).run(None, dict(image=batch(marking, faces[:3]).numpy()))
+    assert len(given)==(1 if seen[0].mask is None else 2) and np.abs(given[0]-[p.fidelity for p in seen]).max()<1e-4
+    if seen[0].mask is not None: assert np.abs(given[1]-np.stack([p.mask for p in seen])).max()<1e-4
+    if marking.name=='local_similarity' and marking.config['use_llsm']: assert seen[0].similarity is not None and marking.model.llsm is not None

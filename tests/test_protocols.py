@@ -2,7 +2,7 @@
 import json
 import numpy as np, pytest
 from deepfid import cli
-from deepfid.core import DeepfidError, Detector, Prediction
+from deepfid.core import DataMissingError, DeepfidError, Detector, Prediction
 from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, over_seeds
 from deepfid.evaluate.protocols import Column, Row, Table, TableRun, describe_code, describe_run, gains, markdown_table, run_tables, show_record, verdict
 from deepfid.testing import tiny_manifest
@@ -156,7 +156,10 @@ def test_every_table_of_the_paper_can_be_set_up(manifests, tmp_path):
     from deepfid.tables.deepfidelity import TABLES
     assert {'intra', 'cross', 'ablation', 'quality', 'ranges', 'blocks'}<=set(TABLES)
     for t in TABLES.values():
-        r = TableRun(t, {'x': manifests['x'], 'y': manifests['x']}, 1, 'tiny', tmp_path)
+        try: r = TableRun(t, {'x': manifests['x'], 'y': manifests['x']}, 1, 'tiny', tmp_path)
+        except DataMissingError as e: # BRISQUE's model, where it is neither at hand nor to be fetched
+            assert t.name=='quality' and 'brisque' in str(e)
+            continue
         assert r.columns and all(row.after in r.rows for row in t.rows if row.after)
         assert len({r.key(row, ('x', 'x'), 0) for row in t.rows})==len(t.rows), t.name
 

@@ -6,7 +6,8 @@
 __all__ = ['ROOM', 'FORMATS', 'written_attention', 'as_written', 'shake', 'scale_and_shift', 'Linear', 'fold_linear',
            'with_identity', 'fold_behind', 'on_map', 'FoldedConvBlock', 'attend', 'FoldedAttentionBlock', 'FoldedStem',
            'FoldedNet', 'fold', 'off_by', 'PackedLinear', 'can_pack', 'pack', 'in_openvino', 'fast', 'candidates',
-           'benchmark', 'kept_bytes', 'training_memory', 'FidelityGraph', 'fidelity_graph', 'export_graph']
+           'benchmark', 'kept_bytes', 'training_memory', 'FidelityGraph', 'fidelity_graph', 'MapsGraph', 'graph_of',
+           'export_graph']
 
 # %% ../../nbs/24_fidelity.deploy.ipynb #5c6102f7
 import copy, importlib.util, statistics, time
@@ -410,6 +411,7 @@ def _block_bytes(model, x, params):
 # %% ../../nbs/24_fidelity.deploy.ipynb #25059ac1
 class FidelityGraph(nn.Module):
     "Normalised pictures to fidelities: the network, its pooling and the regression in one module"
+    outputs = 1
     def __init__(self,
         network:nn.Module, # `SSAAFormer` or `FoldedNet`
         pool:str='mean', # see `SSAAFormer.embed`
@@ -432,36 +434,62 @@ def fidelity_graph(
     detector # a trained `DeepFidelity`
 )->FidelityGraph: # on the CPU, folded
     "A detector as one module; it says what `predict` says"
-    if detector.name!='deepfidelity': raise DeepfidError(f'a {detector.name} cannot be exported: only DeepFidelity has a graph from picture to fidelity; the others are saved with detector.save')
-    if detector.model is None: raise DeepfidError('this DeepFidelity is not trained: there is no graph to make; call fit, or load a trained one')
     c,regressor = detector.config,detector.regressor
     if regressor is not None: regressor = regressor.module(torch.float64)
     return FidelityGraph(fold(detector.model).cpu(), c['pool'], regressor, c.get('crop', 1.)).eval()
+
+# %% ../../nbs/24_fidelity.deploy.ipynb #6e0d41b7
+class MapsGraph(nn.Module):
+    "Normalised pictures to fidelities, and to masks where the detector makes them; not to maps of pairs"
+    def __init__(self,
+        detector # a trained `LocalSimilarity` or `LiSiam`
+    ):
+        super().__init__()
+        self.network, self.maps = detector.plain().cpu(), detector.maps
+        self.eval()
+        with torch.no_grad(): self.outputs = 2 if self(torch.zeros(1, 3, detector.config['size'], detector.config['size']))[1:] else 1
+
+    def forward(self, x):
+        fidelity, mask = self.maps(self.network(x))
+        return (fidelity.float(),) if mask is None else (fidelity.float(), mask)
+
+def graph_of(
+    detector # a trained `NetworkDetector`
+)->nn.Module: # on the CPU
+    "A detector as one module, whichever it is"
+    if detector.model is None: raise DeepfidError(f'this {type(detector).__name__} is not trained: there is no graph to make; call fit, or load a trained one')
+    return fidelity_graph(detector) if detector.name=='deepfidelity' else MapsGraph(detector)
 
 # %% ../../nbs/24_fidelity.deploy.ipynb #b2b60ede
 FORMATS = ('torch', 'onnx')
 
 def export_graph(
-    detector, # a trained `DeepFidelity`
+    detector, # a trained `NetworkDetector`
     path, # file to write
     format:str='torch', # 'torch': read it with `torch.export.load(path).module()`; 'onnx': needs `pip install onnx onnxscript`
     batch:int|str='dynamic' # pictures at a time; 'dynamic': any number
 )->Path:
-    "Write picture-to-fidelity as one file"
+    "Write picture-to-fidelity, and to the mask where the detector makes one, as one file"
     if format not in FORMATS: raise DeepfidError(f"export_graph: no format {format!r}; choose one of {', '.join(FORMATS)}")
     if batch!='dynamic' and not (isinstance(batch, int) and batch>0): raise DeepfidError(f"export_graph: batch={batch!r}; give a number of pictures, or 'dynamic'")
-    graph = fidelity_graph(detector)
+    graph = graph_of(detector)
     size,n = detector.config['size'],2 if batch=='dynamic' else batch
     shapes = ({0: torch.export.Dim('batch', min=1)},) if batch=='dynamic' else None
     with torch.no_grad(): program = torch.export.export(graph, (torch.zeros(n, 3, size, size),), dynamic_shapes=shapes)
-    write = (lambda tmp: torch.export.save(program, tmp)) if format=='torch' else _onnx_writer(program)
+    write = _torch_writer(program) if format=='torch' else _onnx_writer(program, ['fidelity', 'mask'][:graph.outputs])
     try: return write_atomically(path, write)
     except OSError as e: raise DeepfidError(f'{path}: cannot be written ({e.strerror or e}); name a file in a folder that you may write to') from None
 
 # %% ../../nbs/24_fidelity.deploy.ipynb #9dbf0da2
-def _onnx_writer(program):
+def _torch_writer(program):
+    "A function that writes the program, whatever the file is called"
+    def write(tmp):
+        with open(tmp, 'wb') as file: torch.export.save(program, file)
+    return write
+
+def _onnx_writer(program, outputs):
     "A function that writes the program as ONNX, all in one file"
     try: import onnx, onnxscript
     except ImportError as e: raise DeepfidError(f"export_graph: format='onnx' needs {e.name}; pip install onnx onnxscript") from None
-    made = torch.onnx.export(program, input_names=['image'], output_names=['fidelity'], dynamo=True, verbose=False)
+    made = torch.onnx.export(program, input_names=['image'], output_names=outputs, dynamo=True, verbose=False)
     return lambda tmp: made.save(str(tmp), external_data=False)

@@ -166,12 +166,16 @@ def initialise(self:LiSiam):
 
 # %% ../../nbs/42_siamese.learner.ipynb #5c5177c7
 @patch
+def maps(self:LiSiam, out):
+    "Fidelities and masks; no masks where no map was learnt"
+    if not any(t.startswith('seg') for t in ABLATIONS[self.config['ablation']]['terms']): return out.fidelity, None
+    return out.fidelity, F.interpolate(out.seg.float(), (self.config['size'],)*2, mode='bilinear', align_corners=False).softmax(1)[:, 1]
+
+@patch
 def read(self:LiSiam, out)->list:
-    "Fidelity and mask of each face; no mask where no map was learnt"
-    fidelity, n = out.fidelity.tolist(), len(out.logits)
-    if not any(t.startswith('seg') for t in ABLATIONS[self.config['ablation']]['terms']): return [Prediction(f) for f in fidelity]
-    forged = F.interpolate(out.seg.float(), (self.config['size'],)*2, mode='bilinear', align_corners=False).softmax(1)[:, 1].cpu().numpy()
-    return [Prediction(f, m) for f, m in zip(fidelity, forged)]
+    "Fidelity and mask of each face"
+    fidelity, masks = self.maps(out)
+    return [Prediction(*p) for p in zip(fidelity.tolist(), [None]*len(fidelity) if masks is None else masks.cpu().numpy())]
 
 @patch
 def embed(self:LiSiam, x): return self.model(x).features

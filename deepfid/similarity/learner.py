@@ -6,6 +6,7 @@
 __all__ = ['PRESETS', 'RECIPES', 'SimilarityLoss', 'LocalSimilarity', 'SamplePlaces', 'shade', 'similarity_picture']
 
 # %% ../../nbs/33_similarity.learner.ipynb #97b0eb42
+from copy import deepcopy
 from functools import partial
 import numpy as np, torch
 from fastcore.basics import patch
@@ -96,12 +97,22 @@ def initialise(self:LocalSimilarity):
 
 # %% ../../nbs/33_similarity.learner.ipynb #f06295b7
 @patch
+def maps(self:LocalSimilarity, out): return out.fidelity, None if out.mask is None else out.mask[:, 0].float().sigmoid()
+
+@patch
+def plain(self:LocalSimilarity):
+    "The network without the map of pairs"
+    model = deepcopy(self.model)
+    model.llsm = None
+    return model
+
+@patch
 def read(self:LocalSimilarity, out)->list:
     "Fidelity, mask and map of pairs of each face"
-    fidelity, n = out.fidelity.tolist(), len(out.logit)
-    masks = [None]*n if out.mask is None else out.mask[:, 0].sigmoid().float().cpu().numpy()
-    pairs = [None]*n if out.pairs is None else out.pairs.sigmoid().float().cpu().numpy()
-    return [Prediction(*p) for p in zip(fidelity, masks, pairs)]
+    fidelity, masks = self.maps(out)
+    masks = [None]*len(fidelity) if masks is None else masks.cpu().numpy()
+    pairs = [None]*len(fidelity) if out.pairs is None else out.pairs.sigmoid().float().cpu().numpy()
+    return [Prediction(*p) for p in zip(fidelity.tolist(), masks, pairs)]
 
 @patch
 def embed(self:LocalSimilarity, x): return self.model.embed(x)
