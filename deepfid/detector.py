@@ -25,6 +25,7 @@ class NetworkDetector(Detector):
     "A detector around one network. A subclass names its tables of settings and says how to build, train and read"
     name = ''
     presets, recipes, choices = {}, {}, {} # 'tiny' | 'full' -> settings; recipe -> settings; setting -> values it may have
+    switches = ()                          # settings that are True or False
     keeps = ()                             # what `parts` adds to detector.json
     def __init__(self,
         asked:dict,     # settings that the subclass gives names of their own, with their values
@@ -58,7 +59,7 @@ def settle(self:NetworkDetector, preset=None, recipe='ours')->dict: # every sett
     return dict(preset=preset, recipe=recipe) | self.asked | known | self.overrides
 
 # %% ../nbs/19a_detector.ipynb #8e02f7c1
-LEAST = dict(size=8, bs=1, epochs=0, steps=1, shift=0, seed=0) # settings that are whole numbers, and the smallest that makes sense
+LEAST = dict(size=8, bs=1, epochs=0, steps=1, shift=0, seed=0, hidden=0, sample=2) # settings that are whole numbers, and the smallest that makes sense
 REAL = ('lr', 'wd', 'clip', 'momentum')                      # and those that are numbers from 0
 
 def check_numbers(
@@ -82,6 +83,8 @@ def check_settings(self:NetworkDetector):
     "Refuse a setting outside its choices, a number that is none, then whatever the subclass refuses"
     for k, known in self.choices.items():
         if self.config[k] not in known: raise DeepfidError(f"{k}={self.config[k]!r}: choose one of {', '.join(map(repr, known))}")
+    for k in self.switches:
+        if not isinstance(self.config[k], bool): raise DeepfidError(f'{k}={self.config[k]!r}: give True or False')
     check_numbers(self.config)
     self.check()
 
@@ -231,8 +234,11 @@ def check_weights(
     path,      # named in the error
     say=3      # differences that are named
 ):
-    "Refuse weights of another architecture, with the first differences"
-    if wrong := differences(want, have): raise WeightsError(f"{path}: weights of another network: {'; '.join(wrong[:say])}{f' (and {len(wrong)-say} more)' if len(wrong)>say else ''}")
+    "Refuse weights of another architecture, with the first differences; all of them are in the error's `differences`"
+    if wrong := differences(want, have):
+        error = WeightsError(f"{path}: weights of another network: {'; '.join(wrong[:say])}{f' (and {len(wrong)-say} more)' if len(wrong)>say else ''}")
+        error.differences = wrong
+        raise error
 
 # %% ../nbs/19a_detector.ipynb #c9952442
 @patch

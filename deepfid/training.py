@@ -228,6 +228,8 @@ def distributed(
     from fastai.distributed import DistributedTrainer
     class Parts(DistributedTrainer):
         "`DistributedTrainer` with `FaceLoader`s"
+        def after_create(self): # `learn.distrib_ctx()` would add fastai's own beside it
+            self.learn.to_distributed = self.learn.detach_distributed = lambda *args, **kwargs: self.learn
         def _wrap_dl(self, dl): return dl.part_of(rank_distrib(), num_distrib()) if dl.shuffle else dl
     cpu = torch.device(device).type=='cpu'
     return [Parts(sync_bn=not cpu, cpu=cpu)]

@@ -15,6 +15,16 @@ def test_sides(size):
     found = sides(size)
     assert tuple(found[k] for k in WHERE)==TABLE[size] and len({found[f'block{i}'] for i in range(3, 12)})==1
 
+@pytest.mark.parametrize('size, side', [(299, 149), (256, 127), (224, 111)])
+def test_first_convolution_has_no_padding(size, side): assert Xception(width=.01).conv1(torch.zeros(1, 3, size, size)).shape[2]==side
+
+@pytest.mark.parametrize('size, places', [(38, 1), (39, 4)])
+def test_the_smallest_picture_that_is_taken_has_several_places_at_the_end(size, places, monkeypatch):
+    if size<39:
+        with pytest.raises(DeepfidError, match='39x39'): sides(size)
+        monkeypatch.setattr('deepfid.backbone.xception.LEAST', 1)
+    assert sides(size)['act4']**2==places
+
 def test_channels():
     with torch.device('meta'):
         net = Xception()
@@ -72,7 +82,7 @@ def test_imagenet_weights(monkeypatch, theirs):
     with pytest.raises(WeightsError, match='could not be fetched'): load_pretrained(Xception())
 
 @pytest.mark.parametrize('make, says', [(lambda: Xception(last='fc'), 'choose one of'), (lambda: Xception(destride=('block4',)), 'does not halve'),
-    (lambda: Xception(width=.1)(torch.zeros(1, 3, 20, 64)), 'at least 33x33'), (lambda: Xception(width=.1)(torch.zeros(3, 64, 64)), 'batch'),
+    (lambda: Xception(width=.1)(torch.zeros(1, 3, 20, 64)), 'at least 39x39'), (lambda: Xception(width=.1)(torch.zeros(3, 64, 64)), 'batch'),
     (lambda: Xception(width=.1, last='block2')(torch.zeros(1, 3, 64, 64), ['block3']), "no stage 'block3'"), (lambda: xception('huge'), "'tiny'")])
 def test_refused(make, says):
     with pytest.raises(DeepfidError, match=says): make()

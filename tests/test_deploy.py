@@ -1,5 +1,5 @@
 "The room of deepfid.fidelity.deploy: folding, packing, 16 bits, memory, one graph"
-import importlib.util
+import copy, importlib.util
 import numpy as np, pytest, torch
 from torch import nn
 
@@ -161,6 +161,12 @@ def test_training_memory():
         assert training_memory('ssaaformer_tiny', 16, 64)['kept']==2*plain['kept']
     assert less['kept']<plain['kept']/4 and plain['recomputed']==0<less['recomputed']<plain['kept'] and less['total']<plain['total']
     assert plain['weights']==plain['total']-plain['kept']==16*sum(p.numel() for p in ssaaformer_tiny().parameters())
+
+def test_norms_of_several_gpus_fold_alike():
+    net = shake(SSAAFormer(**SMALL)).eval()
+    x, synced = pictures(net, 2, 64, 64), nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net)).eval()
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in synced.modules())
+    assert (fold(synced)(x)-net(x)).abs().max()<1e-4*net(x).abs().max()
 
 # one graph
 

@@ -159,8 +159,8 @@ def test_interrupted_between_and_inside_phases(faces, tmp_path):
 # -- refused --
 @pytest.mark.parametrize('make, says', [
     (lambda: LocalSimilarity(beta=-1.).configure('tiny'), 'between 0 and 1'), (lambda: LocalSimilarity(metric='L2').configure('tiny'), "'cosine'"),
-    (lambda: LocalSimilarity(epochs=0).configure('tiny'), 'at least one'), (lambda: LocalSimilarity(sample=1).configure('tiny'), 'two places'),
-    (lambda: LocalSimilarity(colour=1).configure('tiny'), "no setting 'colour'"), (lambda: LocalSimilarity(size=20).configure('tiny').predict([np.zeros((20, 20, 3), np.uint8)]), 'at least 33x33'),
+    (lambda: LocalSimilarity(epochs=0).configure('tiny'), 'at least one'), (lambda: LocalSimilarity(sample=1).configure('tiny'), 'sample=1: give a whole number from 2'), (lambda: LocalSimilarity(hidden=2.5).configure('tiny'), 'hidden=2.5'), (lambda: LocalSimilarity(alpha=None).configure('tiny'), 'alpha=None'), (lambda: LocalSimilarity(use_llsm='no').configure('tiny'), "use_llsm='no': give True or False"),
+    (lambda: LocalSimilarity(colour=1).configure('tiny'), "no setting 'colour'"), (lambda: LocalSimilarity(size=20).configure('tiny').predict([np.zeros((20, 20, 3), np.uint8)]), 'at least 39x39'),
     (lambda: LiSiam('Z').configure('tiny'), "'A'"), (lambda: LiSiam(epochs=(1, 1)).configure('tiny'), 'three phases'), (lambda: LiSiam(p=2.).configure('tiny'), 'p'),
     (lambda: LiSiam(scu='dense', recipe=1).configure('tiny'), "no setting 'recipe'"), (lambda: LiSiam().configure('tiny', 'best'), "no recipe 'best'")])
 def test_settings_refused(make, says):
@@ -228,6 +228,15 @@ def test_by_forger(faces):
     parts = S.by_forger({'x': faces}, None)
     assert all(set(m.table['method'])=={'real', n.split(', ')[1]} and (m.table['label']==1).sum()==(m.table['label']==0).sum() for n, m in parts.items())
     assert len(S.forger_columns(['x', *parts]))==len(parts)**2
+
+def test_by_forger_where_one_real_face_has_the_fakes_of_all(faces):
+    t = faces.table.assign(pair=faces.table['identity'])
+    t.loc[t.index[:2], 'pair'] = ''
+    shared = Manifest(t, faces.folder, 'shared')
+    for n, m in S.by_forger({'x': shared}, None).items():
+        assert set(m.table['method'])=={'real', n.split(', ')[1]}
+        fakes, reals = m.table[m.table['label']==0], m.table[m.table['label']==1]
+        assert len(fakes)==(t['method']==n.split(', ')[1]).sum() and set(reals['pair'])<=set(fakes['pair'])
 
 def test_compressed_levels(faces, tmp_path):
     one = faces.where(split='test')

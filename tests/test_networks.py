@@ -1,9 +1,11 @@
 "Every SSAAFormer by name: what timm asks of a network, and weights from elsewhere"
+import copy
 import math, os, pickle
 from argparse import Namespace
 from pathlib import Path
 import pytest, timm, torch
 from safetensors.torch import load_file
+from deepfid.core import DeepfidError
 from deepfid.fidelity.ssaaformer import (SSAAFormer, TokenOutput, VARIANTS, checkpoint_filter_fn, random_box, ssaaformer_tiny, swap_box)
 
 COUNTS = {'ssaaformer_small': (21_034_314, 21_043_914), 'ssaaformer_small_dim64': (21_034_314, 21_043_914),
@@ -100,6 +102,15 @@ def test_checkpointing_changes_no_gradient():
         return [p.grad.clone() for p in m.parameters()]
     for a,b in zip(grads(False), grads(True)): torch.testing.assert_close(a, b)
 
+def test_checkpointing_counts_each_batch_once():
+    torch.manual_seed(0)
+    a, x = SSAAFormer(**SMALL), torch.randn(3,4,3,64,64)
+    b = copy.deepcopy(a)
+    b.set_grad_checkpointing()
+    for batch in x: [m(batch).sum().backward() for m in (a, b)]
+    for (k, u), v in zip(a.named_buffers(), b.buffers()): torch.testing.assert_close(u, v, msg=k)
+    assert b.norm.num_batches_tracked==3 and b.blocks1[0].norm1.momentum==.1
+
 # -- weights from elsewhere --
 def test_filter_unwraps_and_drops_heads():
     m = SSAAFormer(**SMALL, aux_head=True)
@@ -124,3 +135,18 @@ def test_reference_through_the_filter():
     with torch.no_grad():
         assert (m.embed(ref['96.input'], 'mean+max')-ref['96.svr_feature']).abs().max()<1e-5
         assert (m(ref['96.input'])-ref['96.eval_out']).abs().max()<1e-5
+
+def test_free_mirrors_say_that_published_weights_are_softmaxed():
+    published, m = SSAAFormer(**SMALL).state_dict(), SSAAFormer(**SMALL, ssaa_weights='free')
+    with pytest.warns(UserWarning, match="ssaa_weights='softmax'"): checkpoint_filter_fn(published, m)
+
+def test_timms_ways_to_a_head_and_to_weights(tmp_path):
+    m = timm.create_model('ssaaformer_tiny')
+    m.reset_classifier(3, 'avg')
+    assert m.get_classifier().out_features==3
+    with pytest.raises(DeepfidError, match="'max'"): m.reset_classifier(3, 'max')
+    other = timm.create_model('ssaaformer_tiny')
+    torch.save(other.state_dict(), tmp_path/'own.pth')
+    own = timm.create_model('ssaaformer_tiny', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'own.pth')))
+    assert all(torch.equal(a, b) for a, b in zip(own.state_dict().values(), other.state_dict().values()))
+    with pytest.raises(DeepfidError, match='no pretrained weights'): timm.create_model('ssaaformer_tiny', pretrained=True)

@@ -218,3 +218,9 @@ def test_a_mask_that_looks_at_nothing_is_the_mark_to_beat():
     blind = blind_mask(m, m)
     assert blind['iou']==pytest.approx(np.mean([s['iou'] for s in by_hand])) and .8<blind['pixel_auc']<=1
     assert blind_mask(m, Manifest(m.table.assign(mask=''), m.folder)) is None
+
+def test_rows_that_depend_on_the_networks_size(manifests, tmp_path):
+    from deepfid.tables.deepfidelity import TABLES
+    def rows(preset, **kw): return list(TableRun(TABLES['blocks'], {'x': manifests['x'], 'y': manifests['x']}, 1, preset, tmp_path, **kw).rows)
+    assert rows('tiny')==[f'{n} blocks' for n in range(5)] and rows('full')==[f'{n} blocks' for n in range(16)]
+    assert rows('full', arch='ssaaformer_small')[-1]=='7 blocks'

@@ -216,6 +216,15 @@ def test_measures_by_name(tmp_path, measure):
     d = DeepFidelity(epochs=1, size=64, bs=4, quality=measure).fit(m, 'tiny')
     assert d.config['quality']==measure and np.isfinite(scores(d, m)).all()
 
+def test_the_regressor_for_many_rows_is_kept(manifest, trained, tmp_path):
+    from deepfid.fidelity.deploy import graph_of
+    from deepfid.fidelity.regressor import ApproxRegressor
+    many = trained.refit(manifest, ApproxRegressor(components=20, random_state=0))
+    again = DeepFidelity.load(many.save(tmp_path/'many'))
+    assert isinstance(again.regressor, ApproxRegressor)
+    np.testing.assert_allclose(scores(again, manifest), scores(many, manifest), atol=1e-6)
+    with pytest.raises(DeepfidError, match='Ridge has no graph'): graph_of(trained.refit(manifest, Ridge()))
+
 # -- several processes --
 def test_parts_of_a_batch_are_the_batch(manifest):
     make = lambda: FaceLoader(FaceSet(manifest.of('train'), 'label', 64), 16, shuffle=True, drop_last=True, flip=False, shift=0)
@@ -231,10 +240,13 @@ def test_two_processes_train_one_network(manifest, tmp_path):
     script.write_text(textwrap.dedent(f'''
         import os, numpy as np, torch
         torch.set_num_threads(1)
+        from fastai.callback.core import Callback
         from deepfid.data.manifest import Manifest
         from deepfid.fidelity.learner import DeepFidelity
         m = Manifest.read({str(manifest.folder/'manifest.csv')!r})
-        d = DeepFidelity(epochs=4, size=64, bs=20, ema=.8, device='cpu').fit(m, 'tiny')
+        class Within(Callback): # the learner's own context must not undo ours
+            def before_fit(self): self.learn.distrib_ctx().__enter__()
+        d = DeepFidelity(epochs=4, size=64, bs=20, ema=.8, device='cpu').fit(m, 'tiny', cbs=[Within()])
         test = m.of('test')
         np.save({str(tmp_path)!r}+f"/scores{{os.environ['RANK']}}.npy", [p.fidelity for p in d.predict([test.image(i) for i in range(len(test))])])
     '''))
@@ -247,7 +259,8 @@ def test_two_processes_train_one_network(manifest, tmp_path):
 
 # -- refused before any time is spent --
 @pytest.mark.parametrize('asked, says', [(dict(svr=dict(C=-1)), 'C=-1'), (dict(svr=dict(D=1)), "'D'"), (dict(network=dict(wings=2)), 'wings'), (dict(schedule='random'), 'one-cycle'),
-    (dict(arch='resnet'), 'ssaaformer_tiny'), (dict(ssaa_blocks=99), '0..4'), (dict(epochs=0), 'at least one'), (dict(weights='/nowhere.pth'), 'no such file'), (dict(augment='strong'), 'imagenet')])
+    (dict(arch='resnet'), 'ssaaformer_tiny'), (dict(ssaa_blocks=99), '0..4'), (dict(epochs=0), 'at least one'), (dict(weights='/nowhere.pth'), 'no such file'), (dict(augment='strong'), 'imagenet'),
+    (dict(crop=0), 'crop=0'), (dict(crop=2), 'crop=2'), (dict(smoothing=3), 'smoothing=3'), (dict(smoothing=float('nan')), 'smoothing=nan'), (dict(bands=((0, .2), (.3, .45))), 'one side of 0.5'), (dict(bands=((.55, .6), (.7, 1))), 'one side of 0.5')])
 def test_settings_are_checked_first(manifest, monkeypatch, asked, says):
     monkeypatch.setattr(DeepFidelity, 'train', lambda self, learn: pytest.fail('training began'))
     with pytest.raises(DeepfidError, match=says) as e: DeepFidelity(**SMALL|asked).fit(manifest, 'tiny')

@@ -3,6 +3,8 @@ import math
 import numpy as np, pytest, torch
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
+from deepfid.backbone.xception import xception
+from deepfid.similarity.localize import CLAFFM, LEVELS, Decoder, SimilarityNet, similarity_losses
 from deepfid.similarity.llsm import LLSM, benchmark, check_memory, cosine_logits, pair_memory, pair_target, peak_bytes
 
 # -- two forms of one map --
@@ -105,9 +107,51 @@ def test_single_kernel_stays_at_chance_and_sixteen_do_not(): assert trained(0)>.
 
 # -- refused --
 @pytest.mark.parametrize('make, says', [(lambda: LLSM(4, metric='angle'), 'cosine'), (lambda: LLSM(4, hidden=-1), 'hidden=-1'), (lambda: LLSM(4)(torch.zeros(1, 5, 3, 3)), r'\(B,4,H,W\)'),
-    (lambda: check_memory(600*600, 64), r'360,000 places.*64 pictures need \d+\.\d GiB.*deeper tap.*sample=256')])
+    (lambda: check_memory(600*600, 64), r'360,000 places.*64 pictures need \d+\.\d GiB.*deeper stage \(tap\)'),
+    (lambda: LLSM(4)(torch.zeros(1, 4, 600, 600)), '360,000 places'), (lambda: LLSM(4, metric='cosine').forward_pairs(torch.zeros(1, 4, 2, 2)), 'no kernel'),
+    (lambda: LLSM(4, chunk=-1), 'chunk=-1'), (lambda: LLSM(4, hidden=2.5), 'hidden=2.5')])
 def test_refused(make, says):
     with pytest.raises(DeepfidError, match=says): make()
+
+def test_symmetric_in_both_forms():
+    llsm, x = LLSM(6, symmetric=True), torch.randn(2, 6, 3, 4)
+    assert torch.allclose(llsm(x), llsm.forward_pairs(x), atol=1e-5)
+
+def test_free_memory_bounds_what_is_taken(monkeypatch):
+    monkeypatch.setattr('deepfid.similarity.llsm.free_memory', lambda device: 4*64**2*2*3.) # for two pictures, with gradients
+    llsm, x = LLSM(4, hidden=2), torch.randn(3, 4, 8, 8)
+    llsm(x[:2])
+    with pytest.raises(DeepfidError, match='3 pictures'): llsm(x)
+    with torch.no_grad(): llsm(x)                                                              # no gradient, no target
+    llsm(x, torch.arange(16).expand(3, -1))
+
+# -- the decoder --
+@pytest.mark.parametrize('size, sides', [(299, (19, 37, 74, 147, 299)), (224, (14, 28, 55, 109, 224)), (128, (8, 16, 31, 61, 128))])
+def test_levels_of_the_decoder(size, sides):
+    net = xception('tiny').eval()
+    decoder = Decoder(net.channels, .25).eval()
+    with torch.no_grad(): mask, levels = decoder(net(torch.zeros(1, 3, size, size), [s for s, _ in LEVELS if s]+['act4']), (size, size))
+    assert mask.shape==(1, 1, size, size) and tuple(l.shape[2] for l in levels)==sides and [l.shape[1] for l in levels]==[64, 32, 16, 8, 8]
+
+def test_full_widths_of_the_decoder():
+    with torch.device('meta'):
+        net = xception('full')
+        mask, levels = Decoder(net.channels)(net(torch.zeros(2, 3, 224, 224), [s for s, _ in LEVELS if s]+['act4']), (224, 224))
+    assert [l.shape[1] for l in levels]==[256, 128, 64, 32, 32]
+
+def test_a_gate_weighs_channels_by_the_coarser_map():
+    gate, a = CLAFFM(6, 5).eval(), torch.randn(2, 5, 9, 7)
+    with torch.no_grad():
+        w, other = gate(a, torch.randn(2, 6, 3, 3))/a, gate(a, torch.randn(2, 6, 3, 3))/a
+    assert torch.allclose(w, w[:, :, :1, :1].expand_as(w), atol=1e-4) and 0<w.min() and w.max()<1 and not torch.allclose(w, other, atol=1e-4)
+
+@pytest.mark.parametrize('use_flm', [True, False])
+def test_masks_that_do_not_belong_to_the_pictures(use_flm):
+    net, x, label = SimilarityNet('tiny', use_flm=use_flm).eval(), torch.zeros(2, 3, 64, 64), torch.tensor([1, 0])
+    with torch.no_grad(): out = net(x)
+    for mask, says in ((torch.zeros(2, 1, 32, 32), '32x32 pixels for pictures of 64x64'), (torch.zeros(3, 1, 64, 64), '3 masks'), (torch.zeros(0, 1, 64, 64), '0 masks')):
+        with pytest.raises(DeepfidError, match=says): similarity_losses(out, label, mask)
+    similarity_losses(out, label, torch.zeros(2, 1, 64, 64))
 
 def test_memory_table():
     m = pair_memory(728, 14, 64)

@@ -68,7 +68,7 @@ def _add_exit(self:Xception):
     self.conv4, self.bn4 = SeparableConv2d(c['conv3'], c['act4'], 3, 1, 1), nn.BatchNorm2d(c['act4'])
 
 # %% ../../nbs/30_backbone.xception.ipynb #4d189c9b
-LEAST = 33 # pixels: the smallest picture whose last map still has more than one place
+LEAST = 39 # pixels: the smallest picture whose last map still has more than one place
 
 @patch
 def forward(self:Xception,

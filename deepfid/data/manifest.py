@@ -405,10 +405,12 @@ class FaceSet:
 def check_mask_file(
     mask,  # float (H,W), 0 to 1
     image, # uint8 (H,W,3)
-    name:str # of the mask's file; '' where there is none, and the mask is empty
+    name:str, # of the mask's file; '' where there is none, and the mask is empty
+    real=False # is it a real face's?
 ): # the mask
-    "Refuse a mask of another size than its picture, or one written as 0 and 1"
+    "Refuse a mask of another size than its picture, one written as 0 and 1, and one of a real face that is not empty"
     if mask.shape!=image.shape[:2]: raise ManifestError(f'{name}: a mask of {mask.shape[1]}x{mask.shape[0]} pixels for a face of {image.shape[1]}x{image.shape[0]}; they must be the same size')
+    if real and mask.max()>0: raise ManifestError(f'{name}: a real face with a mask that is not empty; correct its label or its mask')
     if 0<mask.max()<.5: raise ManifestError(f'{name}: its largest value is {round(255*mask.max())} of 255; a mask is 255 where the face was forged')
     return mask
 
@@ -420,7 +422,7 @@ def _channels(self:FaceSet, i):
     image = m.image(i)
     planes = square(image, self.size, path)
     if self.kind=='label+mask':
-        mask = check_mask_file(m.mask(i), image, m.table['mask'].iloc[i])
+        mask = check_mask_file(m.mask(i), image, m.table['mask'].iloc[i], bool(m.table['label'].iloc[i]))
         mask = (square(mask, self.size, path).clip(0, 1)*255).round().astype(np.uint8) # enlarging overshoots
         planes = np.dstack([planes, mask])
     return np.ascontiguousarray(planes.transpose(2, 0, 1))

@@ -57,6 +57,7 @@ class Table:
     notes: Callable|None = None           # function of a record: more to say about it, as Markdown
     figure: Callable|None = None          # function that draws a recorded table
     derive: Callable|None = None          # function of (manifests by name, folder): more manifests, made of them
+    sized: Callable|None = None           # function of (preset, overrides): the rows, where they depend on the network's size
 
     def check_number(self,
         n:int # manifests given
@@ -133,7 +134,9 @@ class TableRun:
         self.table, self.manifests, self.say, self.cache = table, manifests, say, Path(cache)
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
         if table.derive: self.manifests = {**manifests, **table.derive(manifests, self.cache/'derived')}
-        self.preset, self.overrides, self.rows = get_preset(preset), overrides, {r.name: r for r in table.rows}
+        self.preset, self.overrides = get_preset(preset), overrides
+        if table.sized: self.table = table = replace(table, rows=table.sized(self.preset, overrides))
+        self.rows = {r.name: r for r in table.rows}
         self.columns, self.cells, self.trained, self.origins = table.columns(list(self.manifests)), {}, {}, {}
         self.data = ', '.join(manifests)
         self.faces = {name: m.key() for name, m in self.manifests.items()}
@@ -240,7 +243,7 @@ def _hush(line): "Say nothing"
 
 @patch
 def __getstate__(self:TableRun): # what a process needs that only fills the cache
-    table = replace(self.table, columns=None, notes=None, figure=None, derive=None)
+    table = replace(self.table, columns=None, notes=None, figure=None, derive=None, sized=None)
     return vars(self)|dict(table=table, say=_hush, columns=[], cells={}, trained={})
 
 def _begin(threads): # leave the other cores to the other processes

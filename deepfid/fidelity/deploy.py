@@ -63,7 +63,7 @@ def scale_and_shift(
 ): # (s, t): float64 (C,) each
     "What a norm does at inference that is constant"
     w,b = norm.weight.detach().double(),norm.bias.detach().double()
-    if not isinstance(norm, nn.BatchNorm2d): return w,b
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm): return w,b # of several GPUs as well: SyncBatchNorm
     s = w/(norm.running_var.double()+norm.eps).sqrt()
     return s,b-norm.running_mean.double()*s
 
@@ -435,6 +435,7 @@ def fidelity_graph(
 )->FidelityGraph: # on the CPU, folded
     "A detector as one module; it says what `predict` says"
     c,regressor = detector.config,detector.regressor
+    if regressor is not None and not hasattr(regressor, 'module'): raise DeepfidError(f'a {type(regressor).__name__} has no graph: only FidelityRegressor and ApproxRegressor have')
     if regressor is not None: regressor = regressor.module(torch.float64)
     return FidelityGraph(fold(detector.model).cpu(), c['pool'], regressor, c.get('crop', 1.)).eval()
 

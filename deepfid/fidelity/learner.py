@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'MEASURES', 'DeepFidelity', 'with_quality']
 # %% ../../nbs/23_fidelity.learner.ipynb #e91fcfb3
 from copy import copy
 from functools import partial
+from numbers import Real
 import numpy as np, torch
 from fastcore.basics import patch
 from fastai.callback.channelslast import ChannelsLast
@@ -22,7 +23,7 @@ from ..data.manifest import FaceLoader, FaceSet, Manifest, dataloaders
 from ..detector import NetworkDetector
 from . import ssaaformer
 from .checkpoint import load_checkpoint
-from .regressor import FidelityRegressor
+from .regressor import ApproxRegressor, FidelityRegressor, load_regressor
 from deepfid.fidelity.training import (RECIPES, SCHEDULES, CentreCrop, ImageNetAugment, KeepBest, TokenLoss, centre_crop, decay_split,
     fidelity_loss)
 from ..quality.mapping import FidelityMapping
@@ -79,6 +80,8 @@ def check(self:DeepFidelity):
         raise DeepfidError("target='fidelity' goes with select='last' and without mix_token and aux_head: those work on classes")
     if c['target']=='label' and c['mapping'] and c['regression']=='head': raise DeepfidError("regression='head' would leave the mapping unused: give mapping=None as well")
     if not c['epochs']>=1: raise DeepfidError(f"epochs={c['epochs']}: at least one is needed")
+    if not (isinstance(c['crop'], Real) and 0<c['crop']<=1): raise DeepfidError(f"crop={c['crop']!r}: give the share of the side that is looked at, above 0 and up to 1")
+    if not (isinstance(c['smoothing'], Real) and 0<=c['smoothing']<1): raise DeepfidError(f"smoothing={c['smoothing']!r}: give a number from 0 to below 1")
     try: FidelityRegressor(**c['svr']).fit(np.eye(4), [.1, .9, .2, .8]) # a rehearsal: a bad setting shows here, not after the training
     except TypeError as e: raise DeepfidError(f"svr={c['svr']!r}: {str(e).split(') ')[-1]}") from None
 
@@ -184,7 +187,9 @@ def targets(self:DeepFidelity, manifest):
     if self.config['mapping'] is None: return None
     train = manifest.of('train').table
     self.mapping = FidelityMapping(self.config['mapping'], self.config['bands']).fit(train['quality'], train['label']==1)
-    return self.mapping.transform(train['quality'], train['label']==1)
+    targets = self.mapping.transform(train['quality'], train['label']==1)
+    if not targets.min()<.5<targets.max(): raise DeepfidError(f"bands={self.config['bands']}: the targets ({targets.min():g} to {targets.max():g}) lie on one side of 0.5, which tells real from fake")
+    return targets
 
 # %% ../../nbs/23_fidelity.learner.ipynb #aa0c7325
 @patch
@@ -235,7 +240,7 @@ def readings(self:DeepFidelity, batches):
 # %% ../../nbs/23_fidelity.learner.ipynb #b671ba26
 @patch
 def parts(self:DeepFidelity):
-    if not isinstance(self.regressor, FidelityRegressor|None): raise DeepfidError(f'a {type(self.regressor).__name__} has no form without pickle: only the support vector regression can be saved')
+    if not isinstance(self.regressor, FidelityRegressor|ApproxRegressor|None): raise DeepfidError(f'a {type(self.regressor).__name__} has no form without pickle: only FidelityRegressor and ApproxRegressor can be saved')
     return dict(mapping=self.mapping and self.mapping.to_dict(), regressor=self.regressor is not None)
 
 @patch
@@ -244,7 +249,7 @@ def save_parts(self:DeepFidelity, folder):
 
 @patch
 def load_parts(self:DeepFidelity, folder, about):
-    if about['regressor']: self.regressor = FidelityRegressor.load(folder/'regressor')
+    if about['regressor']: self.regressor = load_regressor(folder/'regressor')
     self.mapping = about['mapping'] and FidelityMapping.from_dict(about['mapping'])
 
 # %% ../../nbs/23_fidelity.learner.ipynb #50b3e448

@@ -10,6 +10,7 @@ __all__ = ['SMALL', 'BASE', 'PLUS', 'VARIANTS', 'default_cfgs', 'ConvBlock', 'At
 
 # %% ../../nbs/21_fidelity.ssaaformer.ipynb #172aadf0
 import warnings
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 import torch
 from torch import nn
@@ -166,7 +167,7 @@ class SSAAFormer(nn.Module):
         self.aux,self.mix_token,self.grad_checkpointing = aux_head,mix_token,False
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [dict(num_chs=d, reduction=4*2**i, module=f'blocks{i+1}') for i,d in enumerate(dims)]
-        self.ssaa_blocks = depths[0] if ssaa_blocks is None else ssaa_blocks
+        self.ssaa_blocks,self.ssaa_weights = depths[0] if ssaa_blocks is None else ssaa_blocks,ssaa_weights
         self._add_stems(ConvEmbed if conv_stem else PatchEmbed)
         drops = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         self._add_blocks(head_dim, ssaa_weights, drops, mlp_ratio=mlp_ratio, layer_scale=layer_scale)
@@ -233,6 +234,22 @@ def _check(self:SSAAFormer, x):
     if min(x.shape[2:])<32:
         raise DeepfidError(f"SSAAFormer needs pictures of at least 32x32 pixels, not {x.shape[2]}x{x.shape[3]}: enlarge them first")
 
+# %% ../../nbs/21_fidelity.ssaaformer.ipynb #7c2e90af
+@contextmanager
+def _learning_nothing(block):
+    "Batch norms that go by their batch, as in training, but keep no account of it"
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for m in norms: m.momentum,m.num_batches_tracked = 0.,None
+    try: yield
+    finally:
+        for m,(momentum,counted) in zip(norms, kept): m.momentum,m.num_batches_tracked = momentum,counted
+
+def _again(block, x):
+    "Run a block, keep its input alone, and run it again for the gradient: with each batch counted once"
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _learning_nothing(block)))
+
+# %% ../../nbs/21_fidelity.ssaaformer.ipynb #90b1d3e5
 @patch
 def stage_maps(self:SSAAFormer,
     x:torch.Tensor, # (B,in_chans,H,W), normalised with mean = std = 0.5
@@ -241,7 +258,7 @@ def stage_maps(self:SSAAFormer,
     "The map that leaves each stage, before the last norm"
     self._check(x)
     maps,run = [],lambda block,x: block(x)
-    if self.grad_checkpointing and torch.is_grad_enabled(): run = lambda block,x: checkpoint(block, x, use_reentrant=False)
+    if self.grad_checkpointing and torch.is_grad_enabled(): run = _again
     for i in range(1,5):
         x = getattr(self, f'patch_embed{i}')(x)
         if box and i==1: x = swap_box(x, box)
@@ -328,8 +345,10 @@ def get_classifier(self:SSAAFormer): # the head; `nn.Identity` where there is no
 @patch
 def reset_classifier(self:SSAAFormer,
     num_classes:int, # logits; 0 takes the head off
+    global_pool:str|None=None, # timm's; this network knows 'avg' alone
 ):
     "Put a fresh head on (and a fresh auxiliary one, where the network has it)"
+    if global_pool not in (None, 'avg'): raise DeepfidError(f"global_pool={global_pool!r}: SSAAFormer pools by 'avg'; for maps take forward_features")
     self.num_classes = num_classes
     for name in ['head','aux_head'] if self.aux else ['head']:
         head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
@@ -369,11 +388,14 @@ def checkpoint_filter_fn(
     if mirrors and not any(k in have for k in mirrors):
         warnings.warn(f'weights of a plain UniFormer: {", ".join(mirrors)} are missing and stay as they start, half and half, which changes what stage 1 computes')
         have |= {k: want[k] for k in mirrors}
+    elif mirrors and model.ssaa_weights=='free':
+        warnings.warn("w of the file is used as it is: this network's mirror weights are free. A published checkpoint's w go through a softmax; for its numbers take ssaa_weights='softmax'")
     return have
 
 def _create(name, pretrained, kwargs):
-    if pretrained: raise DeepfidError(f"{name}: there are no pretrained weights of this name; pass pretrained=False")
-    return build_model_with_cfg(SSAAFormer, name, False, pretrained_filter_fn=checkpoint_filter_fn,
+    if pretrained and not (kwargs.get('pretrained_cfg_overlay') or {}).get('file'):
+        raise DeepfidError(f"{name}: there are no pretrained weights of this name; pass pretrained=False, or a file of your own as pretrained_cfg_overlay=dict(file=...)")
+    return build_model_with_cfg(SSAAFormer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0,1,2,3), feature_cls='getter'), **{**VARIANTS[name], **kwargs})
 
 # %% ../../nbs/21_fidelity.ssaaformer.ipynb #8f10c154

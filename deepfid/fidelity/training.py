@@ -24,7 +24,7 @@ RECIPES = {
     'paper': dict(lr=1.2e-3, schedule='cosine', wd=.05, decay='matrices', clip=None,
         smoothing=0., mix_labels=True, ema=None, ema_warmup=False, augment='face', select='last', crop=1.,
         pool='mean', svr={}, network=dict(ssaa_weights='free')),
-    'released': dict(lr=1.2e-3, schedule='warm-up of five', epochs=3, wd=.05, decay='timm', clip=None,
+    'released': dict(lr=1.2e-3, amp=None, schedule='warm-up of five', epochs=3, wd=.05, decay='timm', clip=None,
         smoothing=.1, mix_labels=False, ema=.99992, ema_warmup=False, augment='imagenet', select='test', crop=.9,
         pool='mean+max', svr={}, network=dict(aux_head=True, mix_token=True, drop_path_rate=.4)),
 }

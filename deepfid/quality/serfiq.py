@@ -51,18 +51,20 @@ class SERFIQ:
     ):
         tail = list(tail)
         if not tail or not isinstance(tail[0], nn.Dropout): raise DeepfidError('SER-FIQ: the tail must begin with nn.Dropout; without it every pass gives the same answer')
+        if any(isinstance(m, nn.Dropout) for part in tail[1:] for m in part.modules()): raise DeepfidError('SER-FIQ: a second nn.Dropout in the tail would stay asleep; leave one, at its beginning')
         if passes<2: raise DeepfidError(f'SER-FIQ: passes={passes}; distances need at least two')
         self.p, self.device = tail[0].p, torch.device(device or 'cpu')
         if not 0<self.p<1: raise DeepfidError(f'SER-FIQ: a dropout of {self.p} makes no difference or leaves nothing; use one between 0 and 1')
         self.backbone, self.tail = (m.eval().to(self.device) for m in (backbone, nn.Sequential(*tail[1:])))
-        self.size, self.passes, self.seed, self.mask = size, passes, seed, None
+        self.size, self.passes, self.seed, self.drawn = size, passes, seed, {}
 
     def masks(self, width):
         "(passes,width): what is awake in each pass, scaled so that the mean stays"
-        if self.mask is None or self.mask.shape[1]!=width:
+        asked = self.seed, self.passes, width
+        if asked not in self.drawn:
             draw = torch.rand(self.passes, width, generator=torch.Generator().manual_seed(self.seed))
-            self.mask = ((draw>=self.p).float()/(1-self.p)).to(self.device)
-        return self.mask
+            self.drawn = {asked: ((draw>=self.p).float()/(1-self.p)).to(self.device)}
+        return self.drawn[asked]
 
 # %% ../../nbs/11_quality.serfiq.ipynb #a32ac913
 @patch

@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'RECIPES', 'SimilarityLoss', 'LocalSimilarity', 'SamplePla
 # %% ../../nbs/33_similarity.learner.ipynb #97b0eb42
 from copy import deepcopy
 from functools import partial
+from numbers import Real
 import numpy as np, torch
 from fastcore.basics import patch
 import fastai.callback.progress, fastai.callback.schedule
@@ -55,6 +56,7 @@ class SimilarityLoss:
 class LocalSimilarity(NetworkDetector):
     "Score, mask and map of pairs from one network (Learnable Local Similarity)"
     name, presets, recipes = 'local_similarity', PRESETS, RECIPES
+    switches = ('use_llsm', 'use_flm', 'gates', 'symmetric')
     choices = dict(tap=STAGES, metric=('learned', 'cosine'), cls_feat=('last', 'concat'), opt=('Adam', 'AdamW'), schedule=('one-cycle', 'constant'), select=('last', 'valid'))
     def __init__(self,
         use_llsm:bool=True,       # the map of pairs, and its loss
@@ -79,8 +81,7 @@ def check(self:LocalSimilarity):
     "Refuse settings that do not go together"
     c = self.config
     for k in ('alpha', 'beta'):
-        if not 0<=c[k]<=1: raise DeepfidError(f'{k}={c[k]}: the weights of the losses lie between 0 and 1')
-    if c['sample'] is not None and c['sample']<2: raise DeepfidError(f"sample={c['sample']}: at least two places can be compared")
+        if not (isinstance(c[k], Real) and 0<=c[k]<=1): raise DeepfidError(f'{k}={c[k]!r}: the weights of the losses lie between 0 and 1')
     if not c['epochs']>=1: raise DeepfidError(f"epochs={c['epochs']}: at least one is needed")
 
 @patch

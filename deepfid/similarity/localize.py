@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from ..backbone.xception import STAGES, xception
 from ..core import DeepfidError
-from .llsm import LLSM, check_mask, check_memory, pair_target
+from .llsm import LLSM, check_mask, pair_target
 
 # %% ../../nbs/32_similarity.localize.ipynb #f7ec69e8
 LEVELS = (('block11', 256), ('block2', 128), ('block1', 64), ('act2', 32), (None, 32)) # skip from the backbone, channels out; coarsest first
@@ -84,6 +84,7 @@ class SimilarityOutput(NamedTuple):
     pairs: torch.Tensor|None   # (B,N,N) logits: above 0 = the two places differ; None without the map
     size: tuple|None = None    # (h,w) of the map whose N = h*w places were compared
     places: torch.Tensor|None = None # (B,k): which of them, where only some were; pairs is then (B,k,k)
+    shape: tuple|None = None   # (H,W) of the pictures
 
     @property
     def fidelity(self): # (B,) 1 = real
@@ -136,11 +137,10 @@ def forward(self:SimilarityNet,
     "Score, mask and map of pairs"
     maps, mask, features = self._look(x)
     logit = self.head(features)[:, 0]
-    if self.llsm is None: return SimilarityOutput(logit, mask, None)
+    if self.llsm is None: return SimilarityOutput(logit, mask, None, shape=tuple(x.shape[-2:]))
     size = tuple(maps[self.tap].shape[-2:])
     places = choose(size) if choose else None
-    if places is None: check_memory(size[0]*size[1], len(x), self.llsm.hidden, x.device)
-    return SimilarityOutput(logit, mask, self.llsm(maps[self.tap], places), size, places)
+    return SimilarityOutput(logit, mask, self.llsm(maps[self.tap], places), size, places, tuple(x.shape[-2:]))
 
 # %% ../../nbs/32_similarity.localize.ipynb #a343f812
 def similarity_losses(
@@ -150,12 +150,13 @@ def similarity_losses(
 )->dict: # cls, ls, loc: those that the network has
     "The three parts (eq. 5 to 7)"
     m = check_mask(mask)
+    if len(m)!=len(out.logit) or len(label)!=len(out.logit): raise DeepfidError(f'{len(m)} masks and {len(label)} labels for {len(out.logit)} pictures')
+    if out.shape and m.shape[-2:]!=out.shape: raise DeepfidError(f'masks of {m.shape[-1]}x{m.shape[-2]} pixels for pictures of {out.shape[1]}x{out.shape[0]}: they must be the same size')
     if (bad := (m.flatten(1).amax(1)>0)&(label==1)).any(): raise DeepfidError(f'{int(bad.sum())} real faces have a mask that is not empty: label and mask do not belong together')
     parts = dict(cls=F.binary_cross_entropy_with_logits(out.logit, label.float()))
     if out.pairs is not None:
         parts['ls'] = F.binary_cross_entropy_with_logits(out.pairs, pair_target(m, out.size, places=out.places))
     if out.mask is not None:
-        if m.shape[-2:]!=out.mask.shape[-2:]: raise DeepfidError(f'masks of {m.shape[-1]}x{m.shape[-2]} pixels for pictures of {out.mask.shape[-1]}x{out.mask.shape[-2]}: they must be the same size')
         parts['loc'] = F.binary_cross_entropy_with_logits(out.mask, m)
     return parts
 

@@ -22,7 +22,7 @@ def one_of_each(
     "The first real test face, and the first of each forger"
     test = manifest.of('test')
     t = test.table.reset_index(drop=True)
-    if not t['consent'].all(): raise DeepfidError(f"{manifest.name}: holds people who did not agree to being shown in altered form; take a manifest of drawn faces or of London's")
+    if ((t['method']=='selfblend')&~t['consent']).any(): raise DeepfidError(f"{manifest.name}: holds people whose pictures were altered here without their agreement, for training only; take drawn faces, London's, or a published data set")
     fakes = t[t['label']==0].groupby('method', sort=True).head(1).sort_values('method')
     real = t.index[t['label']==1][:1].tolist()
     return real+fakes.index.tolist(), ['real']*len(real)+fakes['method'].tolist(), test
