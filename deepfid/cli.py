@@ -73,7 +73,7 @@ def _train_options(s):
     s.add_argument('--detector', default='deepfidelity', choices=('deepfidelity', 'local_similarity', 'lisiam'))
     s.add_argument('--out', required=True, type=Path, help='folder to save the detector to')
     s.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
-    s.add_argument('--recipe', default='ours', choices=('ours', 'paper', 'released'))
+    s.add_argument('--recipe', choices=('ours', 'paper', 'released'), help='default: ours; of local_similarity at full size the paper\'s')
     s.add_argument('--epochs', type=_count)
     s.add_argument('--seed', type=int, default=0)
     s.add_argument('--resume', type=Path, help='folder for the state of the training after each epoch; an interrupted one goes on from there')

@@ -304,7 +304,7 @@ class Detector:
         if cls.name: Detector.kinds[cls.name] = cls
 
     # What each detector brings itself:
-    def fit(self, manifest, preset=None, recipe='ours', cbs=None)->'Detector': raise NotImplementedError   # train on a manifest; returns itself
+    def fit(self, manifest, preset=None, recipe=None, cbs=None)->'Detector': raise NotImplementedError   # train on a manifest; returns itself
     def learner(self, dls, cbs=None): raise NotImplementedError                                  # the fastai `Learner` that `fit` runs
     def predict(self, faces, batch_size:int=32)->list: raise NotImplementedError                 # one `Prediction` a face
     def features(self, faces, batch_size:int=32)->np.ndarray: raise NotImplementedError          # (N,D)

@@ -26,6 +26,7 @@ class NetworkDetector(Detector):
     name = ''
     presets, recipes, choices = {}, {}, {} # 'tiny' | 'full' -> settings; recipe -> settings; setting -> values it may have
     switches = ()                          # settings that are True or False
+    usual = {}                             # preset -> the recipe where none is named; 'ours' elsewhere
     keeps = ()                             # what `parts` adds to detector.json
     def __init__(self,
         asked:dict,     # settings that the subclass gives names of their own, with their values
@@ -49,10 +50,11 @@ class NetworkDetector(Detector):
 
 # %% ../nbs/19a_detector.ipynb #04497853
 @patch
-def settle(self:NetworkDetector, preset=None, recipe='ours')->dict: # every setting by name
+def settle(self:NetworkDetector, preset=None, recipe=None)->dict: # every setting by name
     "What the preset says, then the recipe, then what was asked for by name"
-    if recipe not in self.recipes: raise DeepfidError(f"no recipe {recipe!r}: choose one of {', '.join(self.recipes)}")
     preset = get_preset(preset)
+    recipe = recipe or self.usual.get(preset, 'ours')
+    if recipe not in self.recipes: raise DeepfidError(f"no recipe {recipe!r}: choose one of {', '.join(self.recipes)}")
     known = self.presets[preset] | self.recipes[recipe]
     for k in self.overrides:
         if k not in known: raise DeepfidError(f"{type(self).__name__} has no setting {k!r}: there are {', '.join(known)}")
@@ -89,7 +91,7 @@ def check_settings(self:NetworkDetector):
     self.check()
 
 @patch
-def configure(self:NetworkDetector, preset=None, recipe='ours'):
+def configure(self:NetworkDetector, preset=None, recipe=None):
     "Settle every setting and make fresh weights"
     self.config = self.settle(preset, recipe)
     self.check_settings()

@@ -279,3 +279,8 @@ def test_evidence(similarity, faces):
     heard = S.Evidence(similarity, [0, 1, 2, 3]).fit(faces)
     p = heard.predict(test_images(faces))
     assert all(0<=q.fidelity<=1 and q.mask is not None for q in p)
+
+def test_full_trains_as_the_paper_does_unless_told_otherwise():
+    c = LocalSimilarity().settle('full')
+    assert (c['recipe'], c['opt'], c['lr'], c['bs'], c['steps'])==('paper', 'Adam', 1e-4, 32, 200)
+    assert LocalSimilarity().settle('tiny')['recipe']==LocalSimilarity().settle('full', 'ours')['recipe']==LiSiam().settle('full')['recipe']=='ours'

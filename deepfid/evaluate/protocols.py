@@ -29,7 +29,7 @@ class Row:
     name: str
     detector: type|None = None            # class of the `Detector`; made with `seed` and the settings
     settings: dict = field(default_factory=dict)
-    recipe: str = 'ours'
+    recipe: str|None = None               # default: the detector's usual one for the preset
     after: str = ''                       # row whose trained detector this one starts from, by its `refit`
     refit: Callable|None = None           # function of (detector, manifest, **settings); default: the detector's method
     check: Callable|None = None           # called before anything is trained: raises where something is missing
@@ -431,7 +431,8 @@ def record(self:TableRun)->dict:
     "The whole table as it is recorded"
     found = self.results()
     metrics = {f"{r['row']} | {r['column']} | {r['metric']}": {k: r[k] for k in ('value', 'low', 'high')} for r in found if r['value'] is not None}
-    rows = [dict(name=r.name, recipe=r.recipe, settings=json.loads(to_json(r.settings)), after=r.after) for r in self.table.rows]
+    recipe = {r.name: settings_of(r, self.preset, self.overrides)['recipe'] if r.detector else r.recipe for r in self.table.rows}
+    rows = [dict(name=r.name, recipe=recipe[r.name], settings=json.loads(to_json(r.settings)), after=r.after) for r in self.table.rows]
     origins = list({to_json(c['trained']): c['trained'] for c in self.cells.values()}.values())
     where = {to_json(o): o for o in ({k: v for k, v in o.items() if k!='seconds'} for o in origins)}
     machines = sorted({o['hardware'] for o in origins if 'hardware' in o}) or [describe_machine()['hardware']]

@@ -136,7 +136,7 @@ def learner(self:DeepFidelity,
 def fit(self:DeepFidelity,
     manifest,      # `Manifest` with train and valid rows
     preset=None,   # 'tiny' | 'full'; default: by what the machine has
-    recipe='ours', # 'ours' | 'paper' | 'released', see `RECIPES`
+    recipe=None,   # 'ours' (default) | 'paper' | 'released', see `RECIPES`
     cbs=None,      # callbacks for the network's `Learner`
     resume=None    # folder that keeps the state of the training after each epoch; an interrupted one goes on from there
 )->DeepFidelity: # itself, trained

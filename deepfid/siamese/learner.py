@@ -220,7 +220,7 @@ def loaders(self:LiSiam, manifest):
 def fit(self:LiSiam,
     manifest,      # `Manifest` with train and valid rows, and a mask for every fake
     preset=None,   # 'tiny' | 'full'; default: by what the machine has
-    recipe='ours', # 'ours' | 'paper' | 'released', see `RECIPES`
+    recipe=None,   # 'ours' (default) | 'paper' | 'released', see `RECIPES`
     cbs=None,      # callbacks for the `Learner`s
     resume=None    # folder that keeps the state of the training after each epoch; an interrupted one goes on from there
 )->LiSiam: # itself, trained

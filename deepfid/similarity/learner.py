@@ -56,7 +56,7 @@ class SimilarityLoss:
 class LocalSimilarity(NetworkDetector):
     "Score, mask and map of pairs from one network (Learnable Local Similarity)"
     name, presets, recipes = 'local_similarity', PRESETS, RECIPES
-    switches = ('use_llsm', 'use_flm', 'gates', 'symmetric')
+    switches, usual = ('use_llsm', 'use_flm', 'gates', 'symmetric'), dict(full='paper')
     choices = dict(tap=STAGES, metric=('learned', 'cosine'), cls_feat=('last', 'concat'), opt=('Adam', 'AdamW'), schedule=('one-cycle', 'constant'), select=('last', 'valid'))
     def __init__(self,
         use_llsm:bool=True,       # the map of pairs, and its loss
@@ -169,7 +169,7 @@ def loaders(self:LocalSimilarity, manifest):
 def fit(self:LocalSimilarity,
     manifest,      # `Manifest` with train and valid rows, and a mask for every fake
     preset=None,   # 'tiny' | 'full'; default: by what the machine has
-    recipe='ours', # 'ours' | 'paper', see `RECIPES`
+    recipe=None,   # 'ours' | 'paper', see `RECIPES`; default: the paper's where the preset is 'full'
     cbs=None,      # callbacks for the `Learner`
     resume=None    # folder that keeps the state of the training after each epoch; an interrupted one goes on from there
 )->LocalSimilarity: # itself, trained
