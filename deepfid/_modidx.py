@@ -1834,6 +1834,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'deepfid.tables.figures': { 'deepfid.tables.figures.attention': ('tables.figures.html#attention', 'deepfid/tables/figures.py'),
                                         'deepfid.tables.figures.attention_scores': ( 'tables.figures.html#attention_scores',
                                                                                      'deepfid/tables/figures.py'),
+                                        'deepfid.tables.figures.blocks': ('tables.figures.html#blocks', 'deepfid/tables/figures.py'),
                                         'deepfid.tables.figures.degradations': ( 'tables.figures.html#degradations',
                                                                                  'deepfid/tables/figures.py'),
                                         'deepfid.tables.figures.features': ('tables.figures.html#features', 'deepfid/tables/figures.py'),

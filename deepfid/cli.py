@@ -98,7 +98,7 @@ def _table_options(s):
 
 # %% ../nbs/70_cli.ipynb #ee7c3cab
 def _figure_options(s):
-    s.add_argument('name', help='masks, degradations, similarity, segmentation, attention or features')
+    s.add_argument('name', help='blocks, masks, degradations, similarity, segmentation, attention or features')
     s.add_argument('--manifest', default='synthetic', help='manifest.csv, or synthetic, london (default: synthetic)')
     s.add_argument('--detector', '--model', dest='model', metavar='NAME|FOLDER', help='a bundled detector by name, or the folder of a trained one')
     s.add_argument('--baseline', help='for attention: another detector to set beside it')

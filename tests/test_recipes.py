@@ -216,6 +216,20 @@ def test_measures_by_name(tmp_path, measure):
     d = DeepFidelity(epochs=1, size=64, bs=4, quality=measure).fit(m, 'tiny')
     assert d.config['quality']==measure and np.isfinite(scores(d, m)).all()
 
+def test_each_forger_fills_the_band_for_itself(manifest, trained, tmp_path):
+    t = manifest.table.copy()
+    half = t.index[t['label']==0][::2]
+    t.loc[half, 'method'] = 'worse'
+    t.loc[half, 'quality'] -= 100. # one forger's pictures are far worse
+    worse = Manifest(t, manifest.folder)
+    def spread(d):
+        train, targets = worse.of('train').table, d.targets(worse)
+        return {m: (round(float(targets[(train['method']==m).to_numpy()].min()), 6), round(float(targets[(train['method']==m).to_numpy()].max()), 6)) for m in set(train['method'])-{'real'}}
+    together, apart = spread(trained.refit(worse)), spread(trained.refit(worse, by_forger=True))
+    assert set(apart.values())=={(0., .4)} and len(set(together.values()))>1
+    with pytest.raises(DeepfidError, match='goes with a mapping'): DeepFidelity(by_forger=True, mapping=None).configure('tiny')
+    with pytest.raises(DeepfidError, match='True or False'): DeepFidelity(by_forger=1).configure('tiny')
+
 def test_the_regressor_for_many_rows_is_kept(manifest, trained, tmp_path):
     from deepfid.fidelity.deploy import graph_of
     from deepfid.fidelity.regressor import ApproxRegressor

@@ -53,7 +53,7 @@ MEASURES = dict(niqe=_niqe, brisque=_brisque, serfiq=_serfiq) # name -> function
 # %% ../../nbs/23_fidelity.learner.ipynb #6cfe330a
 class DeepFidelity(NetworkDetector):
     "Fidelity scores by SSAAFormer, quality mapping and an RBF support vector regression: the paper's whole pipeline"
-    name, presets, recipes, keeps = 'deepfidelity', PRESETS, RECIPES, ('mapping', 'regressor')
+    name, presets, recipes, keeps, switches = 'deepfidelity', PRESETS, RECIPES, ('mapping', 'regressor'), ('by_forger',)
     choices = dict(target=('label', 'fidelity'), regression=('svr', 'head'), arch=ssaaformer.VARIANTS, schedule=SCHEDULES, quality=(None, *MEASURES),
         augment=('face', 'imagenet'), select=('last', 'valid', 'test'), decay=('matrices', 'timm'), pool=('mean', 'mean+max'))
     def __init__(self,
@@ -65,9 +65,10 @@ class DeepFidelity(NetworkDetector):
         quality=None,               # measure behind the targets: 'niqe', 'brisque', 'serfiq', or None = the manifest's column (NIQE where it is empty)
         target:str='label',         # what the network learns: 'label', two classes; 'fidelity', the targets themselves
         regression:str='svr',       # 'svr'; 'head' = none: the score is the network's own (only with target='fidelity')
+        by_forger:bool=False,       # map the quality of each forger's fakes for itself: a forger whose pictures are poor then fills the band as well
         **overrides                 # any setting of the preset or the recipe, by name: epochs=3, lr=1e-3, ...
     ):
-        super().__init__(dict(ssaa_blocks=ssaa_blocks, mapping=mapping, bands=bands, seed=seed, quality=quality, target=target, regression=regression), overrides, device)
+        super().__init__(dict(ssaa_blocks=ssaa_blocks, mapping=mapping, bands=bands, seed=seed, quality=quality, target=target, regression=regression, by_forger=by_forger), overrides, device)
         self.mapping = self.regressor = None
 
 # %% ../../nbs/23_fidelity.learner.ipynb #22e091ce
@@ -78,6 +79,7 @@ def check(self:DeepFidelity):
     if c['target']=='fidelity' and c['mapping'] is None: raise DeepfidError("target='fidelity' needs a mapping: there are no targets without one")
     if c['target']=='fidelity' and (c['select']!='last' or c['network'].get('mix_token') or c['network'].get('aux_head')):
         raise DeepfidError("target='fidelity' goes with select='last' and without mix_token and aux_head: those work on classes")
+    if c['by_forger'] and (c['target']=='fidelity' or c['mapping'] is None): raise DeepfidError("by_forger=True goes with a mapping and target='label'")
     if c['target']=='label' and c['mapping'] and c['regression']=='head': raise DeepfidError("regression='head' would leave the mapping unused: give mapping=None as well")
     if not c['epochs']>=1: raise DeepfidError(f"epochs={c['epochs']}: at least one is needed")
     if not (isinstance(c['crop'], Real) and 0<c['crop']<=1): raise DeepfidError(f"crop={c['crop']!r}: give the share of the side that is looked at, above 0 and up to 1")
@@ -186,8 +188,9 @@ def targets(self:DeepFidelity, manifest):
     "Fidelity targets of the training faces: their quality, mapped onto the band of their class"
     if self.config['mapping'] is None: return None
     train = manifest.of('train').table
-    self.mapping = FidelityMapping(self.config['mapping'], self.config['bands']).fit(train['quality'], train['label']==1)
-    targets = self.mapping.transform(train['quality'], train['label']==1)
+    faces = train['quality'], train['label']==1, train['method'] if self.config['by_forger'] else None
+    self.mapping = FidelityMapping(self.config['mapping'], self.config['bands']).fit(*faces)
+    targets = self.mapping.transform(*faces)
     if not targets.min()<.5<targets.max(): raise DeepfidError(f"bands={self.config['bands']}: the targets ({targets.min():g} to {targets.max():g}) lie on one side of 0.5, which tells real from fake")
     return targets
 
@@ -258,10 +261,10 @@ def refit(self:DeepFidelity,
     manifest,       # that it was trained on
     regressor=None, # any scikit-learn regressor, unfitted; default: the support vector regression
     measure=None,   # an object with `score(images)`, for a quality measure of one's own
-    **changes       # to mapping, bands, quality, svr or pool
+    **changes       # to mapping, bands, by_forger, quality, svr or pool
 )->DeepFidelity: # another detector; the network is shared
     "Step two again with something changed"
-    if unknown := [k for k in changes if k not in ('mapping', 'bands', 'quality', 'svr', 'pool', 'regression')]:
+    if unknown := [k for k in changes if k not in ('mapping', 'bands', 'by_forger', 'quality', 'svr', 'pool', 'regression')]:
         raise DeepfidError(f'refit cannot change {unknown[0]!r}: that needs another training')
     other = copy(self)
     if measure is not None: changes, manifest = changes|dict(quality=None), with_quality(manifest, measure)

@@ -272,7 +272,7 @@ regressors = Table('regressors', 'Which regression', [SSAA, Row('SVR, ours', aft
 
 def band_row(low, high): return Row(f'bands [0, {low}] and [{high}, 1]', after='SSAA', settings=MAPPED|dict(bands=((0., low), (high, 1.))))
 
-mappings = Table('mappings', 'Bands and ranks', [SSAA, BOTH, Row('by rank', after='SSAA', settings=dict(mapping='rank')),
+mappings = Table('mappings', 'Bands and ranks', [SSAA, BOTH, Row('by rank', after='SSAA', settings=dict(mapping='rank')), Row('forger by forger', after='SSAA', settings=MAPPED|dict(by_forger=True)),
     band_row(.2, .8), band_row(.49, .51), band_row(.05, .95)], each, baseline='SSAA and mapping')
 
 TABLES = {t.name: t for t in (intra, cross, ablation, quality, ranges, blocks, recipes, learned, regressors, mappings)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'LAYERS', 'FIGURES', 'ALONE', 'one_of_each', 'partner', 'masks', 'degradations', 'similarity', 'segmentation',
-           'forged', 'attention', 'attention_scores', 'features']
+           'forged', 'attention', 'attention_scores', 'features', 'blocks']
 
 # %% ../../nbs/59_tables.figures.ipynb #2618d8d4
 from itertools import combinations
@@ -14,6 +14,7 @@ from ..data.degrade import apply_steps
 from ..data.mask import diff_mask, ssim_map, ssim_mask
 from ..explain import cam_picture, detector_cam, fit_map, map_scores, plot_tsne, tsne
 from ..similarity.learner import shade, similarity_picture
+from .deepfidelity import maps_picture
 
 # %% ../../nbs/59_tables.figures.ipynb #3c3c20c1
 def one_of_each(
@@ -105,5 +106,11 @@ def features(manifest, detector, seed=0):
     return plot_tsne(tsne(f, test.table['method'].to_numpy(), seed, groups=test.table['identity'].to_numpy())).figure
 
 # %% ../../nbs/59_tables.figures.ipynb #69d1f146
-FIGURES = dict(masks=masks, degradations=degradations, similarity=similarity, segmentation=segmentation, attention=attention, features=features)
+def blocks(manifest, detector):
+    "What the first blocks of a DeepFidelity make of a real face, and of a forged one"
+    if detector.name!='deepfidelity': raise DeepfidError(f'{detector.name}: this figure is of the blocks of a DeepFidelity')
+    rows, _, test = one_of_each(manifest)
+    return np.concatenate([maps_picture(detector, test.image(i)) for i in rows[:2]])
+
+FIGURES = dict(blocks=blocks, masks=masks, degradations=degradations, similarity=similarity, segmentation=segmentation, attention=attention, features=features)
 ALONE = ('masks', 'degradations') # need no detector
