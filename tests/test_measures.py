@@ -31,7 +31,8 @@ def test_equal_to_opencv():
     rows, measure = list(csv.DictReader(open(Path(os.environ['DEEPFID_REFERENCE'])/'brisque_opencv.csv'))), B.load_brisque()
     off = {k: np.array([abs(-measure.score(change[k](cv2.imread(str(data_dir()/r['file'])))[..., ::-1].copy())-float(r['brisque'])) for r in rows if r['change']==k]) for k in change}
     assert off['as is'].max()<.01 and off['gaussian blur sigma 2'].max()<.01
-    assert np.median(off['jpeg 20'])<.01 and off['jpeg 20'].max()<.03 # in flat blocks a variance is a rounding error, and its sign, which decides, depends on the processor: see the notebook
+    same = any(f.lstrip('*')=='AVX512-SKX' for f in cv2.getCPUFeaturesLine().split()) # the kind of processor that made the reference
+    assert np.median(off['jpeg 20'])<.01 and off['jpeg 20'].max()<(.01 if same else .03) # in flat blocks a variance is a rounding error, and its sign, which decides, depends on the processor: see the notebook
     assert len(rows)>=36
 
 @needs_brisque
