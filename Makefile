@@ -37,7 +37,7 @@ demo: $(READY) ## Draw, forge, train, score, report to out/demo (DATA=london or 
 
 test: test-notebooks test-python ## Run every notebook (cells flagged slow or cuda left out), then pytest
 
-test-notebooks: $(READY) ## Only the notebooks (NB=nbs/00_core.ipynb: one of them)
+test-notebooks: $(READY) ## Only the notebooks (NB=nbs/lib/core.ipynb: one of them)
 	@test -e "$(NB)" || { echo "NB=$(NB): no such notebook or folder" >&2; exit 1; }
 	@$(NBENV) $(BIN)/nbdev-test $(NB) --n-workers $(NB_WORKERS) --do-print --timing
 
@@ -45,7 +45,7 @@ test-python: $(READY) ## Only pytest (PYTEST_FLAGS="-k house": some of it)
 	@$(QUIET) MPLBACKEND=agg $(BIN)/python -m pytest tests $(PYTEST_FLAGS)
 
 bundle: $(READY) ## Train the bundled detectors from nothing, and put them into the package (hours on a CPU)
-	@$(BIN)/python -m deepfid.bundle --install
+	@$(BIN)/python -m deepfid.experiments.bundle --install
 
 lab: $(READY) ## JupyterLab on the notebooks
 	@$(BIN)/python -m jupyterlab $(LAB_FLAGS) nbs
@@ -53,7 +53,7 @@ lab: $(READY) ## JupyterLab on the notebooks
 export: $(READY) ## Write the modules from the notebooks
 	@$(BIN)/nbdev-export
 
-run: $(READY) ## Execute notebooks and keep their outputs, cleaned (NB=nbs/00_core.ipynb)
+run: $(READY) ## Execute notebooks and keep their outputs, cleaned (NB=nbs/lib/core.ipynb)
 	@$(BIN)/python .ci/notebooks.py run $(NB)
 
 docs: $(READY) ## After an edit: clean the notebooks, export the modules, render README.md

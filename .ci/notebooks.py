@@ -1,6 +1,6 @@
 """Keeps the notebooks in order. `make run`, `make docs` and tests/test_house.py use it.
 
-    python .ci/notebooks.py run nbs/00_core.ipynb   execute as nbdev-test does, keep the outputs, clean
+    python .ci/notebooks.py run nbs/lib/core.ipynb   execute as nbdev-test does, keep the outputs, clean
     python .ci/notebooks.py clean [FILE ...]        clean (all of them, if none is named)
     python .ci/notebooks.py check [FILE ...]        say what is out of order; exit status 1 if anything is
     python .ci/notebooks.py readme                  render README.md from nbs/index.ipynb

@@ -1,6 +1,6 @@
 "Xception: timm's network, at every depth, at every size"
 import pytest, timm, torch
-from deepfid.backbone.xception import STAGES, STRIDED, Xception, load_pretrained, xception
+from deepfid.models.backbones import STAGES, STRIDED, Xception, load_pretrained, xception
 from deepfid.core import DeepfidError, WeightsError
 
 TABLE = {299: (147, 74, 37, 19, 10, 10), 256: (125, 63, 32, 16, 8, 8), 224: (109, 55, 28, 14, 7, 7)} # act2, block1, block2, block3..11, block12, act4
@@ -22,7 +22,7 @@ def test_first_convolution_has_no_padding(size, side): assert Xception(width=.01
 def test_the_smallest_picture_that_is_taken_has_several_places_at_the_end(size, places, monkeypatch):
     if size<39:
         with pytest.raises(DeepfidError, match='39x39'): sides(size)
-        monkeypatch.setattr('deepfid.backbone.xception.LEAST', 1)
+        monkeypatch.setattr('deepfid.models.backbones.LEAST', 1)
     assert sides(size)['act4']**2==places
 
 def test_channels():

@@ -21,10 +21,10 @@ from deepfid.explore.evaluation import EvaluationExplorer, MappingExplorer, qual
 from deepfid.explore.forgery import ForgeryExplorer
 from deepfid.explore.maps import InvarianceExplorer, SimilarityExplorer, SSAAExplorer, layer_maps
 from deepfid.explore.score import ScoreExplorer
-from deepfid.fidelity.learner import DeepFidelity
-from deepfid.quality.statistics import load_niqe
-from deepfid.siamese.learner import LiSiam
-from deepfid.similarity.learner import LocalSimilarity
+from deepfid.models.deepfidelity.detector import DeepFidelity
+from deepfid.quality.niqe import load_niqe
+from deepfid.models.lisiam.detector import LiSiam
+from deepfid.models.local_similarity.detector import LocalSimilarity
 faces = {f'drawn {s}': align(draw_face(s), 112) for s in (11, 12)}
 fidelity, similarity, siamese = (kind().configure('tiny') for kind in (DeepFidelity, LocalSimilarity, LiSiam))
 niqe, rng, label = load_niqe('synth'), np.random.default_rng(0), np.arange(200)%2

@@ -45,7 +45,7 @@ def test_scores_photographs(capsys, data, model, tmp_path):
 def test_a_photograph_is_cut_as_the_faces_of_a_manifest_are(capsys, data, model, tmp_path):
     from deepfid.core import read_image
     from deepfid.data.faces import align, find_face
-    from deepfid.fidelity.learner import DeepFidelity
+    from deepfid.models.deepfidelity.detector import DeepFidelity
     photo = sorted((data/'london'/'smiling_front').glob('*.jpg'))[0]
     wide = tmp_path/'wide.png'                       # not square, and the face away from the middle
     cv2.imwrite(str(wide), np.pad(read_image(photo), ((40, 0), (300, 0), (0, 0)), 'edge')[..., ::-1])
@@ -117,7 +117,7 @@ def test_a_very_small_demo(capsys, tmp_path, request, data_name):
     page = (tmp_path/'demo'/'report.html').read_text()
     assert status==0 and out.splitlines()[-1]==str(tmp_path/'demo'/'report.html') and 'src="http' not in page and '<script' not in page
     if data_name=='portraits': assert 'fakes that fooled it' not in page and 'fakes it caught' not in page and set(summary['per_forger'])=={'selfblend'}
-    from deepfid.fidelity.learner import DeepFidelity
+    from deepfid.models.deepfidelity.detector import DeepFidelity
     DeepFidelity.load(tmp_path/'demo'/'model')
 
 @pytest.mark.parametrize('verb', ['demo', 'score', 'faces', 'synth', 'forge', 'train', 'evaluate', 'table', 'figure', 'maps', 'explore', 'notebooks', 'doctor'])
@@ -162,7 +162,7 @@ def test_train_and_evaluate(capsys, tmp_path):
     csv = tiny_manifest((40, 20, 20)).save()
     status, out, _ = run(capsys, 'train', csv, '--out', tmp_path/'m', '--preset', 'tiny', '--epochs', 1, '--json')
     assert status==0 and json.loads(out)['saved']==str(tmp_path/'m')
-    from deepfid.scoring import load
+    from deepfid.inference.scorer import load
     assert set(load(tmp_path/'m').trust)=={'score_range', 'quality_range'}
     status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'method', '--by', 'identity', '--json')
     result = json.loads(out)

@@ -1,15 +1,15 @@
-"The room of deepfid.fidelity.deploy: folding, packing, 16 bits, memory, one graph"
+"The room of deepfid.models.deepfidelity.fused: folding, packing, 16 bits, memory, one graph"
 import copy, importlib.util
 import numpy as np, pytest, torch
 from torch import nn
 
 from deepfid.core import DeepfidError
 from deepfid.data.manifest import faces_to_batch
-from deepfid.fidelity import deploy
-from deepfid.fidelity.deploy import *
-from deepfid.fidelity.learner import DeepFidelity
-from deepfid.fidelity.regressor import FidelityRegressor
-from deepfid.fidelity.ssaaformer import SSAAFormer, ssaaformer_tiny
+from deepfid.models.deepfidelity import fused as deploy
+from deepfid.models.deepfidelity.fused import *
+from deepfid.models.deepfidelity.detector import DeepFidelity
+from deepfid.models.deepfidelity.regressor import FidelityRegressor
+from deepfid.models.deepfidelity.ssaaformer import SSAAFormer, ssaaformer_tiny
 
 SMALL = dict(depths=(2,1,1,1), dims=(16,16,32,32), head_dim=16)
 KINDS = dict(scaled=dict(layer_scale=1e-6), stem=dict(conv_stem=True), free=dict(ssaa_weights='free', ssaa_blocks=3), plain=dict(ssaa_blocks=0),
@@ -225,9 +225,9 @@ def test_what_cannot_be_written(detector, tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module', params=['local_similarity', 'lisiam', 'no masks'])
 def marking(request, tmp_path_factory):
-    from deepfid.similarity.learner import LocalSimilarity
+    from deepfid.models.local_similarity.detector import LocalSimilarity
     if request.param=='no masks': return LocalSimilarity(use_llsm=False, use_flm=False, size=64, pretrained=False).configure('tiny')
-    from deepfid.scoring import load
+    from deepfid.inference.scorer import load
     return load(request.param)
 
 @pytest.mark.parametrize('format', ['torch', 'onnx'])

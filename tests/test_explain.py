@@ -4,7 +4,7 @@ from torch import nn
 from deepfid.core import DeepfidError, Detector, Prediction
 from deepfid.explain import (METHODS, cam_picture, detector_cam, disagreement, find_layer, fit_map, grad_cam, map_scores, neighbour_accuracy, occlusion,
     overlay, plot_tsne, randomised, tsne)
-from deepfid.similarity.localize import SimilarityNet
+from deepfid.models.local_similarity.decoder import SimilarityNet
 
 class Net(nn.Module):
     "One convolution, the mean of each channel, one linear layer"

@@ -253,9 +253,9 @@ def test_mapping_follows_face_bands_and_outlier(faces):
 
 def test_every_step_takes_less_than_150_ms_of_the_processor(faces):
     import torch
-    from deepfid.fidelity.learner import DeepFidelity
-    from deepfid.siamese.learner import LiSiam
-    from deepfid.similarity.learner import LocalSimilarity
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    from deepfid.models.lisiam.detector import LiSiam
+    from deepfid.models.local_similarity.detector import LocalSimilarity
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     fidelity, similarity, siamese = (c().configure('tiny') for c in (DeepFidelity, LocalSimilarity, LiSiam))

@@ -9,9 +9,9 @@ from sklearn.base import clone
 from sklearn.svm import SVR
 
 from deepfid.core import DeepfidError, WeightsError
-from deepfid.fidelity.regressor import FidelityRegressor, RegressorError, rbf_kernel
-from deepfid.fidelity.ssaa import SSAA
-from deepfid.fidelity.ssaaformer import AttentionBlock, ConvBlock, SSAAFormer, ssaaformer_small, ssaaformer_tiny
+from deepfid.models.deepfidelity.regressor import FidelityRegressor, RegressorError, rbf_kernel
+from deepfid.models.deepfidelity.ssaa import SSAA
+from deepfid.models.deepfidelity.ssaaformer import AttentionBlock, ConvBlock, SSAAFormer, ssaaformer_small, ssaaformer_tiny
 
 SMALL = dict(depths=(2,1,1,1), dims=(16,16,32,32), head_dim=16)
 REF = Path(os.environ.get('DEEPFID_REFERENCE', ''))/'ssaaformer_tiny.safetensors'

@@ -4,7 +4,7 @@ import cv2, numpy as np, pandas as pd, pytest
 from deepfid.core import DeepfidError, ManifestError, WeightsError
 from deepfid.data.manifest import Manifest
 from deepfid.evaluate.metrics import auc
-from deepfid.fidelity.learner import DeepFidelity
+from deepfid.models.deepfidelity.detector import DeepFidelity
 
 def texture(rng, size=64):
     "A picture with detail everywhere"

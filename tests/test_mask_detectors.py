@@ -1,18 +1,18 @@
 "The two detectors with masks: what they are made of, what they keep, what they refuse; and the tables that compare them"
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
-from deepfid.backbone.xception import xception
+from deepfid.models.backbones import xception
 from deepfid.core import DeepfidError, ManifestError, Prediction, WeightsError, read_json, write_json
 from deepfid.data.manifest import Manifest, changed, dataloaders
 from deepfid.evaluate.metrics import MetricError, video_scores
-from deepfid.evaluate.protocols import Column, Row, Table, TableRun, score_mask
-from deepfid.siamese.learner import CLASSIFIES, LOCATES, LiSiam, poly, three_phases
-from deepfid.siamese.network import ABLATIONS
-from deepfid.similarity.learner import LocalSimilarity, SamplePlaces, similarity_picture
-from deepfid.similarity.llsm import LLSM, pair_target, sample_places
-from deepfid.similarity.localize import SimilarityNet, similarity_losses
-from deepfid.tables import deepfidelity as D, siamese as T, similarity as S
-from deepfid.tables.catalogue import TABLES
+from deepfid.experiments.runner import Column, Row, Table, TableRun, score_mask
+from deepfid.models.lisiam.detector import CLASSIFIES, LOCATES, LiSiam, poly, three_phases
+from deepfid.models.lisiam.network import ABLATIONS
+from deepfid.models.local_similarity.detector import LocalSimilarity, SamplePlaces, similarity_picture
+from deepfid.models.local_similarity.llsm import LLSM, pair_target, sample_places
+from deepfid.models.local_similarity.decoder import SimilarityNet, similarity_losses
+from deepfid.experiments import deepfidelity as D, lisiam as T, local_similarity as S
+from deepfid.experiments.catalogue import TABLES
 from deepfid.testing import tiny_manifest
 
 SMALL = dict(size=64)

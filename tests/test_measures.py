@@ -8,12 +8,12 @@ from deepfid.core import DataMissingError, DeepfidError, ImageError, WeightsErro
 from deepfid.data import degrade
 from deepfid.data.faces import align
 from deepfid.data.synth import camera, draw_face
-from deepfid.detector import differences
-from deepfid.fidelity.checkpoint import load_checkpoint, read_weights
-from deepfid.fidelity.ssaaformer import SSAAFormer
+from deepfid.models.base import differences
+from deepfid.models.deepfidelity.checkpoint import load_checkpoint, read_weights
+from deepfid.models.deepfidelity.ssaaformer import SSAAFormer
 from deepfid.quality import brisque as B
 from deepfid.quality.serfiq import (SERFIQ, arcface_loss, cost, embedder, load_embedder, load_serfiq, rescale, robustness, save_embedder)
-from deepfid.quality.statistics import pristine
+from deepfid.quality.niqe import pristine
 
 def has_brisque():
     root = data_dir()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, timm, torch
 from safetensors.torch import load_file
 from deepfid.core import DeepfidError
-from deepfid.fidelity.ssaaformer import (SSAAFormer, TokenOutput, VARIANTS, checkpoint_filter_fn, random_box, ssaaformer_tiny, swap_box)
+from deepfid.models.deepfidelity.ssaaformer import (SSAAFormer, TokenOutput, VARIANTS, checkpoint_filter_fn, random_box, ssaaformer_tiny, swap_box)
 
 COUNTS = {'ssaaformer_small': (21_034_314, 21_043_914), 'ssaaformer_small_dim64': (21_034_314, 21_043_914),
     'ssaaformer_small_plus': (23_521_610, 23_532_106), 'ssaaformer_small_plus_dim64': (23_521_610, 23_532_106),

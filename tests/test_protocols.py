@@ -4,7 +4,7 @@ import numpy as np, pytest
 from deepfid import cli
 from deepfid.core import DataMissingError, DeepfidError, Detector, Prediction
 from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, over_seeds
-from deepfid.evaluate.protocols import Column, Row, Table, TableRun, describe_code, describe_run, gains, markdown_table, run_tables, show_record, verdict
+from deepfid.experiments.runner import Column, Row, Table, TableRun, describe_code, describe_run, gains, markdown_table, run_tables, show_record, verdict
 from deepfid.testing import tiny_manifest
 
 calls = []
@@ -130,8 +130,8 @@ def test_other_rows_of_a_manifest_are_other_faces(manifests, tmp_path):
     assert a.key()!=b.key()!=m.key() and a.key()==m.where(method=['real', 'swap']).key()
 
 def test_recipe_and_preset_are_part_of_the_key(manifests, tmp_path, monkeypatch):
-    from deepfid.fidelity import learner
-    from deepfid.tables.deepfidelity import ablation
+    from deepfid.models.deepfidelity import detector as learner
+    from deepfid.experiments.deepfidelity import ablation
     key = lambda: TableRun(ablation, manifests, 1, 'tiny', tmp_path).key(ablation.rows[1], ('x',), 0)
     before = key()
     monkeypatch.setitem(learner.RECIPES['ours'], 'lr', 9.)
@@ -153,7 +153,7 @@ def test_table_that_needs_more_manifests(manifests, tmp_path):
 
 # -- the paper's tables --
 def test_every_table_of_the_paper_can_be_set_up(manifests, tmp_path):
-    from deepfid.tables.deepfidelity import TABLES
+    from deepfid.experiments.deepfidelity import TABLES
     assert {'intra', 'cross', 'ablation', 'quality', 'ranges', 'blocks'}<=set(TABLES)
     for t in TABLES.values():
         try: r = TableRun(t, {'x': manifests['x'], 'y': manifests['x']}, 1, 'tiny', tmp_path)
@@ -164,7 +164,7 @@ def test_every_table_of_the_paper_can_be_set_up(manifests, tmp_path):
         assert len({r.key(row, ('x', 'x'), 0) for row in t.rows})==len(t.rows), t.name
 
 def test_ranges_of_quality_hold_every_face_once(manifests):
-    from deepfid.tables.deepfidelity import by_quality, in_range
+    from deepfid.experiments.deepfidelity import by_quality, in_range
     t = manifests['x'].of('test').table.reset_index(drop=True)
     columns = by_quality(['x'])
     for part in (columns[:8], columns[8:]): assert (sum(c.only(t).astype(int) for c in part)==1).all()
@@ -210,7 +210,7 @@ def test_detector_whose_saving_was_cut_off_is_trained_again(manifests, tmp_path)
 
 def test_a_mask_that_looks_at_nothing_is_the_mark_to_beat():
     from deepfid.data.manifest import Manifest
-    from deepfid.evaluate.protocols import blind_mask, score_mask
+    from deepfid.experiments.runner import blind_mask, score_mask
     m = tiny_manifest()
     fakes = {s: m.where(split=s, label=0) for s in ('train', 'test')}
     always = np.mean([fakes['train'].mask(i) for i in range(len(fakes['train']))], 0)
@@ -220,7 +220,7 @@ def test_a_mask_that_looks_at_nothing_is_the_mark_to_beat():
     assert blind_mask(m, Manifest(m.table.assign(mask=''), m.folder)) is None
 
 def test_rows_that_depend_on_the_networks_size(manifests, tmp_path):
-    from deepfid.tables.deepfidelity import TABLES
+    from deepfid.experiments.deepfidelity import TABLES
     def rows(preset, **kw): return list(TableRun(TABLES['blocks'], {'x': manifests['x'], 'y': manifests['x']}, 1, preset, tmp_path, **kw).rows)
     assert rows('tiny')==[f'{n} blocks' for n in range(5)] and rows('full')==[f'{n} blocks' for n in range(16)]
     assert rows('full', arch='ssaaformer_small')[-1]=='7 blocks'

@@ -5,7 +5,7 @@ from safetensors.numpy import save
 from scipy.stats import spearmanr
 from deepfid.core import DeepfidError, Face, ImageError, WeightsError
 from deepfid.quality.mapping import FidelityMapping
-from deepfid.quality.statistics import NIQE, aggd_fit, load_niqe, luma, mscn, neighbour_product, niqe_features, patch_sums
+from deepfid.quality.niqe import NIQE, aggd_fit, load_niqe, luma, mscn, neighbour_product, niqe_features, patch_sums
 
 
 def scene(seed, size=112):
@@ -140,7 +140,7 @@ def test_files(niqe, scenes, tmp_path):
 
 def test_the_packaged_fit():
     from deepfid.data import degrade
-    from deepfid.quality.statistics import pristine
+    from deepfid.quality.niqe import pristine
     niqe, faces = load_niqe('synth'), [pristine(500 + i, 112) for i in range(8)]
     good, bad = niqe.score(faces), niqe.score([degrade.blur(f, 2) for f in faces])
     assert (good > bad).all() and niqe.about['images'] >= 100

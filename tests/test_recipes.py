@@ -7,9 +7,9 @@ from sklearn.linear_model import Ridge
 from deepfid.core import DeepfidError, ManifestError
 from deepfid.data.manifest import FaceLoader, FaceSet, Manifest
 from deepfid.evaluate.metrics import auc
-from deepfid.fidelity.learner import DeepFidelity
-from deepfid.fidelity.training import (RECIPES, SCHEDULES, ImageNetAugment, TokenLoss, centre_crop, decay_split, warm_up_of_five)
-from deepfid.fidelity.ssaaformer import SSAAFormer, TokenOutput
+from deepfid.models.deepfidelity.detector import DeepFidelity
+from deepfid.models.deepfidelity.recipes import (RECIPES, SCHEDULES, ImageNetAugment, TokenLoss, centre_crop, decay_split, warm_up_of_five)
+from deepfid.models.deepfidelity.ssaaformer import SSAAFormer, TokenOutput
 
 SMALL = dict(size=64, bs=20)
 
@@ -109,7 +109,7 @@ def test_wrong_settings_are_refused(manifest, asked, says):
     assert '\n' not in str(e.value)
 
 def test_bf16_where_it_is_only_imitated_says_so(manifest, monkeypatch):
-    monkeypatch.setattr('deepfid.training.computes_bf16', lambda device: False)
+    monkeypatch.setattr('deepfid.models.callbacks.computes_bf16', lambda device: False)
     with pytest.warns(UserWarning, match="leave it out"): DeepFidelity(epochs=1, amp='bf16', **SMALL).fit(manifest, 'tiny')
 
 def test_bf16_trains(manifest):
@@ -231,8 +231,8 @@ def test_each_forger_fills_the_band_for_itself(manifest, trained, tmp_path):
     with pytest.raises(DeepfidError, match='True or False'): DeepFidelity(by_forger=1).configure('tiny')
 
 def test_the_regressor_for_many_rows_is_kept(manifest, trained, tmp_path):
-    from deepfid.fidelity.deploy import graph_of
-    from deepfid.fidelity.regressor import ApproxRegressor
+    from deepfid.models.deepfidelity.fused import graph_of
+    from deepfid.models.deepfidelity.regressor import ApproxRegressor
     many = trained.refit(manifest, ApproxRegressor(components=20, random_state=0))
     again = DeepFidelity.load(many.save(tmp_path/'many'))
     assert isinstance(again.regressor, ApproxRegressor)
@@ -256,7 +256,7 @@ def test_two_processes_train_one_network(manifest, tmp_path):
         torch.set_num_threads(1)
         from fastai.callback.core import Callback
         from deepfid.data.manifest import Manifest
-        from deepfid.fidelity.learner import DeepFidelity
+        from deepfid.models.deepfidelity.detector import DeepFidelity
         m = Manifest.read({str(manifest.folder/'manifest.csv')!r})
         class Within(Callback): # the learner's own context must not undo ours
             def before_fit(self): self.learn.distrib_ctx().__enter__()

@@ -10,7 +10,7 @@ from sklearn.utils.estimator_checks import check_estimator, check_regressors_tra
 from safetensors.numpy import load_file, save_file
 
 from deepfid.core import WeightsError
-from deepfid.fidelity.regressor import (MAPS, ApproxRegressor, FidelityRegressor, RegressorError, benchmark_predict, kernel_width,
+from deepfid.models.deepfidelity.regressor import (MAPS, ApproxRegressor, FidelityRegressor, RegressorError, benchmark_predict, kernel_width,
     load_regressor, pick_rows)
 
 pytestmark = pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
@@ -46,7 +46,7 @@ def test_batches_do_not_matter(fitted, kind):
 
 def test_blocks_do_not_matter(fitted, monkeypatch):
     want = fitted['exact'].predict(Z)
-    monkeypatch.setattr('deepfid.fidelity.regressor.BLOCK', 10)
+    monkeypatch.setattr('deepfid.models.deepfidelity.regressor.BLOCK', 10)
     np.testing.assert_allclose(fitted['exact'].predict(Z), want, atol=1e-12)
 
 @pytest.mark.parametrize('kw', [dict(gamma=1e6), dict(C=1e9, epsilon=0, max_iter=100_000)])

@@ -3,10 +3,10 @@ import csv, io, itertools, json, os, shutil, signal, subprocess, sys, time
 import cv2, numpy as np, pytest
 from PIL import Image
 import deepfid
-from deepfid import scoring
+from deepfid.inference import scorer as scoring
 from deepfid.core import DeepfidError, Detector, ImageError, NoFaceError, Prediction, WeightsError
 from deepfid.data.faces import Detection
-from deepfid.scoring import ResultsFile, Scorer, ScoredFile, load, prefetch, read_photo, read_results, score, trust_ranges, write_report
+from deepfid.inference.scorer import ResultsFile, Scorer, ScoredFile, load, prefetch, read_photo, read_results, score, trust_ranges, write_report
 
 POINTS = np.float32([[38, 52], [74, 52], [56, 72], [42, 92], [71, 92]])
 
@@ -40,7 +40,7 @@ def album(tmp_path):
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     "An untrained DeepFidelity, saved"
-    from deepfid.fidelity.learner import DeepFidelity
+    from deepfid.models.deepfidelity.detector import DeepFidelity
     return DeepFidelity(mapping=None, seed=3).configure('tiny').save(tmp_path_factory.mktemp('scoring')/'model')
 
 def test_bundled_detectors_come_from_the_package_only(saved, tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_ctrl_c_keeps_what_is_done(many, saved, tmp_path):
 def test_memory_does_not_grow_with_the_number_of_files(data, saved, many):
     code = f'''if True:
         import resource, sys, itertools
-        from deepfid.scoring import Scorer, items_of
+        from deepfid.inference.scorer import Scorer, items_of
         scorer, peak = Scorer({str(saved)!r}), []
         for k, _ in enumerate(scorer.stream(itertools.chain.from_iterable(itertools.repeat(list(items_of({str(many)!r})), 4)))):
             if k in (100, 390): peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
@@ -303,7 +303,7 @@ def test_a_long_report_shows_the_most_suspicious_and_says_so(tmp_path):
     assert page.count('class="card"')==5 and '(5 of 30)' in page and all(f'<b>{i}.png</b>' in page for i in range(1, 6))
 
 def test_without_a_finder_nothing_is_counted_as_done(saved, tmp_path, monkeypatch):
-    from deepfid import scoring
+    from deepfid.inference import scorer as scoring
     from deepfid.core import DataMissingError
     def gone(): raise DataMissingError('no finder')
     monkeypatch.setattr(scoring, 'FaceFinder', gone)

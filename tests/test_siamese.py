@@ -4,11 +4,11 @@ from torch import nn
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
 from deepfid.data import degrade as stills
-from deepfid.siamese import degrade as batches
-from deepfid.siamese.degrade import ACCIDENTS, DegradeBatch, shuffle_patches, shuffled
-from deepfid.siamese.network import ABLATIONS, IGNORE, TERMS, LiSiamNet, SiamOutput, invariance_loss, map_loss, map_side, siamese_losses
-from deepfid.siamese.ocr import OCR, ObjectAttention, gather_regions
-from deepfid.siamese.transformer import SCUS, MaskGuidedTransformer, SqueezeExcite, attend, scu, split_by_mask
+from deepfid.models.lisiam import degradation as batches
+from deepfid.models.lisiam.degradation import ACCIDENTS, DegradeBatch, shuffle_patches, shuffled
+from deepfid.models.lisiam.network import ABLATIONS, IGNORE, TERMS, LiSiamNet, SiamOutput, invariance_loss, map_loss, map_side, siamese_losses
+from deepfid.models.lisiam.ocr import OCR, ObjectAttention, gather_regions
+from deepfid.models.lisiam.transformer import SCUS, MaskGuidedTransformer, SqueezeExcite, attend, scu, split_by_mask
 
 def weights(m): return sum(p.numel() for p in m.parameters())
 def still(net): # no dropout, stored statistics, gradients

@@ -3,9 +3,9 @@ import math
 import numpy as np, pytest, torch
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
-from deepfid.backbone.xception import xception
-from deepfid.similarity.localize import CLAFFM, LEVELS, Decoder, SimilarityNet, similarity_losses
-from deepfid.similarity.llsm import LLSM, benchmark, check_memory, cosine_logits, pair_memory, pair_target, peak_bytes
+from deepfid.models.backbones import xception
+from deepfid.models.local_similarity.decoder import CLAFFM, LEVELS, Decoder, SimilarityNet, similarity_losses
+from deepfid.models.local_similarity.llsm import LLSM, benchmark, check_memory, cosine_logits, pair_memory, pair_target, peak_bytes
 
 # -- two forms of one map --
 @pytest.mark.parametrize('kw', [dict(), dict(hidden=0), dict(hidden=1), dict(hidden=5), dict(chunk=1), dict(chunk=9), dict(chunk=1000)])
@@ -118,7 +118,7 @@ def test_symmetric_in_both_forms():
     assert torch.allclose(llsm(x), llsm.forward_pairs(x), atol=1e-5)
 
 def test_free_memory_bounds_what_is_taken(monkeypatch):
-    monkeypatch.setattr('deepfid.similarity.llsm.free_memory', lambda device: 4*64**2*2*3.) # for two pictures, with gradients
+    monkeypatch.setattr('deepfid.models.local_similarity.llsm.free_memory', lambda device: 4*64**2*2*3.) # for two pictures, with gradients
     llsm, x = LLSM(4, hidden=2), torch.randn(3, 4, 8, 8)
     llsm(x[:2])
     with pytest.raises(DeepfidError, match='3 pictures'): llsm(x)
