@@ -6,6 +6,8 @@ DATA ?=
 DEMO_FLAGS ?=
 # A Python >= 3.11 to build the environment with; empty = look for one
 PYTHON ?=
+# How many processes run pytest
+PY_WORKERS ?= 2
 # How many notebooks are tested at a time, and which (a notebook or a folder)
 NB_WORKERS ?= 2
 NB ?= nbs
@@ -24,7 +26,7 @@ READY := $(VENV)/.ready-$(firstword $(shell (cat settings.ini setup.py constrain
 QUIET := PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 NBENV := $(QUIET) OMP_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help setup demo bundle test test-notebooks test-python lab export docs run clean
+.PHONY: help setup demo bundle check test test-notebooks test-python lab export docs site run clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -32,17 +34,22 @@ help: ## This list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 
-demo: $(READY) ## Draw, forge, train, score, report to out/demo (DATA=london or DATA=portraits: on real faces)
+demo: $(READY) ## Synthesise, forge, train, score, report to out/demo (DATA=london or DATA=portraits: on real faces)
 	@$(BIN)/deepfid demo $(if $(DATA),--data $(DATA)) $(DEMO_FLAGS)
 
-test: test-notebooks test-python ## Run every notebook (cells flagged slow or cuda left out), then pytest
+check: $(READY) ## Lint (ruff), types (pyright), notebooks in order: seconds, before the tests
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/python .ci/notebooks.py check
 
-test-notebooks: $(READY) ## Only the notebooks (NB=nbs/lib/core.ipynb: one of them)
+test: check test-notebooks test-python ## Check, run every notebook (cells flagged slow or cuda left out), then pytest
+
+test-notebooks: $(READY) ## Only the notebooks (NB=nbs/02_forge.ipynb: one of them)
 	@test -e "$(NB)" || { echo "NB=$(NB): no such notebook or folder" >&2; exit 1; }
 	@$(NBENV) $(BIN)/nbdev-test $(NB) --n-workers $(NB_WORKERS) --do-print --timing
 
 test-python: $(READY) ## Only pytest (PYTEST_FLAGS="-k house": some of it)
-	@$(QUIET) MPLBACKEND=agg $(BIN)/python -m pytest tests $(PYTEST_FLAGS)
+	@$(QUIET) OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest tests -n $(PY_WORKERS) --durations 10 $(PYTEST_FLAGS)
 
 bundle: $(READY) ## Train the bundled detectors from nothing, and put them into the package (hours on a CPU)
 	@$(BIN)/python -m deepfid.experiments.bundle --install
@@ -53,13 +60,16 @@ lab: $(READY) ## JupyterLab on the notebooks
 export: $(READY) ## Write the modules from the notebooks
 	@$(BIN)/nbdev-export
 
-run: $(READY) ## Execute notebooks and keep their outputs, cleaned (NB=nbs/lib/core.ipynb)
+run: $(READY) ## Execute notebooks and keep their outputs, cleaned (NB=nbs/02_forge.ipynb)
 	@$(BIN)/python .ci/notebooks.py run $(NB)
 
 docs: $(READY) ## After an edit: clean the notebooks, export the modules, render README.md
 	@$(BIN)/python .ci/notebooks.py clean
 	@$(BIN)/nbdev-export
 	@$(BIN)/python .ci/notebooks.py readme
+
+site: $(READY) ## Build the documentation site into out/site (offline; warnings are errors)
+	@$(BIN)/python .ci/docs_site.py --check
 
 setup: $(READY) ## Only the environment, in .venv
 	@:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, IMAGES = ROOT/'nbs', 'images'
-MAX_KB, MAX_LINES = 400, 30
+MAX_KB, MAX_LINES = 400, {'lib': 60} # lines of a cell without a class; in a lesson 30
+MAX_WIDTH = {'lib': 120} # characters of a line of code; of a lesson, which is read in a browser, 100
+MAX_LESSONS, MAX_LINES_BEFORE_PROSE = 26, 12
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 def notebooks():
-    "Every notebook of the project, in the order of the story"
+    "Every notebook of the project: lessons and index, then `lib` and `tutorials`"
     return sorted(p for p in NBS.rglob('*.ipynb') if not any(s[0] in '._' for s in p.relative_to(NBS).parts))
 
 def read(path): return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -114,13 +116,31 @@ def _structure(nb, path):
     first = nb['cells'][0] if nb['cells'] else {'cell_type': 'code', 'source': ''}
     if first['cell_type'] != 'markdown' or not re.match(r'# \S.*\n+> \S', source(first)):
         yield 'the first cell must be a title (# ...) and a one-line promise (> ...)'
-    exps = [d['default_exp'] for c in code(nb) if 'default_exp' in (d := directives(c))]
-    module = re.match(r'\d+[a-z]?_(.+)', path.stem)
-    if module and exps != [module[1]]: yield f'must have one `#| default_exp {module[1]}`, not {exps}'
-    if not module and exps: yield 'has no number, so it is no module and exports nothing'
+    yield from _module(nb, path)
+    width, most = MAX_WIDTH.get(path.parent.name, 100), MAX_LINES.get(path.parent.name, 30)
     for c in code(nb):
-        n = source(c).count('\n') + 1
-        if n > MAX_LINES: yield f"cell {c['id']} has {n} lines of code, more than {MAX_LINES}"
+        lines = source(c).split('\n')
+        whole_class = 'export' in ' '.join(directives(c)) and any(l.startswith(('class ', '@dataclass')) for l in lines)
+        if len(lines) > most and not whole_class:
+            yield f"cell {c['id']} has {len(lines)} lines of code, more than {most}"
+        if wide := [l for l in lines if len(l) > width]:
+            yield f"cell {c['id']} has a line of {len(wide[0])} characters, more than {width}: {wide[0].strip()[:40]}"
+
+def _module(nb, path):
+    "What is wrong with what `nb` exports: lib/NAME.ipynb writes the module NAME, a lesson NN_name.ipynb any module"
+    exps = [d['default_exp'] for c in code(nb) if 'default_exp' in (d := directives(c))]
+    if path.parent.name == 'lib':
+        if exps != [path.stem]: yield f'must have one `#| default_exp {path.stem}`, not {exps}'
+        return
+    lesson = re.match(r'\d\d_\w+$', path.stem)
+    if lesson and len(exps) != 1: yield f'a lesson exports to a module: one `#| default_exp`, not {exps}'
+    if not lesson and exps: yield 'has no number, so it is no lesson and exports nothing'
+    before = 0
+    for c in nb['cells'][1:]:
+        if c['cell_type'] == 'markdown': break
+        before += source(c).count('\n') + 1
+    if lesson and before > MAX_LINES_BEFORE_PROSE:
+        yield f'{before} lines of code stand before the first sentence, more than {MAX_LINES_BEFORE_PROSE}'
 
 def _outputs(nb):
     "What is wrong with the outputs of `nb`"

@@ -1,7 +1,15 @@
-__version__ = "0.1.0"
+"Deepfake detection: three published detectors, built from their parts"
+__version__ = "0.2.0"
+
+# Modules and packages in the order in which they may use each other: imports go from later to earlier only.
+IMPORT_ORDER = ('core', 'io', 'parallel', 'plotting', 'data', 'quality', 'models', 'evaluate', 'explain', 'export', 'inference',
+                'experiments', 'explore', 'doctor', 'commands', 'cli', 'testing')
+
+_LAZY = {'load': 'inference.hub', 'score': 'inference.scorer', 'list_detectors': 'models.registry',
+         'list_tables': 'experiments.registry', 'list_figures': 'experiments.registry'}
 
 def __getattr__(name):
-    "`deepfid.load` and `deepfid.score`, imported when they are asked for"
-    if name not in ('load', 'score'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from .inference import scorer
-    return getattr(scorer, name)
+    "Import `load`, `score` and the lists of names when they are asked for"
+    if name not in _LAZY: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+    return getattr(import_module(f'{__name__}.{_LAZY[name]}'), name)

@@ -1,40 +1,27 @@
-"Xception: timm's network, at every depth, at every size"
+"Backbones: timm's Xception at every depth and size, pretrained weights, one protocol for all networks"
 import pytest, timm, torch
-from deepfid.models.backbones import STAGES, STRIDED, Xception, load_pretrained, xception
+from deepfid.models.backbones import XCEPTION_STAGES, Xception, create_backbone, load_pretrained, xception
 from deepfid.core import DeepfidError, WeightsError
 
-TABLE = {299: (147, 74, 37, 19, 10, 10), 256: (125, 63, 32, 16, 8, 8), 224: (109, 55, 28, 14, 7, 7)} # act2, block1, block2, block3..11, block12, act4
-WHERE = ('act2', 'block1', 'block2', 'block7', 'block12', 'act4')
+SIZES = {299: (147, 74, 37, 19, 10, 10), 256: (125, 63, 32, 16, 8, 8), 224: (109, 55, 28, 14, 7, 7)} # act2, block1, block2, block3..11, block12, act4
+SHOWN = ('act2', 'block1', 'block2', 'block7', 'block12', 'act4')
 
-def sides(size, **kw):
+def map_sizes(size, **kw):
     net = Xception(width=.01, **kw).eval()
-    with torch.no_grad(): return {k: v.shape[2] for k, v in net(torch.zeros(1, 3, size, size), STAGES[:STAGES.index(net.last)+1]).items()}
+    with torch.no_grad(): return {k: v.shape[2] for k, v in net(torch.zeros(1, 3, size, size), net.stages).items()}
 
-@pytest.mark.parametrize('size', TABLE)
-def test_sides(size):
-    found = sides(size)
-    assert tuple(found[k] for k in WHERE)==TABLE[size] and len({found[f'block{i}'] for i in range(3, 12)})==1
-
-@pytest.mark.parametrize('size, side', [(299, 149), (256, 127), (224, 111)])
-def test_first_convolution_has_no_padding(size, side): assert Xception(width=.01).conv1(torch.zeros(1, 3, size, size)).shape[2]==side
-
-@pytest.mark.parametrize('size, places', [(38, 1), (39, 4)])
-def test_the_smallest_picture_that_is_taken_has_several_places_at_the_end(size, places, monkeypatch):
-    if size<39:
-        with pytest.raises(DeepfidError, match='39x39'): sides(size)
-        monkeypatch.setattr('deepfid.models.backbones.LEAST', 1)
-    assert sides(size)['act4']**2==places
+@pytest.mark.parametrize('size', SIZES)
+def test_map_sizes(size):
+    found = map_sizes(size)
+    assert tuple(found[k] for k in SHOWN)==SIZES[size] and len({found[f'block{i}'] for i in range(3, 12)})==1
 
 def test_channels():
     with torch.device('meta'):
         net = Xception()
-        out = net(torch.zeros(1, 3, 64, 64), STAGES)
-    assert [out[k].shape[1] for k in WHERE]==[64, 128, 256, 728, 1024, 2048]
+        out = net(torch.zeros(1, 3, 64, 64), XCEPTION_STAGES)
+    assert [out[k].shape[1] for k in SHOWN]==[64, 128, 256, 728, 1024, 2048]
 
-@pytest.mark.parametrize('destride, side', [((), 10), (('block3',), 19), (('block12',), 19), (('block3', 'block12'), 37)])
-def test_destriding(destride, side): assert sides(299, destride=destride, last='block12')['block12']==side
-
-def test_small_preset_gives_sixteen(): assert sides(128, destride=('block3', 'block12'), last='block12')['block12']==16 and sides(128)['block7']==8
+def test_small_preset_gives_sixteen(): assert map_sizes(128, destride=('block3', 'block12'), last='block12')['block12']==16 and map_sizes(128)['block7']==8
 
 @pytest.fixture(scope='module')
 def theirs():
@@ -50,26 +37,18 @@ def test_timm_weights_fit_whatever_the_strides(theirs, destride):
         torch.testing.assert_close(net(x, ['block2'])['block2'].relu(), theirs.forward_intermediates(x, intermediates_only=True)[2], atol=1e-4, rtol=1e-4)
         assert net(x).shape[-1]==(8 if destride else theirs.forward_features(x).shape[-1])
 
-def test_every_depth_is_timms(theirs):
-    net, x = Xception().eval(), torch.randn(2, 3, 75, 75)
-    net.load_state_dict(theirs.state_dict())
-    with torch.no_grad():
-        maps = theirs.forward_intermediates(x, intermediates_only=True)
-        for stage, m in zip(('act2', 'block1', 'block2', 'block11', 'act4'), maps): torch.testing.assert_close(net(x, [stage])[stage].relu(), m, atol=1e-4, rtol=1e-4)
-
 def test_a_tap_is_not_changed_by_what_follows():
     net, x = Xception(width=.1).eval(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        alone, together = {s: net(x, [s])[s] for s in STAGES}, net(x, STAGES)
-    for s in STAGES: assert torch.equal(alone[s], together[s]), s
+        alone, together = {s: net(x, [s])[s] for s in net.stages}, net(x, net.stages)
+    for s in net.stages: assert torch.equal(alone[s], together[s]), s
 
-def test_packaged_weights_of_the_slim_network():
+def test_packaged_weights_of_the_quarter_width_network():
     net, whole = xception('tiny', pretrained=True, destride=('block3', 'block12'), last='block12'), xception('tiny', pretrained=True)
-    fresh = xception('tiny')
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in net.state_dict().items())
-    assert not torch.equal(fresh.conv1.weight, whole.conv1.weight) and all(v.isfinite().all() for v in whole.state_dict().values())
+    assert not torch.equal(xception('tiny').conv1.weight, whole.conv1.weight) and all(v.isfinite().all() for v in whole.state_dict().values())
 
-def test_what_is_not_wanted_is_not_built():
+def test_stages_after_the_last_are_not_built():
     net = Xception(width=.1, last='block7')
     assert not hasattr(net, 'block8') and not hasattr(net, 'conv3')
 
@@ -77,12 +56,28 @@ def test_imagenet_weights(monkeypatch, theirs):
     monkeypatch.setattr(timm, 'create_model', lambda *a, **k: theirs)
     assert torch.equal(xception('full', pretrained=True).conv1.weight, theirs.conv1.weight)
     with pytest.raises(WeightsError, match='full width'): load_pretrained(Xception(width=.5))
+    with pytest.raises(WeightsError, match='three input channels'): load_pretrained(Xception(in_chans=4))
     def offline(*a, **k): raise ConnectionError
     monkeypatch.setattr(timm, 'create_model', offline)
     with pytest.raises(WeightsError, match='could not be fetched'): load_pretrained(Xception())
 
-@pytest.mark.parametrize('make, says', [(lambda: Xception(last='fc'), 'choose one of'), (lambda: Xception(destride=('block4',)), 'does not halve'),
-    (lambda: Xception(width=.1)(torch.zeros(1, 3, 20, 64)), 'at least 39x39'), (lambda: Xception(width=.1)(torch.zeros(3, 64, 64)), 'batch'),
-    (lambda: Xception(width=.1, last='block2')(torch.zeros(1, 3, 64, 64), ['block3']), "no stage 'block3'"), (lambda: xception('huge'), "'tiny'")])
-def test_refused(make, says):
-    with pytest.raises(DeepfidError, match=says): make()
+# -- one protocol --
+@pytest.mark.parametrize('name, kw, channels, reduction', [
+    ('xception', {}, [64, 128, 256, 728, 2048], [2, 4, 8, 16, 32]),
+    ('xception_tiny', dict(destride=('block3', 'block12'), last='block12', stages=('block4', 'block12')), [184, 256], [8, 8]),
+    ('tf_efficientnet_lite0', {}, [16, 24, 40, 112, 320], [2, 4, 8, 16, 32]), ('tf_efficientnet_lite0', dict(out_indices=(1, 3)), [24, 112], [4, 16]),
+    ('ssaaformer_tiny', {}, [16, 32, 96, 128], [4, 8, 16, 32])])
+def test_stage_maps(name, kw, channels, reduction):
+    net = create_backbone(name, **kw).eval()
+    with torch.no_grad(): maps = net(torch.randn(1, 3, 128, 128))
+    assert [m.shape[1] for m in maps]==channels==net.feature_info.channels() and net.feature_info.reduction()==reduction
+    assert all(abs(m.shape[2]-128/r)<=3 for m, r in zip(maps, reduction)) # Xception's first convolutions have no padding
+
+def test_pretrained_stage_maps_are_xceptions():
+    x, net = torch.randn(1, 3, 64, 64), xception('tiny', pretrained=True).eval()
+    with torch.no_grad(): assert torch.equal(create_backbone('xception_tiny', pretrained=True).eval()(x)[-1], net(x))
+
+@pytest.mark.parametrize('make, message', [(lambda: Xception(last='fc'), "last='fc'"), (lambda: Xception(destride=('block4',)), "destride='block4'"),
+    (lambda: xception('huge'), "'tiny'"), (lambda: create_backbone('resnet5000'), "no backbone 'resnet5000'"), (lambda: create_backbone('xception_tiny', stages=('block13',)), "stage='block13'")])
+def test_refused(make, message):
+    with pytest.raises(DeepfidError, match=message): make()

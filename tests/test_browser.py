@@ -1,4 +1,4 @@
-"The explorers in a person's hands: a real JupyterLab in a real browser, sliders dragged, places clicked, a file dropped"
+"The explorers in a person's hands: a real JupyterLab in a real browser, sliders dragged, positions clicked, a file dropped"
 import os, re, shutil, signal, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import nbformat, pytest
@@ -15,29 +15,27 @@ START = '''
 import numpy as np, torch
 torch.set_num_threads(1)
 from deepfid.core import Detector, Prediction
-from deepfid.data.faces import align
-from deepfid.data.synth import draw_face
-from deepfid.explore.evaluation import EvaluationExplorer, MappingExplorer, quality_bands
+from deepfid.data.faces import align_face
+from deepfid.data.synth import synthetic_face
+from deepfid.explore.evaluation import EvaluationExplorer, MappingExplorer, quality_groups
 from deepfid.explore.forgery import ForgeryExplorer
-from deepfid.explore.maps import InvarianceExplorer, SimilarityExplorer, SSAAExplorer, layer_maps
+from deepfid.explore.maps import InvarianceExplorer, SimilarityExplorer, SSAAExplorer, layer_feature_maps
 from deepfid.explore.score import ScoreExplorer
-from deepfid.models.deepfidelity.detector import DeepFidelity
+from deepfid.models.registry import get_detector_class
 from deepfid.quality.niqe import load_niqe
-from deepfid.models.lisiam.detector import LiSiam
-from deepfid.models.local_similarity.detector import LocalSimilarity
-faces = {f'drawn {s}': align(draw_face(s), 112) for s in (11, 12)}
-fidelity, similarity, siamese = (kind().configure('tiny') for kind in (DeepFidelity, LocalSimilarity, LiSiam))
+faces = {f'synthetic {s}': align_face(synthetic_face(s), 112) for s in (11, 12)}
+deepfidelity, similarity, lisiam = (get_detector_class(name)().configure('tiny') for name in ('deepfidelity', 'local_similarity', 'lisiam'))
 niqe, rng, label = load_niqe('synth'), np.random.default_rng(0), np.arange(200)%2
 quality = rng.uniform(-60, -5, 200)
-class Grey(Detector): # networks that were not trained mark everything alike
+class BrightnessDetector(Detector): # networks that were not trained predict the same mask for every face
     def predict(self, faces, batch_size=32): return [Prediction(f.mean()/255, f.mean(2)/255) for f in faces]
 '''
 CELLS = dict(
-    score="ScoreExplorer({'DeepFidelity': fidelity, 'local similarity': similarity, 'LiSiam': siamese}, faces, niqe)",
+    score="ScoreExplorer({'DeepFidelity': deepfidelity, 'LocalSimilarity': similarity, 'LiSiam': lisiam}, faces, niqe)",
     forgery='ForgeryExplorer()', similarity='SimilarityExplorer(similarity, faces)',
-    invariance="InvarianceExplorer({'LiSiam': siamese, 'grey': Grey()}, faces)",
-    mirror='SSAAExplorer(faces, dict(zip(faces, layer_maps(fidelity, list(faces.values())))))',
-    evaluation="EvaluationExplorer(rng.normal(.35+.3*label, .25), label, .5, {'quality': quality_bands(quality)})",
+    invariance="InvarianceExplorer({'LiSiam': lisiam, 'brightness': BrightnessDetector()}, faces)",
+    mirror="SSAAExplorer(faces, dict(zip(faces, layer_feature_maps(deepfidelity.model, list(faces.values()), 'blocks1.0.attn'))))",
+    evaluation="EvaluationExplorer(rng.normal(.35+.3*label, .25), label, .5, {'quality': quality_groups(quality)})",
     mapping='MappingExplorer(niqe, {k: f.image for k, f in faces.items()}, quality, label)')
 
 SETTINGS = {'notebook-extension/tracker': '{"windowingMode": "none"}', 'apputils-extension/notification': '{"fetchNews": "false", "checkForUpdates": false}'}
@@ -70,7 +68,7 @@ def lab(tmp_path_factory):
         except subprocess.TimeoutExpired: server.kill()
 
 def _answering(address, server, log):
-    "The address, once somebody is at home"
+    "The address, once the server answers"
     for _ in range(PATIENCE//500):
         if server.poll() is not None: break
         try:
@@ -114,8 +112,8 @@ class Hand:
         self.page, self.name, self.folder = page, name, folder
         self.cell = page.locator('.jp-CodeCell').nth(1+list(CELLS).index(name)).locator('.jp-OutputArea')
         self.cell.scroll_into_view_if_needed()
-        self.words = self.cell.locator('.widget-html-content').last
-        self.words.wait_for()
+        self.status = self.cell.locator('.widget-html-content').last
+        self.status.wait_for()
         self.shoot('before')
 
     def control(self, label): return self.cell.locator('.jupyter-widgets').filter(has=self.page.locator(f'.widget-label:text-is("{label}")')).last
@@ -132,14 +130,14 @@ class Hand:
 
     def changes(self, what, act):
         "Do something, and wait until something else has changed for it"
-        if picture := what!='words': target, before = self.cell.locator('img').nth(what), self.cell.locator('img').nth(what).get_attribute('src')
-        else: target, before = self.words, self.words.inner_text()
+        if is_image := what!='status': target, before = self.cell.locator('img').nth(what), self.cell.locator('img').nth(what).get_attribute('src')
+        else: target, before = self.status, self.status.inner_text()
         act()
-        (expect(target).not_to_have_attribute('src', before) if picture else expect(target).not_to_have_text(before))
-        return self.words.inner_text()
+        (expect(target).not_to_have_attribute('src', before) if is_image else expect(target).not_to_have_text(before))
+        return self.status.inner_text()
 
     def shoot(self, when):
-        self.page.wait_for_timeout(300) # for the picture to be painted
+        self.page.wait_for_timeout(300) # until the image is painted
         self.cell.screenshot(path=self.folder/f'explorer-{self.name}-{when}.png')
 
 @pytest.fixture
@@ -156,53 +154,53 @@ def test_nothing_went_wrong_on_the_page(page):
 
 def test_score_follows_the_slider_and_refuses_a_text(hand, tmp_path):
     h = hand('score')
-    assert 'DeepFidelity' in h.words.inner_text()
+    assert 'DeepFidelity' in h.status.inner_text()
     h.changes(0, lambda: h.drag('JPEG', .05))
     h.shoot('after')
     (tmp_path/'notes.txt').write_text('hello')
     def drop():
         with h.page.expect_file_chooser() as chooser: h.cell.get_by_role('button', name='your photo').click()
         chooser.value.set_files(tmp_path/'notes.txt')
-    assert 'notes.txt: is not a picture' in h.changes('words', drop)
+    assert 'notes.txt: is not an image' in h.changes('status', drop)
     h.shoot('refused')
-    assert 'fidelity' in h.changes('words', lambda: h.drag('blur', .5))
+    assert 'fidelity' in h.changes('status', lambda: h.drag('blur', .5))
 
-def test_forgery_is_drawn_anew(hand):
+def test_forgery_is_made_anew(hand):
     h = hand('forgery')
     before = h.changes(0, lambda: h.control('forger').locator('select').select_option('reenact'))
-    assert 'DIFF' in h.changes('words', lambda: h.drag('strength', .95)) != before
+    assert 'DIFF' in h.changes('status', lambda: h.drag('strength', .95)) != before
     h.shoot('after')
 
-def test_a_clicked_place_asks_the_map(hand):
+def test_a_clicked_position_shows_its_row(hand):
     h = hand('similarity')
     def colours(): return h.cell.locator('.widget-gridbox button').evaluate_all('all => all.map(b => getComputedStyle(b).backgroundColor)')
-    before, said = colours(), h.changes('words', lambda: h.cell.locator('.widget-gridbox button').nth(36).click())
-    assert len(before) == 64 and said.startswith('row 5, column 5')
-    h.changes('words', lambda: h.cell.get_by_role('button', name='true').click())
+    before, status = colours(), h.changes('status', lambda: h.cell.locator('.widget-gridbox button').nth(36).click())
+    assert len(before) == 64 and status.startswith('row 5, column 5')
+    h.changes('status', lambda: h.cell.get_by_role('button', name='true').click())
     h.changes(0, lambda: h.drag('x', .3))
     assert colours() != before and len(set(colours())) > 1
     h.shoot('after')
 
-def test_one_copy_is_spoiled(hand):
+def test_one_copy_is_degraded(hand):
     h = hand('invariance')
-    assert 'LiSiam: mean |difference| 0.000' in h.words.inner_text()
-    assert 'grey: mean |difference| 0.000' not in h.changes('words', lambda: h.drag('blur', .8))
+    assert 'LiSiam: mean |difference| 0.000' in h.status.inner_text()
+    assert 'brightness: mean |difference| 0.000' not in h.changes('status', lambda: h.drag('blur', .8))
     h.shoot('after')
 
-def test_the_mirror_takes_the_asymmetry(hand):
+def test_mirrored_weights_remove_the_asymmetry(hand):
     h = hand('mirror')
-    assert 'of the mixture 0.000' in h.words.inner_text()
-    assert 'of the mixture 0.000' not in h.changes('words', lambda: h.drag('w1', .95))
+    assert 'of the mixture 0.000' in h.status.inner_text()
+    assert 'of the mixture 0.000' not in h.changes('status', lambda: h.drag('w1', .95))
     h.shoot('after')
 
 def test_the_threshold_is_dragged(hand):
     h = hand('evaluation')
-    before = h.words.inner_text()
-    assert re.search(r'accuracy 0\.\d+ here', before) and h.changes('words', lambda: h.drag('threshold', .9)) != before
+    before = h.status.inner_text()
+    assert re.search(r'accuracy 0\.\d+ here', before) and h.changes('status', lambda: h.drag('threshold', .9)) != before
     h.shoot('after')
 
 def test_the_face_slides_along_the_mapping(hand):
     h = hand('mapping')
-    h.changes('words', lambda: h.drag('JPEG', .1))
-    h.changes('words', lambda: h.cell.get_by_role('button', name='rank').click())
+    h.changes('status', lambda: h.drag('JPEG', .1))
+    h.changes('status', lambda: h.cell.get_by_role('button', name='rank').click())
     h.shoot('after')

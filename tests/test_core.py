@@ -1,41 +1,42 @@
-"Reading any picture file safely, faces, calibration, and nothing half-written"
+"Reading any image file safely, argument checks, faces, calibration, atomic writes and checked downloads"
 import io, os, subprocess, sys
 import numpy as np, pytest
 from PIL import Image
-from deepfid.core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, atomic_folder, data_dir, face_region,
-    five_points, get_preset, montage, platt, read_image, read_json, set_seed, write_atomically, write_json)
+from deepfid.core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, WeightsError, check_array, check_choice, check_image, check_number,
+    data_dir, face_region, five_points, get_preset, platt_scaling, set_seed)
+from deepfid.io import atomic_folder, fetch_model_file, file_hash, montage, read_image, read_json, write_atomically, write_json
 
-def scene():
+def sample():
     a = np.zeros((40, 60, 3), np.uint8)
     a[:20] = (200, 40, 30)
     a[20:, :30] = (20, 180, 60)
     return a
 
-def save(path, image, **how):
-    image.save(path, **how)
+def save(path, image, **options):
+    image.save(path, **options)
     return path
 
 @pytest.mark.parametrize('orientation, turn', [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, 1)), (8, lambda a: np.rot90(a, -1)), (2, lambda a: a[:, ::-1])])
 def test_exif_orientation(tmp_path, orientation, turn):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = save(tmp_path/'a.png', Image.fromarray(np.ascontiguousarray(turn(scene()))), exif=exif)
-    np.testing.assert_array_equal(read_image(path), scene())
+    path = save(tmp_path/'a.png', Image.fromarray(np.ascontiguousarray(turn(sample()))), exif=exif)
+    np.testing.assert_array_equal(read_image(path), sample())
 
 def test_modes(tmp_path):
     grey = np.uint8(np.indices((30, 40)).sum(0)*3)
     np.testing.assert_array_equal(read_image(save(tmp_path/'g.png', Image.fromarray(grey)))[..., 1], grey)
     np.testing.assert_array_equal(read_image(save(tmp_path/'d.png', Image.fromarray(np.uint16(grey)*257)))[..., 0], grey)
-    rgba = np.dstack([scene(), np.zeros((40, 60), np.uint8)])
+    rgba = np.dstack([sample(), np.zeros((40, 60), np.uint8)])
     assert (read_image(save(tmp_path/'t.png', Image.fromarray(rgba)))==255).all()
     for mode in ('P', 'CMYK', '1', 'LA'):
         path = tmp_path/f'm.{"tif" if mode=="CMYK" else "png"}'
-        assert read_image(save(path, Image.fromarray(scene()).convert(mode))).shape==(40, 60, 3)
+        assert read_image(save(path, Image.fromarray(sample()).convert(mode))).shape==(40, 60, 3)
 
-def test_bomb_is_refused_before_decoding(tmp_path):
-    path = save(tmp_path/'bomb.png', Image.new('1', (20000, 20000)))
+def test_decompression_bomb_is_refused_before_decoding(tmp_path):
+    path = save(tmp_path/'bomb.png', Image.new('1', (12000, 12000)))
     with pytest.raises(ImageError, match='bomb.png.*refused before decoding'): read_image(path)
-    with pytest.raises(ImageError, match='max_pixels'): read_image(save(tmp_path/'s.png', Image.fromarray(scene())), max_pixels=100)
+    with pytest.raises(ImageError, match='max_pixels'): read_image(save(tmp_path/'s.png', Image.fromarray(sample())), max_pixels=100)
 
 @pytest.mark.parametrize('name, content', [('empty.jpg', b''), ('text.jpg', b'hello'), ('gone.jpg', None)])
 def test_bad_files_are_named_in_one_line(tmp_path, name, content):
@@ -50,31 +51,31 @@ def test_truncated_and_folder(tmp_path):
     with pytest.raises(ImageError, match='cut.jpg'): read_image(tmp_path/'cut.jpg')
     with pytest.raises(ImageError, match='folder'): read_image(tmp_path)
 
-@pytest.mark.parametrize('how', ['path', 'bytes', 'file'])
-def test_a_pdf_and_a_telephones_photograph(tmp_path, how, monkeypatch):
-    def ask(path):
-        with open(path, 'rb') as f: return read_image({'path': path, 'bytes': path.read_bytes(), 'file': f}[how], name=path.name)
+@pytest.mark.parametrize('source', ['path', 'bytes', 'file'])
+def test_pdf_and_heic_files(tmp_path, source, monkeypatch):
+    def read(path):
+        with open(path, 'rb') as f: return read_image({'path': path, 'bytes': path.read_bytes(), 'file': f}[source], name=path.name)
     (tmp_path/'paper.jpg').write_bytes(b'%PDF-1.7 ...')
-    with pytest.raises(ImageError, match='^paper.jpg: is a PDF'): ask(tmp_path/'paper.jpg')
+    with pytest.raises(ImageError, match='^paper.jpg: is a PDF'): read(tmp_path/'paper.jpg')
     heif = pytest.importorskip('pillow_heif')
     exif = Image.Exif()
     exif[0x0112] = 6
-    tall = Image.fromarray(np.ascontiguousarray(np.rot90(scene(), 1)))
-    heif.from_pillow(tall).save(tmp_path/'phone.heic', quality=100, chroma=444, exif=exif.tobytes())
-    seen = ask(tmp_path/'phone.heic')
-    assert seen.shape==scene().shape and np.abs(seen.astype(int)-scene())[5:15, 5:25].max()<12
+    rotated = Image.fromarray(np.ascontiguousarray(np.rot90(sample(), 1)))
+    heif.from_pillow(rotated).save(tmp_path/'phone.heic', quality=100, chroma=444, exif=exif.tobytes())
+    seen = read(tmp_path/'phone.heic')
+    assert seen.shape==sample().shape and np.abs(seen.astype(int)-sample())[5:15, 5:25].max()<12
     (tmp_path/'cut.heic').write_bytes((tmp_path/'phone.heic').read_bytes()[:200])
-    with pytest.raises(ImageError, match='cut.heic: is'): ask(tmp_path/'cut.heic')
+    with pytest.raises(ImageError, match='cut.heic: is'): read(tmp_path/'cut.heic')
     monkeypatch.setitem(sys.modules, 'pillow_heif', None)
-    with pytest.raises(ImageError, match='phone.heic: is a HEIC photograph.*pip install pillow-heif'): ask(tmp_path/'phone.heic')
+    with pytest.raises(ImageError, match='phone.heic: is a HEIC photograph.*pip install pillow-heif'): read(tmp_path/'phone.heic')
 
-def test_a_heavy_heic_is_refused_before_decoding(tmp_path):
+def test_large_heic_is_refused_before_decoding(tmp_path):
     heif = pytest.importorskip('pillow_heif')
-    heif.from_pillow(Image.fromarray(scene())).save(tmp_path/'a.heic')
+    heif.from_pillow(Image.fromarray(sample())).save(tmp_path/'a.heic')
     with pytest.raises(ImageError, match='a.heic.*max_pixels'): read_image(tmp_path/'a.heic', max_pixels=100)
 
 def test_face_checks_its_shapes():
-    image = scene()
+    image = sample()
     with pytest.raises(DeepfidError, match='landmarks'): Face(image, landmarks=np.zeros((5, 2)))
     with pytest.raises(DeepfidError, match='NaN'): Face(image, points=np.full((5, 2), np.nan))
     with pytest.raises(DeepfidError, match='uint8'): Face(image/255)
@@ -85,7 +86,7 @@ def test_face_checks_its_shapes():
 def test_platt_recovers_a_logistic_curve():
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 2, 20000)
-    slope, offset = platt(x, rng.random(len(x))<1/(1+np.exp(-(5*x-2))))
+    slope, offset = platt_scaling(x, rng.random(len(x))<1/(1+np.exp(-(5*x-2))))
     assert abs(slope-5)<.3 and abs(offset+2)<.2
 
 def test_detector_must_be_calibrated():
@@ -95,8 +96,19 @@ def test_detector_must_be_calibrated():
     with pytest.raises(DeepfidError, match='not calibrated'): Constant().predict_proba([0])
     with pytest.raises(NotImplementedError): Constant().save('x')
 
+@pytest.mark.parametrize('value, rules', [(2.5, dict(integer=True)), (True, {}), (float('nan'), {}), ('1', {}), (None, {}), (0, dict(low=0, above=True)), (1., dict(high=1, below=True)), (3, dict(low=4)), (3, dict(high=2))])
+def test_check_number_refuses(value, rules):
+    with pytest.raises(DeepfidError, match='^lr='): check_number('lr', value, **rules)
+
+def test_checks_return_what_is_good():
+    assert check_number('n', np.int64(3), 3, 3, integer=True)==3 and check_number('n', None, optional=True) is None
+    assert check_choice('mode', 'a', 'ab')=='a' and check_array('a', [[1], [2]], (None, 1), float).dtype==float
+    for shape in ((4, 4), (4, 4, 4), (0, 4, 3)):
+        with pytest.raises(ImageError, match='^fake: .*RGB'): check_image('fake', np.zeros(shape, np.uint8))
+    with pytest.raises(ImageError, match='not str'): check_image('fake', 'a.jpg')
+
 def test_killed_while_writing_leaves_nothing(tmp_path):
-    code = ("import os, sys\nfrom deepfid.core import atomic_folder\n"
+    code = ("import os, sys\nfrom deepfid.io import atomic_folder\n"
             "with atomic_folder(sys.argv[1]) as f:\n    open(os.path.join(f, 'a'), 'w').write('half'); os._exit(9)")
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'m')]).returncode==9
     assert not (tmp_path/'m').exists()
@@ -110,3 +122,14 @@ def test_presets_seeds_json_and_data_dir(tmp_path, monkeypatch):
     monkeypatch.setenv('DEEPFID_DATA', str(tmp_path/'none'))
     with pytest.raises(DataMissingError, match='none'): data_dir()
     with pytest.raises(DeepfidError, match='at least one'): montage([])
+
+def test_model_files_are_found_by_checksum(tmp_path, monkeypatch):
+    import pooch
+    def offline(*a, **k): raise ConnectionError('no network')
+    monkeypatch.setattr(pooch, 'retrieve', offline)
+    monkeypatch.setenv('DEEPFID_DATA', str(tmp_path))
+    with pytest.raises(DataMissingError, match='download it from https://x.org/m.bin'): fetch_model_file('m.bin', '0'*64, 'https://x.org/m.bin')
+    path = write_atomically(tmp_path/'models'/'m.bin', b'123')
+    assert fetch_model_file('m.bin', file_hash(path), '')==path
+    with pytest.raises(WeightsError, match='sha256 differs'): fetch_model_file('m.bin', '0'*64, '')
+    with pytest.raises(DataMissingError, match='no such model file'): fetch_model_file('m.bin', '0'*64, '', tmp_path/'none')

