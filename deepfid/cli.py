@@ -59,8 +59,7 @@ def _score_options(p):
     p.add_argument('sources', nargs='+', metavar='SOURCE', help='images, videos or folders')
     _detector_option(p, action='append',
         help=f"bundled detector ({', '.join(list_bundled())}; default: {DEFAULT_DETECTOR}), or a folder that one "
-             f"was "
-             'saved to; may be given several times; all = every bundled one')
+             'was saved to; may be given several times; all = every bundled one')
     p.add_argument('--results', type=Path, metavar='FILE.jsonl',
         help='keep a line for each finished file; an interrupted run resumes from there')
     p.add_argument('--report', type=Path, metavar='FILE.html',

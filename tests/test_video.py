@@ -1,14 +1,15 @@
 "Frame sampling, face tracks and crops, compression, and one clear line for every bad file"
-import os, struct, subprocess, sys
+import os, struct, subprocess, sys, time
 from fractions import Fraction
 import av, cv2, numpy as np, pytest
+from av.video.reformatter import Colorspace
 from PIL import Image
 from deepfid.core import DeepfidError, Face, NoFaceError
 from deepfid.data.faces import FaceDetection
 from deepfid.data.forge import forge
 from deepfid.data.mask import ssim_mask
 from deepfid.data.synth import synthetic_face
-from deepfid.data.video import Frame, VideoError, compress_video, track_faces, probe_video, sample_frames, synthetic_clip, write_video
+from deepfid.data.video import VIDEO_CONTAINERS, Frame, VideoError, compress_video, is_cut, probe_video, sample_frames, shot_signature, synthetic_clip, track_faces, write_video
 
 SIZE, N = 96, 60 # height of the frames, and their number in a clip
 
@@ -21,14 +22,18 @@ def numbered(i, size=SIZE):
 
 def number(image): return sum(int(image[16, 14+22*b, 1]>128)<<b for b in range(8))
 
-def encode(path, n=N, codec='libx264', pts=lambda i: i, rotation=0, fmt=None, **options):
+PIXELS = dict(mjpeg='yuvj420p', prores_ks='yuv422p10le')
+
+def encode(path, n=N, codec='libx264', pts=lambda i: i, rotation=0, fmt=None, image=numbered, aspect=None, **options):
     "A numbered clip in any container"
     with av.open(str(path), 'w', format=fmt) as out:
         s = out.add_stream(codec, rate=25, options=options)
-        s.width, s.height, s.pix_fmt = 2*SIZE, SIZE, 'yuvj420p' if codec=='mjpeg' else 'yuv420p'
+        s.height, s.width = image(0).shape[:2]
+        s.pix_fmt = PIXELS.get(codec, 'yuv420p')
+        if aspect: s.codec_context.sample_aspect_ratio = aspect
         if rotation: s.set_display_rotation(rotation)
         for i in range(n):
-            f = av.VideoFrame.from_ndarray(numbered(i), 'rgb24')
+            f = av.VideoFrame.from_ndarray(image(i), 'rgb24')
             f.pts, f.time_base = pts(i), Fraction(1, 25)
             out.mux(s.encode(f))
         out.mux(s.encode(None))
@@ -42,18 +47,39 @@ def mp4(tmp_path_factory): return encode(tmp_path_factory.mktemp('v')/'clip.mp4'
 
 # -- frame sampling ---------------------------------------------------------------------------------------------------
 
-CONTAINERS = {'long.mp4': dict(), 'short.mp4': dict(g='6'), 'still.mp4': dict(g='1'), 'pairs.mp4': dict(g='2', bf='1'), 'open.mp4': {'x264-params': 'open-gop=1:keyint=12'},
-    'a.mkv': dict(g='12'), 'a.avi': dict(codec='mpeg4', g='12'), 'b.avi': dict(codec='mjpeg'), 'a.webm': dict(codec='libvpx-vp9', deadline='realtime', **{'cpu-used': '8'}), 'a.ts': dict(g='12'), 'a.mov': dict(g='12')}
+ALT_REF = {'auto-alt-ref': '1', 'lag-in-frames': '16', 'cpu-used': '8', 'deadline': 'good'}
+B = dict(bf='2')
+CONTAINERS = {'long.mp4': {}, 'short.mp4': dict(g='6'), 'still.mp4': dict(g='1'), 'pairs.mp4': dict(g='2', bf='1'), 'open.mp4': {'x264-params': 'open-gop=1:keyint=12'},
+    'a.mkv': dict(g='12'), 'a.mov': dict(g='12'), 'a.ts': dict(g='12'), 'a.3gp': {}, 'a.3g2': {}, 'a.m4v': dict(fmt='mp4'), # from here on, with B-frames where the codec has them
+    'a.avi': {}, 'a.flv': {}, 'a.asf': {}, 'a.mpg': dict(fmt='mpeg'), 'hevc.mp4': dict(codec='libx265', **{'x265-params': 'log-level=none'}), 'hevc.ts': dict(codec='libx265', **{'x265-params': 'log-level=none'}),
+    '4.avi': dict(codec='mpeg4', g='12', **B), '4.mp4': dict(codec='mpeg4', **B), '4.mkv': dict(codec='mpeg4', **B), '4.wmv': dict(codec='mpeg4', **B), '2.mpg': dict(codec='mpeg2video', **B),
+    '2.vob': dict(codec='mpeg2video', **B), '2.ts': dict(codec='mpeg2video', **B), '2.avi': dict(codec='mpeg2video', **B), '2.mov': dict(codec='mpeg2video', **B), '1.mpg': dict(codec='mpeg1video', **B),
+    '1.flv': dict(codec='flv'), '2.wmv': dict(codec='wmv2'), '1.asf': dict(codec='wmv1'), 'ms.avi': dict(codec='msmpeg4'), 'vp8.webm': dict(codec='libvpx', **ALT_REF), 'vp8.ogg': dict(codec='libvpx', **ALT_REF),
+    'vp8.avi': dict(codec='libvpx', **ALT_REF), 'vp9.webm': dict(codec='libvpx-vp9', **ALT_REF), 'vp9.mp4': dict(codec='libvpx-vp9', **ALT_REF), 'j.avi': dict(codec='mjpeg'), 'j.mov': dict(codec='mjpeg'),
+    'ffv1.mkv': dict(codec='ffv1'), 'prores.mov': dict(codec='prores_ks')}
+
+def test_every_container_has_a_clip():
+    names = {n.split('.')[1] for n in CONTAINERS}|{'mpeg', 'mpegts', 'matroska', 'ogg'}
+    assert set(VIDEO_CONTAINERS.split(','))-names-{'m4a', 'mj2', 'wav', 'mp3'}==set() # sound alone, and JPEG 2000 in MOV
 
 @pytest.mark.parametrize('name', CONTAINERS)
-def test_sampled_frames_in_any_container(tmp_path, name):
+def test_frames_in_any_container_are_those_of_plain_decoding(tmp_path, name):
     path = encode(tmp_path/name, **CONTAINERS[name])
-    assert probe_video(path).frames==N
+    with av.open(str(path)) as c: plain = [f.to_ndarray(format='rgb24') for f in c.decode(video=0)]
+    assert probe_video(path).frames==len(plain)==N and [number(f) for f in plain]==list(range(N))
     for n in (1, 7, None):
-        frames = list(sample_frames(path, n))
+        problems = []
+        frames = list(sample_frames(path, n, on_error=problems.append))
         expected = np.rint(np.linspace(0, N-1, n)).astype(int).tolist() if n else list(range(N))
-        assert [f.index for f in frames]==expected and [number(f.image) for f in frames]==expected
+        assert [f.index for f in frames]==expected and not problems
+        for f in frames: np.testing.assert_array_equal(f.image, plain[f.index])
         np.testing.assert_allclose([f.time for f in frames], np.array(expected)/25, atol=2e-3)
+
+@pytest.mark.parametrize('name', ['v.mp4', 'v.mkv', 'v.asf', 'v.flv'])
+def test_uneven_time_stamps_are_kept(tmp_path, name):
+    when = lambda i: i if i<25 else 25+5*(i-25)
+    frames = list(sample_frames(encode(tmp_path/name, 40, pts=when, bf='0' if name=='v.asf' else '3'), None)) # FFmpeg writes no B-frames' times into ASF
+    np.testing.assert_allclose([f.time for f in frames], [when(i)/25 for i in range(40)], atol=2e-3)
 
 def test_sampled_frames_equal_those_of_a_full_decode(mp4):
     with av.open(str(mp4)) as c: full = [f.to_ndarray(format='rgb24') for f in c.decode(video=0)]
@@ -97,6 +123,52 @@ def test_rotation(tmp_path, angle, turned):
     assert frame.image.shape[:2]==(info.height, info.width)
     back = np.rot90(frame.image, -angle//90)
     assert np.abs(back.astype(int)-numbered(0)).mean()<4
+
+def square(i=0):
+    "A white square of 40 pixels on a grey image"
+    image = np.full((96, 192, 3), 90, np.uint8)
+    image[20:60, 50:90] = 255
+    return image
+
+def sides(image):
+    "Width and height of the white part of an image"
+    white = image[..., 1]>170
+    return white.any(0).sum(), white.any(1).sum()
+
+@pytest.mark.parametrize('name, aspect, width, rotation', [('a.mp4', '16/11', 192, 0), ('a.mkv', '4/3', 192, 0), ('a.avi', '8/9', 192, 0), ('a.mpg', '16/9', 171, 0), ('a.mp4', '2', 192, 90)])
+def test_anamorphic_video_gets_square_pixels(tmp_path, name, aspect, width, rotation):
+    aspect = Fraction(aspect)
+    squeezed = lambda i: cv2.resize(square()[:, :width], (round(width/aspect/4)*4, 96), interpolation=cv2.INTER_AREA)
+    path = encode(tmp_path/name, 5, codec='mpeg2video' if name.endswith('mpg') else 'libx264', image=squeezed, aspect=aspect, rotation=rotation)
+    small = compress_video(path, tmp_path/'small.mp4', 10)
+    for p in (path, small):
+        info, frame = probe_video(p), next(sample_frames(p, 1)).image
+        assert frame.shape[:2]==(info.height, info.width) and abs(max(info.width, info.height)-width)<=4
+        assert np.abs(np.subtract(*sides(frame)))<=2 and abs(sides(frame)[0]-40)<=2
+    with av.open(str(small)) as c: assert (c.streams.video[0].sample_aspect_ratio or 1)==1
+
+def test_absurd_aspect_is_ignored_and_stretching_counts_as_pixels(tmp_path):
+    assert probe_video(encode(tmp_path/'odd.mp4', 2, aspect=Fraction(200))).width==2*SIZE
+    with pytest.raises(VideoError, match='refused before decoding'): probe_video(encode(tmp_path/'wide.mp4', 2, aspect=Fraction(3)), max_pixels=2*SIZE*SIZE+1)
+
+COLOURS = np.uint8([[200, 40, 60], [40, 180, 70], [50, 60, 210]])
+
+def stripes(width, height): return np.repeat(COLOURS[None].repeat(height, 0), width//3, 1)
+
+@pytest.mark.parametrize('width, height, tag, written', [(192, 96, None, '601'), (1284, 96, None, '709'), (192, 720, None, '709'), (192, 96, 1, '709'), (1284, 720, 5, '601'), (1284, 720, 6, '601'), (1284, 720, 1, '709')])
+def test_colours_by_tag_or_by_size(tmp_path, width, height, tag, written):
+    image, path = stripes(width, height), tmp_path/'c.mp4'
+    matrix = Colorspace.ITU709 if written=='709' else Colorspace.ITU601
+    with av.open(str(path), 'w') as out:
+        s = out.add_stream('libx264', rate=25, options=dict(crf='1'))
+        s.width, s.height, s.pix_fmt = image.shape[1], height, 'yuv444p'
+        if tag: s.codec_context.colorspace = tag
+        for i in range(2): out.mux(s.encode(av.VideoFrame.from_ndarray(image, 'rgb24').reformat(format='yuv444p', dst_colorspace=matrix)))
+        out.mux(s.encode(None))
+    for p in (path, compress_video(path, tmp_path/'again.mp4', 1), write_video([image, image], tmp_path/'w.mp4', crf=1)):
+        got = next(sample_frames(p, 1)).image
+        middle = got[height//2, [width//6, width//2, 5*width//6]]
+        assert np.abs(middle.astype(int)-COLOURS).max()<=3, p.name
 
 def test_no_sound_needed_and_sound_ignored(tmp_path):
     with av.open(str(tmp_path/'talk.mp4'), 'w') as out:
@@ -197,6 +269,45 @@ def test_corrupt_frames_are_named_and_the_rest_is_good(mp4, tmp_path, number_of_
     assert good==[f.index for f in frames]
     with pytest.raises(VideoError, match='nothing was written'): compress_video(corrupt, tmp_path/'out.mp4', 23)
     assert sorted(os.listdir(tmp_path))==['corrupt.mp4']
+
+def mutate(content, rng):
+    "Cut a file off, or overwrite, remove or insert bytes anywhere or in its header"
+    b, kind = bytearray(content), rng.integers(5)
+    at = int(rng.integers(len(b)))
+    if kind==0: return bytes(b[:at+1])
+    if kind<3:
+        for i in rng.integers(len(b) if kind==1 else min(800, len(b)), size=rng.integers(1, 60)): b[i] = rng.integers(256)
+    elif kind==3: del b[at:at+int(rng.integers(1, 200))]
+    else: b[at:at] = rng.bytes(int(rng.integers(1, 300)))
+    return bytes(b)
+
+@pytest.mark.parametrize('seconds', [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_mutated_clips_give_one_line_or_frames(tmp_path, seconds):
+    "Whatever a decoder makes of a broken file, it is one `VideoError` that names it, in every function"
+    names = ['long.mp4', 'a.mkv', 'a.ts', 'a.avi', 'a.flv', 'a.asf', '2.mpg', '4.avi', '1.flv', 'vp9.webm', 'vp8.ogg', 'j.avi', 'a.mov']
+    clips = {n: encode(tmp_path/n, 12, **CONTAINERS[n]).read_bytes() for n in names}
+    rng, end, seen = np.random.default_rng(18), time.monotonic()+seconds, 0
+    while time.monotonic()<end:
+        path = tmp_path/f'broken {names[seen%len(names)]}'
+        path.write_bytes(mutate(clips[names[seen%len(names)]], rng))
+        for what in (lambda: probe_video(path), lambda: list(sample_frames(path, 4)), lambda: list(sample_frames(path, None, 'time', on_error=lambda e: None)), lambda: compress_video(path, tmp_path/'out.mp4', 40)):
+            try: what()
+            except VideoError as e: assert str(e).startswith(str(path)) and '\n' not in str(e)
+        seen += 1
+    assert seen>=20
+
+@pytest.mark.parametrize('error', [EOFError(), MemoryError(), IndexError('list index out of range'), TypeError('x'), ValueError('y'), RuntimeError(), av.error.InvalidDataError(1, 'bad')])
+@pytest.mark.parametrize('where', ['open', '_read_packets', '_decode', 'upright_image'])
+def test_whatever_a_decoder_raises_is_one_line(mp4, tmp_path, monkeypatch, error, where):
+    def fail(*a, **k): raise error
+    if where=='open': monkeypatch.setattr(av, 'open', fail)
+    else: monkeypatch.setattr(f'deepfid.data.video.{where}', fail)
+    calls = [lambda: probe_video(mp4), lambda: list(sample_frames(mp4, 3)), lambda: list(sample_frames(mp4, 3, on_error=lambda e: None)), lambda: compress_video(mp4, tmp_path/'o.mp4', 23)]
+    if where=='upright_image': calls = calls[1:3] # the others show no pixels
+    for what in calls:
+        with pytest.raises(VideoError) as e: what()
+        assert str(e.value).startswith(f'{mp4}: ') and '\n' not in str(e.value)
+    assert not (tmp_path/'o.mp4').exists()
 
 @pytest.mark.parametrize('name', ['with space.mp4', 'Ünïcödé né.mp4', 'two\nlines.mp4', '-dash.mp4', 'a:b%03d.mp4', "quo'te.mp4"])
 def test_odd_names(tmp_path, mp4, name):
@@ -303,6 +414,32 @@ def test_frames_far_apart_are_not_smeared():
     [track] = track_faces(frames, FixedFinder(boxes))
     np.testing.assert_allclose(track.boxes[:, 0], [b[0][0] for b in boxes], atol=.05)
     assert 100 in track and 1 not in track
+
+def track_shots(shots, n=8, people=1, **kw):
+    "Tracks of faces that stay where they are through shots of `n` frames, each a background (H,W,3)"
+    frames = [Frame(i, i/25, image) for i, image in enumerate(im for im in shots for _ in range(n))]
+    boxes = [[20+90*p, 20, 50, 60] for p in range(people)]
+    return track_faces(frames, FixedFinder([boxes]*len(frames)), **kw)
+
+def test_a_cut_ends_a_track_and_the_same_shot_resumes_it(clip):
+    one, other = clip[0].image, synthetic_clip(8, .1, size=224, seed=9)[0].image
+    assert [len(t) for t in track_shots([one, other])]==[8, 8]
+    tracks = track_shots([one, other, one, other], max_gap=20) # a dialogue: two people, one track each
+    assert [(t.scores>0).sum() for t in tracks]==[16, 16] and {tuple(np.unique(t.index[t.scores>0]//8)) for t in tracks}=={(0, 2), (1, 3)}
+    flash = [one]*5+[np.full_like(one, 250)]+[one]*5
+    main, *_ = track_shots(flash, 1)
+    assert (main.scores>0).sum()==10 and main.at(5).score==0
+    assert len(track_shots([one, other], people=2))==4
+
+def test_one_shot_is_not_cut(clip):
+    "Movement, seconds between frames, a pan, a zoom and darkening are no cuts; another scene is"
+    frames = [shot_signature(f.image) for s in range(3) for f in synthetic_clip(s, 4, fps=3, size=112, seed=s)]
+    assert not any(is_cut(a, b) for s in range(3) for a in frames[12*s:12*s+12:4] for b in frames[12*s:12*s+12])
+    cuts = [is_cut(a, b) for s in range(3) for a in frames[12*s:12*s+12] for b in frames[12*(s+1)%36:][:12]]
+    assert np.mean(cuts)>.9
+    image = clip[0].image
+    moved = lambda dx, zoom: cv2.warpAffine(image, np.float32([[zoom, 0, dx], [0, zoom, 0]]), (224, 224), borderMode=cv2.BORDER_REFLECT)
+    for other in (moved(12, 1), moved(40, 1), moved(0, 1.2), image//2, np.clip(image*1.3, 0, 255).astype(np.uint8)): assert not is_cut(shot_signature(image), shot_signature(other))
 
 @pytest.fixture(scope='module')
 def pair(data, clip):

@@ -8,7 +8,8 @@ __all__ = ['DATASETS', 'WORKING_MARGIN', 'REPOSITORIES', 'GITHUB_RAW', 'CLIP_NAM
            'read_template', 'resample_polyline', 'landmarks68', 'PhotoSource', 'london', 'portraits', 'london_info',
            'published_files', 'fetch_dataset', 'Clip', 'parse_identities', 'remove_split_leaks', 'unique_identities',
            'keep_known_sources', 'ffpp_splits', 'ffpp', 'dfd', 'celebdf_test_videos', 'celebdf', 'wilddeepfake',
-           'dfdcp', 'clips_from_folder', 'read_clips', 'count_clips', 'read_deepfakebench', 'write_deepfakebench']
+           'dfdcp', 'clips_from_folder', 'describe_names', 'read_clips', 'count_clips', 'read_deepfakebench',
+           'write_deepfakebench']
 
 # %% ../../nbs/lib/data.datasets.ipynb #cd4a3982
 import csv
@@ -26,7 +27,7 @@ from ..core import DataMissingError, DeepfidError, Face, ManifestError, check_ch
 from ..io import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, file_hash, iter_files, read_image, read_json,
     write_json)
 from .faces import align_face, find_face
-from .manifest import Manifest, split_identities
+from .manifest import Manifest, person_key, split_identities
 
 # %% ../../nbs/lib/data.datasets.ipynb #8cb3f7b7
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def parse_identities(
     return m['identity'], m['donor'] or '', source.format(**m.groupdict()) if m['donor'] else ''
 
 # %% ../../nbs/lib/data.datasets.ipynb #a8b8829a
-def _people(clip)->set: return {clip.identity, clip.donor}-{''}
+def _people(clip)->set: return set(map(person_key, (clip.identity, clip.donor)))-{''}
 
 def remove_split_leaks(
     clips:list, # of `Clip`, of one dataset
@@ -399,6 +400,26 @@ def dfdcp(
     return _finish(clips, strict)
 
 # %% ../../nbs/lib/data.datasets.ipynb #e085cf54
+def _target_and_donor(part, people)->tuple|None:
+    "(name of the target, name of the donor) of a name like 000_001 where both are known people"
+    for m in re.finditer('_', part):
+        target, donor = people.get(person_key(part[:m.start()])), people.get(person_key(part[m.end():]))
+        if target and donor: return target, donor
+
+def _fake_clip(path, name, split, real, people)->Clip:
+    "A fake as a `Clip`: its source, method and people by its name, the path below `fake`"
+    parts = name.with_suffix('').parts
+    def make(source, method, identity, donor=''):
+        return Clip(str(path), 0, source.identity if source else identity, split, name.as_posix(), method,
+            source=source.video if source else '', donor=donor)
+    for start, method in ((0, 'fake'), (1, parts[0]))[:len(parts)]: # with the method as first folder, or without
+        if source := real.get('/'.join(parts[start:])): return make(source, method, '')
+    for i, part in enumerate(parts):
+        if swapped := _target_and_donor(part, people):
+            method, (target, donor) = parts[0] if i else 'fake', swapped
+            return make(real.get('/'.join((*parts[1:i], target, *parts[i+1:]))), method, target, donor)
+    return make(None, 'fake', parts[0])
+
 def _folder_clips(top, split)->list:
     "List the clips of one pair of folders; paths below `real` and `fake` are their names"
     def files(branch):
@@ -406,14 +427,28 @@ def _folder_clips(top, split)->list:
     def person(name): return name.parts[0] if len(name.parts)>1 else name.stem
     clips = [Clip(str(path), 1, person(name), split, name.as_posix()) for path, name in files('real')]
     real = {Path(c.video).with_suffix('').as_posix(): c for c in clips}
-    for path, name in files('fake'):
-        source, method = real.get(name.with_suffix('').as_posix()), 'fake'
-        if source is None and len(name.parts)>1:
-            source = real.get(Path(*name.parts[1:]).with_suffix('').as_posix())
-            if source is not None: method = name.parts[0]
-        clips.append(Clip(str(path), 0, source.identity if source else person(name), split, name.as_posix(), method,
-            source=source.video if source else ''))
+    people = {person_key(c.identity): c.identity for c in clips}
+    clips += [_fake_clip(path, name, split, real, people) for path, name in files('fake')]
     return [replace(c, kind='photo' if c.path.lower().endswith(IMAGE_SUFFIXES) else 'video') for c in clips]
+
+def _connected_people(clips)->dict:
+    "Person -> the first of all who were swapped with one another, directly or through others"
+    first = {}
+    def find(p):
+        while (q := first.setdefault(p, p))!=p: p = q
+        return p
+    for c in clips:
+        a, *others = sorted(map(find, _people(c)))
+        for b in others: first[b] = a
+    return {p: find(p) for p in list(first)}
+
+def _split_people(clips, seed)->dict:
+    "Give people their splits, those who were swapped with one another together as far as ten groups remain"
+    people, group = {c.identity for c in clips}, _connected_people(clips)
+    if len({person_key(p) for p in people})<10: return dict.fromkeys(people, 'test')
+    if len(set(group.values()))<10 or not any(c.donor for c in clips): return split_identities(people, seed=seed)
+    split_of = split_identities(group.values(), seed=seed)
+    return {p: split_of[group[person_key(p)]] for p in people}
 
 def clips_from_folder(
     root,              # folder with real/ and fake/ in it, or with train/, valid/, test/ that have them
@@ -430,9 +465,24 @@ def clips_from_folder(
         prefix = f'{split}/' if split else ''
         clips += [replace(c, dataset=root.resolve().name, consent=consent, video=prefix+c.video,
             source=c.source and prefix+c.source) for c in _folder_clips(top, split)]
-    people = {c.identity for c in clips if not c.split}
-    split_of = split_identities(people, seed=seed) if len(people)>=10 else dict.fromkeys(people, 'test')
+    split_of = _split_people([c for c in clips if not c.split], seed)
     return remove_split_leaks([replace(c, split=c.split or split_of[c.identity]) for c in clips])
+
+def describe_names(
+    clips:list, # of `Clip`, from `clips_from_folder`
+)->str: # one or more lines
+    "Put into words what people and sources were read from the names of files and folders"
+    fakes, real = [c for c in clips if not c.label], [c for c in clips if c.label]
+    swaps, copies = [c for c in fakes if c.donor], [c for c in fakes if c.source and not c.donor]
+    lines = [f'{len(real)} real clips of {len({c.identity for c in real})} people, by folder or name']
+    if copies: lines.append(f"{len(copies)} fakes have the name of the real clip that they were made from, as "
+        f"{copies[0].video!r} of {copies[0].source!r}")
+    if swaps: lines.append(f"{len(swaps)} fakes are named TARGET_DONOR: {swaps[0].video!r} is {swaps[0].identity!r} "
+        f"with the face of {swaps[0].donor!r}")
+    unknown = pd.Series([c.identity for c in fakes if not c.source and not c.donor], dtype=object)
+    if len(unknown): lines.append(f'{len(unknown)} fakes match no real clip by name; by folder or name they count as '
+        f'{unknown.nunique()} people, such as {unknown.iloc[0]!r}')
+    return '; '.join(lines)
 
 # %% ../../nbs/lib/data.datasets.ipynb #5cbfc452
 def _photo_clips(sources:Callable, root=None, seed:int=0)->list:

@@ -28,9 +28,9 @@ from ..core import DeepfidError
 from ..io import (IMAGE_SUFFIXES, atomic_folder, iter_files, read_image, read_json, to_json, write_atomically,
     write_json)
 from ..parallel import map_items
-from .datasets import Clip, count_clips, read_clips
+from .datasets import Clip, count_clips, describe_names, read_clips
 from .faces import FaceDetection, default_face_finder, face_crop_matrix, quality_flags, warp_crop
-from .manifest import Manifest, check_identities, check_rows, typed_table
+from .manifest import Manifest, check_identities, check_rows, copies_between_splits, typed_table
 from .mask import ssim_mask
 from .video import Frame, probe_video, sample_frames, track_faces
 
@@ -344,10 +344,20 @@ def _with_pairs(rows)->pd.DataFrame:
     t['pair'] = frame.where((t['source']!='') & key.isin(list(key[fake])) & key.isin(list(key[~fake])), '')
     return t.drop(columns='source')
 
+def _without_copies(rows, skipped, out)->tuple:
+    "Move rows that are copies of a face in another split to the skipped ones"
+    if not rows: return rows, skipped
+    across, _ = copies_between_splits(pd.DataFrame(rows), out)
+    for i, original in across.items():
+        skipped.append({k: rows[i][k] for k in ('dataset', 'method', 'video', 'frame', 'path')}|dict(
+            reason=f"the same image as {rows[original]['path']} in the {rows[original]['split']} split"))
+    return [r for i, r in enumerate(rows) if i not in across], skipped
+
 def _write_tables(clips, config)->Manifest:
     "Write skipped.csv, then manifest.csv"
-    rows, skipped = collect_rows(clips, config)
     out = Path(config.out)
+    rows, skipped = collect_rows(clips, config)
+    rows, skipped = _without_copies(rows, skipped, out)
     log = pd.DataFrame(skipped, columns=['dataset', 'method', 'video', 'frame', 'path', 'reason'])
     with stop_on_write_error(out): write_atomically(out/'skipped.csv', log.to_csv(index=False, lineterminator='\n'))
     if not rows: raise DeepfidError(f'{out}: no face in any of the {len(clips)} clips; skipped.csv there tells why')
@@ -415,16 +425,17 @@ def extract_dataset(
 )->dict: # saved, log, text, counts, and status: 0 = all well, 3 = done but some clips gave no face
     "Read a dataset by name and extract its faces, as `deepfid faces` does"
     started, clips = time.perf_counter(), read_clips(dataset, source, **options)
-    table = extract_faces(clips, out, size, margin, frames, align, drop, workers, engine, progress).table
+    manifest = extract_faces(clips, out, size, margin, frames, align, drop, workers, engine, progress)
+    table = manifest.table
     log = Path(out)/'skipped.csv'
     without_faces = len(clips)-len(table[['dataset', 'method', 'video']].drop_duplicates())
     failed = without_faces-sum(not c.split for c in clips)
     splits = ', '.join(f'{n} {s}' for s, n in table['split'].value_counts().items())
     if set(table['split'])=={'test'} and dataset=='folder':
         splits += ' (fewer than ten people: all of them go to the test split, and a training needs more)'
-    text = (
-        f"{count_clips(clips, dataset)}\n{len(table)} faces ({splits}) of {len(clips)-without_faces} clips; {failed} "
-        f"clips gave none; what was skipped and why: {log}")
-    return dict(saved=str(Path(out)/'manifest.csv'), log=str(log), text=text, clips=len(clips), faces=len(table),
+    names = [f'From the names: {describe_names(clips)}'] if dataset=='folder' else []
+    text = [*names, str(count_clips(clips, dataset)), f'{len(table)} faces ({splits}) of {len(clips)-without_faces} '
+        f'clips; {failed} clips gave none; what was skipped and why: {log}', *manifest.notes]
+    return dict(saved=str(Path(out)/'manifest.csv'), log=str(log), text='\n'.join(text), clips=len(clips), faces=len(table),
         failed=failed, skipped=len(pd.read_csv(log)), seconds=round(time.perf_counter()-started, 1),
         status=3 if failed else 0)

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'REQUIRED_COLUMNS', 'OPTIONAL_COLUMNS', 'TEXT_COLUMNS', 'BOOLEAN_WORDS', 'refuse_rows', 'numeric_column',
-           'typed_table', 'read_manifest_csv', 'check_rows', 'check_identities', 'check_pairs', 'check_files',
-           'Manifest', 'split_identities']
+           'typed_table', 'read_manifest_csv', 'person_key', 'check_rows', 'check_identities', 'check_pairs',
+           'check_files', 'equal_files', 'copies_between_splits', 'check_copies', 'Manifest', 'split_identities']
 
 # %% ../../nbs/lib/data.manifest.ipynb #d7ed0f6e
 import hashlib
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 import numpy as np
 import pandas as pd
 from ..core import Face, ManifestError, check_array, check_choice, check_number
-from ..io import read_image, write_atomically
+from ..io import file_hash, read_image, write_atomically
 
 # %% ../../nbs/lib/data.manifest.ipynb #32a8f603
 SPLITS = ('train', 'valid', 'test')
@@ -55,14 +60,23 @@ def numeric_column(
     return numbers.astype(float)
 
 # %% ../../nbs/lib/data.manifest.ipynb #bb826b6f
+def _column_problem(header)->str|None:
+    "Why the columns of a manifest cannot be used"
+    for mark, word in ((';', 'semicolons'), ('\t', 'tabs'), ('|', 'bars')):
+        if len(header)==1 and mark in header[0]: return f'its columns are separated by {word}; save it with commas'
+    names = {h.strip().lower(): h for h in header}
+    for c in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
+        if c in header or c not in names and c not in REQUIRED_COLUMNS: continue
+        if c not in names: return f"no column {c!r}; a manifest needs {', '.join(REQUIRED_COLUMNS)}"
+        advice = 'remove the spaces beside the commas' if names[c].strip()==c else f'rename it to {c!r}'
+        return f'no column {c!r}, but {names[c]!r}; {advice}'
+
 def typed_table(
     table:pd.DataFrame,   # at least the columns `REQUIRED_COLUMNS`; cells may be text
     name:str='the table', # what errors call it
 )->pd.DataFrame: # every column of a manifest, each of its type
     "Fill in the optional columns and convert each column to its type"
-    missing = [c for c in REQUIRED_COLUMNS if c not in table]
-    if missing:
-        raise ManifestError(f"{name}: no column {missing[0]!r}; a manifest needs {', '.join(REQUIRED_COLUMNS)}")
+    if problem := _column_problem(list(map(str, table))): raise ManifestError(f'{name}: {problem}')
     table = table.reset_index(drop=True).copy()
     for c, default in OPTIONAL_COLUMNS.items():
         if c not in table: table[c] = default
@@ -89,21 +103,33 @@ def read_manifest_csv(
     "Read the rows of a manifest file without converting them"
     try: return pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as e: # pandas' parser errors are ValueErrors
-        reason = (f'cannot be read as a comma-separated table ({str(e).splitlines()[0]})' if Path(csv).is_file()
-            else 'no such manifest file; check the path, or make one with build_pairs')
+        reasons = {FileNotFoundError: 'no such manifest file; check the path, or make one with build_pairs',
+            IsADirectoryError: 'is a folder; give the path of the manifest file in it',
+            PermissionError: 'permission denied; make the file readable',
+            UnicodeDecodeError: 'is not UTF-8 text; save it as CSV in UTF-8'}
+        reason = next((text for kind, text in reasons.items() if isinstance(e, kind)),
+            f'cannot be read as a comma-separated table ({str(e).splitlines()[0]})')
         raise ManifestError(f'{csv}: {reason}') from None
 
 # %% ../../nbs/lib/data.manifest.ipynb #e42f6c4d
+def person_key(
+    name:str, # of a person, as somebody typed it
+)->str: # the same for 'P010', 'p010 ' and for both ways to write an accent
+    "Reduce the name of a person to what names are compared by"
+    return unicodedata.normalize('NFC', str(name)).strip().casefold()
+
 def check_rows(
     table:pd.DataFrame, # as `typed_table` returns it
     name:str,           # what errors call it
 ):
     "Refuse rows without image or person, with an unknown split, or with a method that contradicts the label"
-    path, real = table['path'], table['label']==1
+    path, split, real = table['path'], table['split'], table['label']==1
     rules = [
         ('path', path=='', 'every row needs an image'),
-        ('path', path.duplicated(), 'the same path is in an earlier row; every image has one row'),
-        ('split', ~table['split'].isin(SPLITS), f"splits are {', '.join(SPLITS)}"),
+        ('path', path.map(os.path.normpath).duplicated(),
+            'the same path is in an earlier row; every image has one row'),
+        ('split', split.str.strip().isin(SPLITS) & (split!=split.str.strip()), 'remove the spaces'),
+        ('split', ~split.isin(SPLITS), f"splits are {', '.join(SPLITS)}"),
         ('identity', table['identity'].str.strip()=='', 'name the person or, where nobody knows, the video'),
         ('method', ~real & (table['method']=='real'), 'but its label is 0, fake'),
         ('method', real & (table['method']!='real'), "but its label is 1; real images have method 'real'")]
@@ -116,9 +142,15 @@ def check_identities(
     "Refuse a person who is in two splits, be it as the face shown or as the donor of a swapped one"
     donors = table.loc[table['donor']!=''].assign(identity=lambda t: t['donor'])
     people = pd.concat([table, donors])
-    splits = pd.Series(people.groupby(['dataset', 'identity'])['split'].transform('nunique'))
-    refuse_rows(people, splits>1, name, 'identity',
-        'the same person is in another split too; give each person one split, for example by split_identities')
+    key = people['identity'].map(person_key)
+    bad = np.asarray(people.groupby(key)['split'].transform('nunique'))>1
+    if not bad.any(): return
+    one = people[bad].iloc[0]
+    other = people[(key==person_key(one['identity'])) & (people['split']!=one['split'])].iloc[0]
+    in_other = f" of dataset {other['dataset']!r}" if other['dataset']!=one['dataset'] else ''
+    refuse_rows(people, bad, name, 'identity', f"the same person is in another split too: {other['identity']!r} in "
+        f"{other['split']!r} ({other['path']!r}{in_other}); give each person one split, for example by "
+        'split_identities, and two people two names')
 
 def check_pairs(
     table:pd.DataFrame, # as `typed_table` returns it
@@ -135,18 +167,85 @@ def check_pairs(
         (n_images<2, 'but its pair has no fake; leave the column empty')]
     for bad, hint in rules: refuse_rows(paired, bad, name, 'pair', hint)
 
+# %% ../../nbs/lib/data.manifest.ipynb #copies01
+def _is_file(path)->bool:
+    "Test for a regular file, refuse what the system does not let us look at"
+    try: return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError): return False
+    except OSError as e:
+        raise ManifestError(f'{path}: cannot be read ({e.strerror}); make it and its folder readable') from None
+
+def _missing_advice(folder, file)->str:
+    "What to do about a file of a manifest that is not there"
+    causes = [(re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', file), 'is an address; download the files and give their paths'),
+        ('\\' in file, 'has backslashes; write / in their place'),
+        (file!=file.strip() and _is_file(folder/file.strip()), 'has spaces around it; remove them'),
+        (True, 'check the folder, or build the set again')]
+    return next(advice for holds, advice in causes if holds)
+
 def check_files(
     table:pd.DataFrame, # as `typed_table` returns it
     folder,             # folder that the paths are relative to
     name:str,           # what errors call the table
 ):
     "Refuse a table whose images or masks are not all in the folder"
+    folder = Path(folder)
     for column, noun in (('path', 'images'), ('mask', 'masks')):
         files = table[column][table[column]!='']
-        missing = [f for f in files if not (Path(folder)/f).is_file()]
+        missing = [f for f in files if not _is_file(folder/f)]
         if missing:
+            address = '://' in missing[0]
             raise ManifestError(f'{name}: {len(missing)} of {len(files)} {noun} are missing, the first is '
-                f'{Path(folder)/missing[0]}; check the folder, or build the set again')
+                f'{missing[0] if address else folder/missing[0]}; {_missing_advice(folder, missing[0])}')
+
+def _last_bytes(file, n=1024)->bytes:
+    "The end of a file, where compressed images differ most"
+    with open(file, 'rb') as f:
+        f.seek(-min(n, os.fstat(f.fileno()).st_size), os.SEEK_END)
+        return f.read()
+
+def equal_files(
+    files:Iterable, # paths
+)->list: # of lists of positions in `files`, at least two each
+    "Group files of the same content; only those of one size are read, only those with one end are hashed"
+    files = list(map(str, files))
+    def divide(group, key:Callable[[str], Hashable])->list:
+        parts = {}
+        for i in group: parts.setdefault(key(files[i]), []).append(i)
+        return [p for p in parts.values() if len(p)>1]
+    groups = [list(range(len(files)))]
+    for key in (os.path.getsize, _last_bytes, file_hash): groups = [p for g in groups for p in divide(g, key)]
+    return groups
+
+def copies_between_splits(
+    table:pd.DataFrame, # has the columns `path` and `split`
+    folder,             # folder that the paths are relative to; all images are there
+)->tuple: # {row: row of the image that it is a copy of, in a split that goes before}, number of copies within splits
+    "Find images of which another split has a copy; test goes before valid, valid before train"
+    try: groups = equal_files(Path(folder)/p for p in table['path'])
+    except OSError as e:
+        raise ManifestError(f'{e.filename}: cannot be read ({e.strerror}); make it readable') from None
+    across, within, rank = {}, 0, table['split'].map(SPLITS.index).to_numpy()
+    for group in groups:
+        first = max(group, key=lambda i: rank[i])
+        others = [i for i in group if rank[i]!=rank[first]]
+        across |= dict.fromkeys(others, first)
+        within += len(group)-len(others)-1
+    return across, within
+
+def check_copies(
+    table:pd.DataFrame, # as `typed_table` returns it
+    folder,             # folder that the paths are relative to; all images are there
+    name:str,           # what errors call the table
+)->list: # one line about copies within splits, or none
+    "Refuse an image of which another split has a copy; report copies within a split"
+    across, within = copies_between_splits(table, folder)
+    if across:
+        copy, original = (table.iloc[i] for i in next(iter(across.items())))
+        refuse_rows(table, np.isin(np.arange(len(table)), list(across)), name, 'path', f"{copy['path']!r} in "
+            f"{copy['split']!r} is a copy of {original['path']!r} in {original['split']!r}; keep one of them")
+    return [f'{within} images are copies of another one in the same split'] if within else []
+
 
 # %% ../../nbs/lib/data.manifest.ipynb #67b86762
 class Manifest:
@@ -155,7 +254,9 @@ class Manifest:
         table:pd.DataFrame,   # at least path, label, identity, split; see `OPTIONAL_COLUMNS` for the rest
         folder:Any='.',       # folder that the paths in the table are relative to
         name:Any='the table', # what errors call it
-    ): self.table, self.folder, self.name = typed_table(table, str(name)), Path(folder), str(name)
+    ):
+        self.table, self.folder, self.name = typed_table(table, str(name)), Path(folder), str(name)
+        self.notes = [] # what `check` found worth a line, but no fault
 
     @classmethod
     def read(cls,
@@ -168,12 +269,14 @@ class Manifest:
         return self.check(files) if check else self
 
     def check(self,
-        files:bool=True, # check that all images and masks exist
-    )->'Manifest': # itself
+        files:bool=True, # check that all images and masks exist, and that no split has a copy of another's image
+    )->'Manifest': # itself; `notes` has what is no fault
         "Refuse, in one line that names the row, a table that would leak, mislead or fail later"
         if not len(self): raise ManifestError(f'{self.name}: no rows; a manifest needs at least one image')
         for check in (check_rows, check_identities, check_pairs): check(self.table, self.name)
-        if files: check_files(self.table, self.folder, self.name)
+        if files:
+            check_files(self.table, self.folder, self.name)
+            self.notes = check_copies(self.table, self.folder, self.name)
         return self
 
     def save(self,
@@ -234,7 +337,8 @@ class Manifest:
         return counts.rename_axis(columns=None)
 
     def __len__(self): return len(self.table)
-    def __repr__(self): return f"Manifest: {len(self)} images in {self.folder.name!r}\n{self.summary()}"
+    def __repr__(self):
+        return '\n'.join([f'Manifest: {len(self)} images in {self.folder.name!r}', str(self.summary()), *self.notes])
     def _repr_html_(self): return f"Manifest: {len(self)} images{self.summary().to_html()}"
 
 # %% ../../nbs/lib/data.manifest.ipynb #caf0b39f
@@ -244,7 +348,9 @@ def split_identities(
     seed:int=0,                     # of the random assignment
 )->dict: # identity -> 'train', 'valid' or 'test'
     "Give each person one split, the same for the same people and seed"
-    people = sorted(set(map(str, identities)))
+    spellings = {} # one person may be written in several ways
+    for name in sorted(set(map(str, identities))): spellings.setdefault(person_key(name), []).append(name)
+    people = [names[0] for names in spellings.values()]
     shares = check_array('fractions', fractions, (3,), float, 0, 1)
     check_number('sum of fractions', shares.sum(), 1-1e-6, 1+1e-6)
     wanted = shares>0
@@ -256,4 +362,5 @@ def split_identities(
         sizes[np.argmax(sizes)] -= 1
         sizes[0] += 1
     order = np.random.default_rng(seed).permutation(len(people))
-    return {people[i]: s for i, s in zip(order, np.repeat(SPLITS, sizes))}
+    split_of = {people[i]: s for i, s in zip(order, np.repeat(SPLITS, sizes))}
+    return {name: split_of[names[0]] for names in spellings.values() for name in names}

@@ -10,6 +10,7 @@ __all__ = ['VIDEO_CONTAINERS', 'CUT_COLOUR_OVERLAP', 'CUT_DISSIMILARITY', 'Frame
 # %% ../../nbs/06_video.ipynb #84aca84a
 import contextlib
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -166,13 +167,11 @@ def _stream_problem(container, streams, max_pixels)->str|None:
 @contextlib.contextmanager
 def _video_errors(path):
     "Turn whatever reading a video raises into one line that names the file"
-    reasons = {PermissionError: 'permission denied; make the file readable',
-        MemoryError: 'not enough memory to decode it; shrink it'}
     try: yield
     except DeepfidError: raise
     except Exception as e: # decoders of broken files raise anything
-        reason = next((text for kind, text in reasons.items() if isinstance(e, kind)),
-            f'cannot be decoded ({e or type(e).__name__}); copy or download it again')
+        reason = ('not enough memory to decode it; shrink it' if isinstance(e, MemoryError)
+            else f'cannot be decoded ({str(e) or type(e).__name__}); copy or download it again')
         raise VideoError(f'{path}: {reason}') from e
 
 def _open_container(path, max_pixels):
@@ -182,8 +181,10 @@ def _open_container(path, max_pixels):
         try: # the options reach every stream's decoder too
             return av.open(f'file:{path}', metadata_errors='ignore',
                 options=dict(format_whitelist=VIDEO_CONTAINERS, max_pixels=str(max_pixels)))
-        except (PermissionError, MemoryError): raise
-        except Exception: problem = _format_problem(path)
+        except MemoryError: raise
+        except Exception: # FFmpeg's PermissionError may be about the content
+            problem = (_format_problem(path) if os.access(path, os.R_OK)
+                else 'permission denied; make the file readable')
     raise VideoError(f'{path}: {problem}')
 
 @contextlib.contextmanager
@@ -228,19 +229,23 @@ class _DecodedIndex:
 _INDEXED_CONTAINERS = ('mov', 'matroska')
 _INDEXED_CODECS = ('h264', 'hevc', 'vp9', 'av1', 'mjpeg', 'prores')
 
+_DECODING_ORDER = ('avi', 'asf') # these store one time for each packet, and FFmpeg guesses the other
+
 def _stamp(x): return x.pts if x.pts is not None else x.dts
 
 def _read_packets(container, stream)->tuple:
     "Read (stamp, is key frame, seek stamp) of each packet, the end in seconds, and if it broke"
     found, end = [], 0.
     # finds frames by when they are shown, all others by when they are decoded
-    matroska = container.format.name.startswith('matroska')
+    name = container.format.name.split(',')[0]
     try:
         for p in container.demux():
-            if (stamp := _stamp(p)) is None or p.is_discard: continue
+            stamp = p.dts if name in _DECODING_ORDER else _stamp(p)
+            if stamp is None or p.is_discard: continue
             end = max(end, float((stamp+(p.duration or 0))*p.time_base))
             if p.stream_index==stream.index:
-                found.append((stamp, p.is_keyframe, stamp if p.dts is None or matroska else p.dts))
+                seek = stamp if p.dts is None or name=='matroska' else p.dts
+                found.append((stamp, p.is_keyframe, seek))
     except FFmpegError: return found, end, True
     return found, end, False
 
@@ -270,10 +275,12 @@ def _count_frames(path, max_pixels, stamps, truncated)->_DecodedIndex:
         if not shown:
             raise VideoError(f'{path}: its video stream holds no frames; copy or download it again')
         times = np.arange(len(shown))/float(stream.average_rate or 25)
-        for candidate in (np.sort(stamps), np.array(shown) if None not in shown else []):
+        candidates = [np.sort(stamps), np.array(shown) if None not in shown else []]
+        if container.format.name in _DECODING_ORDER: candidates.reverse()
+        for candidate in candidates: # the last that fits
             if len(candidate)==len(shown) and (np.diff(candidate)>0).all():
-                times = (candidate-candidate[0])*float(stream.time_base)
-    if failed: truncated = truncated or f'{len(failed)} packets cannot be decoded'
+                times = (candidate-candidate[0])*float(stream.time_base or 1)
+    if failed: truncated = truncated or f'has {len(failed)} packets that cannot be decoded'
     return _DecodedIndex(times, truncated, Path(path), max_pixels)
 
 # %% ../../nbs/06_video.ipynb #52f1a091
@@ -527,7 +534,8 @@ def shot_signature(
     "Summarise the colours and the layout of a frame"
     small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
     lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB)
-    colours = np.stack([cv2.calcHist([lab], [c], None, [64], [0, 256])[:, 0] for c in range(3)])
+    colours = np.stack([cv2.calcHist([lab], [c], None, [64], [0, 256]).ravel()
+        for c in range(3)])
     colours = cv2.GaussianBlur(colours/64**2, (13, 1), 2, borderType=cv2.BORDER_REFLECT)
     return colours, cv2.resize(small, (32, 32), interpolation=cv2.INTER_AREA)
 

@@ -63,11 +63,11 @@ def find_detector(
         verify_checksums(folder)
         return folder
     if Path(name).is_dir() and name not in list_detectors(): return Path(name)
+    known = list_detectors()
     raise WeightsError(
-        f'{name}: no trained weights of that name are installed; train a detector (deepfid demo, deepfid train) and '
-        f'give '
-        f'its folder' if name in [*list_detectors(), 'all'] else
-        f"{name}: neither a detector ({', '.join(list_detectors())}) nor a folder that one was saved to")
+        f'{name}: no trained weights of that name are installed; train a detector (deepfid demo, deepfid train) '
+        f'and give its folder' if name in [*known, 'all'] else
+        f"{name}: neither a detector ({', '.join(known)}) nor a folder that one was saved to")
 
 def saved_detector_name(
     folder:str|Path # that a detector was saved to

@@ -19,8 +19,8 @@ from ..plotting import FAKE, INK, REAL
 # %% ../../nbs/lib/inference.report.ipynb #rep0006
 DISCLAIMER = (
     'A score is a reason to look closer, never a proof. A detector knows the manipulation methods, cameras and people '
-    'it '
-    'was trained on; on others it errs more often, and how often is unknown. Do not accuse anybody because of a score.')
+    'it was trained on; on others it errs more often, and how often is unknown. Do not accuse anybody because of a '
+    'score.')
 
 def score_bar_html(
     fidelity:float, # raw; shown clipped to 0 to 1

@@ -92,7 +92,8 @@ def _upgrade_row(row):
     def upgrade_face(face): # the one other key that had another name is that of the images
         new = {k if k in face_keys else 'images': v for k, v in face.items() if k!='verdicts'}
         return new|dict(scores=[upgrade_score(s) for s in face['verdicts']])
-    return row|dict(kind='image' if row['kind']=='photo' else row['kind'], faces=[upgrade_face(f) for f in row['faces']])
+    kind = 'image' if row['kind']=='photo' else row['kind']
+    return row|dict(kind=kind, faces=[upgrade_face(f) for f in row['faces']])
 
 # %% ../../nbs/lib/inference.results.ipynb #res0013
 class ResultsFile:

@@ -11,9 +11,9 @@ __all__ = ['XCEPTION_STAGES', 'XCEPTION_STRIDED_BLOCKS', 'MIN_INPUT_SIZE', 'XCEP
 from pathlib import Path
 import torch
 from torch import nn
-from safetensors.torch import load_file
 import deepfid
 from ..core import DeepfidError, WeightsError, check_choice
+from ..io import read_safetensors
 from .layers import SeparableConv2d, XceptionBlock, round_channels
 from .registry import get_detector_class, list_detectors
 
@@ -112,7 +112,7 @@ def imagenet_weights()->dict: # name -> tensor
 
 def synthetic_face_weights()->dict: # name -> tensor
     "Load the packaged weights of a quarter-width Xception trained on synthetic faces"
-    return load_file(Path(deepfid.__file__).parent/'weights'/'xception_tiny.safetensors')
+    return read_safetensors(Path(deepfid.__file__).parent/'weights'/'xception_tiny.safetensors')
 
 def load_pretrained(
     net:Xception # of full or of a quarter's width, any depth; changed in place

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
-from fastcore.basics import patch
 from ...core import DeepfidError, ManifestError, Prediction
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from . import ssaaformer
@@ -52,6 +51,7 @@ QUALITY_MEASURES = dict(niqe=_niqe, brisque=_brisque, serfiq=_serfiq)
 @dataclass(kw_only=True)
 class DeepFidelityConfig(DetectorConfig):
     "Settings of `DeepFidelity`"
+    size:int = setting(112, low=32, integer=True) # side of the faces, pixels
     # with SSAA; None: stage 1, 0: UniFormer
     ssaa_blocks:int|None = setting(None, low=0, integer=True, optional=True)
     # quality to target; None: the head's P(real)
@@ -97,7 +97,7 @@ class DeepFidelityConfig(DetectorConfig):
             raise DeepfidError(broken[0])
 
 class DeepFidelity(NetworkDetector):
-    "Fidelity scores by SSAAFormer, quality mapping and support vector regression: the paper's whole pipeline"
+    "Fidelity scores by SSAAFormer, quality mapping and support vector regression"
     name, config_class = 'deepfidelity', DeepFidelityConfig
     presets, recipes = DEEPFIDELITY_PRESETS, DEEPFIDELITY_RECIPES
     required_keys, explain_layer = ('mapping', 'regressor'), 'norm'
@@ -210,8 +210,7 @@ class DeepFidelity(NetworkDetector):
         phase:int=-1,  # of `phases`: there is one
     )->'Learner':
         "Return the network's `Learner`: its loss, AdamW, and the callbacks of the recipe"
-        # noqa: F401 - for Learner's methods
-        import fastai.callback.progress, fastai.callback.schedule
+        import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
         from fastai.learner import Learner
         from fastai.metrics import RocAucBinary, accuracy
         from deepfid.models.callbacks import optimizer
@@ -298,6 +297,11 @@ class DeepFidelity(NetworkDetector):
     def fake_logit(self, output)->torch.Tensor: return output[:, 0]
     def embed(self, x:torch.Tensor)->torch.Tensor: return self.model.embed(x, pool=self.config.pool)
 
+    def inference_graph(self)->torch.nn.Module:
+        "Return network, pooling and regression as one module: images (B,3,H,W) to fidelities (B,)"
+        from deepfid.models.deepfidelity.fused import fidelity_graph
+        return fidelity_graph(self)
+
     def score_batches(self, batches)->np.ndarray: # (N,) float64
         "Compute the fidelities of some batches: of the regression, or of the network itself"
         if self.regressor is not None:
@@ -327,13 +331,6 @@ class DeepFidelity(NetworkDetector):
     def load_extra(self, folder, about):
         if about['regressor']: self.regressor = load_regressor(folder/'regressor')
         self.mapping = about['mapping'] and FidelityMapping.from_dict(about['mapping'])
-
-# %% ../../../nbs/23_deepfidelity.ipynb #4a000011
-@patch
-def inference_graph(self:DeepFidelity)->torch.nn.Module:
-    "Return network, pooling and regression as one module: images (B,3,H,W) to fidelities (B,)"
-    from deepfid.models.deepfidelity.fused import fidelity_graph
-    return fidelity_graph(self)
 
 # %% ../../../nbs/23_deepfidelity.ipynb #50b3e448
 def with_quality(

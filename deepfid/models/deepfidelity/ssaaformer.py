@@ -388,6 +388,7 @@ def checkpoint_filter_fn(
             "says; a published checkpoint needs ssaa_weights='softmax'", stacklevel=2)
     return have
 
+# %% ../../../nbs/21_ssaaformer.ipynb #ee6326f4
 def _create(name, pretrained, kwargs):
     if pretrained and not (kwargs.get('pretrained_cfg_overlay') or {}).get('file'):
         raise DeepfidError(
