@@ -259,7 +259,7 @@ class Detector:
     name:str=''              # short name for tables and files
     calibration:tuple|None=None # (slope, offset) of `platt_scaling`; None until `calibrate`
     threshold:float=.5       # chosen on validation faces; a fidelity from it upwards predicts 'real'
-    trust:dict|None=None     # ranges of scores and of image quality in validation, [low, high] each
+    validated_ranges:dict|None=None # ranges of scores and of image quality in validation, [low, high] each
     size:Any                 # side of the faces that `predict` takes, pixels
     registered:dict = {}     # name -> class, of every detector class defined so far in this process
     def __init_subclass__(cls, **kwargs):

@@ -214,7 +214,7 @@ def test_train_and_evaluate(capsys, tmp_path):
     csv = tiny_manifest((40, 20, 20)).save()
     status, out, _ = run(capsys, 'train', csv, '--out', tmp_path/'m', '--preset', 'tiny', '--epochs', 1, '--json')
     assert status==0 and json.loads(out)['saved']==str(tmp_path/'m')
-    assert set(load(tmp_path/'m').trust)=={'score_range', 'quality_range'}
+    assert set(load(tmp_path/'m').validated_ranges)=={'score_range', 'quality_range'}
     status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'dataset', '--by', 'identity', '--json')
     result = json.loads(out)
     assert status==0 and result['auc_low']<=result['auc']<=result['auc_high'] and result['n_fake']==20

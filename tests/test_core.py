@@ -109,7 +109,7 @@ def test_checks_return_what_is_good():
 
 def test_killed_while_writing_leaves_nothing(tmp_path):
     code = ("import os, sys\nfrom deepfid.io import atomic_folder\n"
-            "with atomic_folder(sys.argv[1]) as f:\n    open(os.path.join(f, 'a'), 'w').write('half'); os._exit(9)")
+            "with atomic_folder(sys.argv[1], 'saved detector') as f:\n    open(os.path.join(f, 'a'), 'w').write('half'); os._exit(9)")
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'m')]).returncode==9
     assert not (tmp_path/'m').exists()
     with pytest.raises(ZeroDivisionError): write_atomically(tmp_path/'b', lambda p: 1/0)

@@ -5,11 +5,13 @@ import cv2, numpy as np, pandas as pd, pytest
 from deepfid.core import ConsentError, DataMissingError, DeepfidError, ManifestError, five_points
 from deepfid.io import write_json
 from deepfid.data import datasets
-from deepfid.data.datasets import celebdf, count_clips, dfd, dfdcp, fetch_dataset, ffpp, clips_from_folder, landmarks68, london, london_info, published_files, portraits, read_deepfakebench, read_clips, read_template, wilddeepfake, write_deepfakebench
+from deepfid.data.datasets import celebdf, count_clips, describe_names, dfd, dfdcp, fetch_dataset, ffpp, clips_from_folder, landmarks68, london, london_info, published_files, portraits, read_deepfakebench, read_clips, read_template, wilddeepfake, write_deepfakebench
 from deepfid.io import iter_files
 from deepfid.data.faces import find_face
 from deepfid.data.forge import forge
-from deepfid.data.pairs import build_pairs
+from deepfid.data.manifest import Manifest
+from deepfid.data.pairs import build_pairs, map_images
+from deepfid.experiments.conditions import SEEN_CORRUPTIONS, UNSEEN_CORRUPTIONS, corrupted_manifests
 
 def test_errors_for_missing_sets(tmp_path, monkeypatch):
     monkeypatch.delenv('DEEPFID_DATA', raising=False)
@@ -144,6 +146,32 @@ def test_folder(tmp_path):
     assert {c.video: c.split for c in clips_from_folder(tmp_path/'s')}=={'train/a.jpg': '', 'valid/b.jpg': 'valid', 'test/c.jpg': 'test', 'test/a.jpg': 'test'}
     with pytest.raises(DataMissingError, match="'real' or 'fake'"): clips_from_folder(tmp_path/'s'/'train'/'real')
 
+def test_names_like_those_of_faceforensics(tmp_path):
+    "real/000 and fake/METHOD/000_001: the fake is 000 with the face of 001, and both stay in one split"
+    n = 24
+    names = [f'fake/{m}/{a:03d}_{b:03d}.jpg' for m in ('Deepfakes', 'FaceSwap') for k in range(0, n, 2) for a, b in ((k, k+1), (k+1, k))]
+    touch(tmp_path, *(f'real/{i:03d}.jpg' for i in range(n)), *names, 'fake/Deepfakes/000_999.jpg', 'fake/001_000.jpg')
+    clips = clips_from_folder(tmp_path)
+    by = {c.video: c for c in clips}
+    fake = by['Deepfakes/000_001.jpg']
+    assert (fake.identity, fake.donor, fake.source, fake.method)==('000', '001', '000.jpg', 'Deepfakes')
+    assert (by['001_000.jpg'].identity, by['001_000.jpg'].donor, by['001_000.jpg'].method)==('001', '000', 'fake')
+    assert (by['Deepfakes/000_999.jpg'].identity, by['Deepfakes/000_999.jpg'].donor)==('Deepfakes', '') # 999 is nobody
+    assert all(c.split for c in clips) and {c.split for c in clips}=={'train', 'valid', 'test'} and all(len(s)==1 for s in splits_of_people(clips).values())
+    text = describe_names(clips)
+    assert '24 real clips of 24 people' in text and "49 fakes are named TARGET_DONOR: '001_000.jpg' is '001' with the face of '000'" in text
+    assert "1 fakes match no real clip by name; by folder or name they count as 1 people, such as 'Deepfakes'" in text
+    touch(tmp_path/'frames', *(f'{d}/{i}.png' for d in ('real/000', 'real/001', 'fake/NT/000_001') for i in (0, 1)))
+    by = {c.video: c for c in clips_from_folder(tmp_path/'frames')}
+    assert (by['NT/000_001/1.png'].source, by['NT/000_001/1.png'].donor)==('000/1.png', '001')
+
+def test_one_person_in_two_spellings(tmp_path):
+    touch(tmp_path, 'train/real/Ann/1.jpg', 'test/real/ann/2.jpg', 'train/real/Zoe\u0301/1.jpg', 'test/real/Zo\u00e9/2.jpg', 'train/real/bob/1.jpg')
+    assert {c.video: c.split for c in clips_from_folder(tmp_path)}=={'train/Ann/1.jpg': '', 'train/Zoe\u0301/1.jpg': '', 'train/bob/1.jpg': 'train', 'test/ann/2.jpg': 'test', 'test/Zo\u00e9/2.jpg': 'test'}
+    touch(tmp_path/'many', *(f'real/p{i}/1.jpg' for i in range(20)), *(f'real/P{i} /2.jpg' for i in range(20)))
+    clips = clips_from_folder(tmp_path/'many')
+    assert len(clips)==40 and all(c.split for c in clips) and all(len({c.split for c in clips if c.identity.strip().lower()==f'p{i}'})==1 for i in range(20))
+
 def test_listing_files_ends_with_cyclic_links(tmp_path):
     touch(tmp_path, 'a/x.mp4', 'b/y.MP4')
     (tmp_path/'a'/'up').symlink_to(tmp_path)
@@ -157,14 +185,18 @@ def test_read_by_name(data):
     assert all(c.consent for c in read_clips('london', data))
     with pytest.raises(DeepfidError, match="dataset='x'"): read_clips('x')
 
+def write_image(path):
+    "An image file that differs from any other"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image.n += 1
+    cv2.imwrite(str(path), np.random.default_rng(write_image.n).integers(0, 256, (32, 32, 3), np.uint8))
+write_image.n = 0
+
 # -- DeepfakeBench's lists ------------------------------------------------------------------------------------------
 
 def test_deepfakebench_in_and_out(tmp_path):
-    png = cv2.imencode('.png', np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     def video(name, *frames, masks=()):
-        for n in (*(f'f/{name}/{f}.png' for f in frames), *(f'm/{name}/{f}.png' for f in masks)):
-            touch(tmp_path, n)
-            (tmp_path/n).write_bytes(png)
+        for n in (*(f'f/{name}/{f}.png' for f in frames), *(f'm/{name}/{f}.png' for f in masks)): write_image(tmp_path/n)
         return dict(label='x', frames=[f'f\\{name}\\{f}.png'.replace('/', '\\') for f in frames], masks=[f'm/{name}/{f}.png' for f in masks])
     content = {'FF-DF': {'FF-real': dict(train={'c23': {'000': video('r/000', '010', '000')}, 'c40': {}}, val={'c23': {}}, test={'c23': {'001': video('r/001', '000')}}),
                       'FF-DF': dict(train={'c23': {'000_003': video('d/000_003', '000', '010', masks=['010'])}}, val={}, test={})}}
@@ -177,10 +209,56 @@ def test_deepfakebench_in_and_out(tmp_path):
     assert sorted(map(tuple, again.table[same].to_numpy()))==sorted(map(tuple, m.table[same].to_numpy()))
 
 def test_deepfakebench_lists_test_videos_in_training_too(tmp_path):
-    touch(tmp_path, 'a.png', 'b.png')
+    for name in 'ab': write_image(tmp_path/f'{name}.png')
     entry = lambda f: dict(label='', frames=[f])
     content = {'Celeb-DF-v2': {'CelebDFv2_real': dict(train={'id0_0000': entry('a.png'), 'id1_0000': entry('b.png')}, val={'id0_0000': entry('a.png')}, test={'id0_0000': entry('a.png')})}}
     assert read_deepfakebench(write_json(tmp_path/'x.json', content)).table['split'].tolist()==['test', 'train']
+
+def listed_with_absolute_paths(tmp_path):
+    "A manifest whose images and masks are read through a list of DeepfakeBench, and a photograph beside it through `..` and a link"
+    rows = []
+    for video, split in (('000', 'test'), ('001', 'test'), ('002', 'train')):
+        for name, label in ((f'{video}', 1), (f'{video}_{video}', 0)):
+            for frame in (0, 1):
+                write_image(tmp_path/'set'/f'{name}/{frame}.png')
+                write_image(tmp_path/'set'/f'{name}/m{frame}.png')
+                rows.append(dict(path=f'{name}/{frame}.png', mask='' if label else f'{name}/m{frame}.png', label=label, identity=video, split=split, method='real' if label else 'Deepfakes', dataset='FF-DF', video=name, frame=frame))
+    m = read_deepfakebench(write_deepfakebench(Manifest(pd.DataFrame(rows), tmp_path/'set').check(), tmp_path/'elsewhere'/'FF-DF.json'))
+    assert m.table['path'].str.startswith('/').all() and len(m)==12
+    return m
+
+def test_degraded_copies_are_written_inside_their_folder(tmp_path):
+    "Whatever the paths of a manifest are: absolute, with `..`, through a link"
+    m = listed_with_absolute_paths(tmp_path)
+    (tmp_path/'link').symlink_to(tmp_path/'set')
+    table = m.table.copy()
+    table.loc[0, 'path'], table.loc[1, 'path'] = '../set/'+table['path'][0].split('/set/')[1], str(tmp_path/'link'/table['path'][1].split('/set/')[1])
+    m = Manifest(table, tmp_path/'elsewhere').check()
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    inverted = map_images(m, lambda im: 255-im, tmp_path/'new'/'inverted')
+    assert {p: p.read_bytes() for p in before}==before
+    written = {p for p in tmp_path.rglob('*') if p.is_file()}-{*before}
+    assert written and all(p.is_relative_to(tmp_path/'new'/'inverted') for p in written)
+    assert inverted.table['path'].tolist()==[f'faces/{i:06d}.png' for i in range(len(m))]
+    for i in range(len(m)):
+        np.testing.assert_array_equal(inverted.image(i), 255-m.image(i))
+        np.testing.assert_array_equal(inverted.mask(i), m.mask(i))
+    assert map_images(m, lambda im: im//2, tmp_path/'new'/'inverted').key()==inverted.key() # what is there is read again
+    with pytest.raises(ManifestError, match='copies of other rows'): map_images(m.of('test').where(label=0), lambda im: im, tmp_path/'new'/'inverted')
+
+def test_each_corruption_of_a_robustness_table_shows_other_pixels(tmp_path):
+    m = listed_with_absolute_paths(tmp_path)
+    corruptions = SEEN_CORRUPTIONS|UNSEEN_CORRUPTIONS
+    made = corrupted_manifests(dict(own=m), tmp_path/'out', corruptions)
+    pixels = [tuple(c.image(i).tobytes() for i in range(len(c))) for c in made.values()]
+    assert len(made)==len(corruptions)==8 and len(set(pixels))==8
+    for name, c in made.items(): np.testing.assert_array_equal(c.image(0), corruptions[name.split(', ')[1]](m.of('test').image(0)))
+
+def test_a_list_of_deepfakebench_can_be_written_anywhere(tmp_path, monkeypatch):
+    write_image(tmp_path/'set'/'a.png')
+    monkeypatch.chdir(tmp_path)
+    m = Manifest(pd.DataFrame([dict(path='a.png', label=1, identity='a', split='test', video='a', dataset='x')]), 'set')
+    assert len(read_deepfakebench(write_deepfakebench(m, tmp_path/'lists'/'x.json')))==1
 
 # -- downloads ------------------------------------------------------------------------------------------------
 

@@ -178,8 +178,8 @@ def test_a_fake_of_another_size_gets_its_own_box(people, tmp_path):
     assert p.stat().st_mtime_ns==stamp
 
 def test_folders_of_crops_and_photographs(people, tmp_path):
-    for part in ('real_train', 'real_test', 'fake_train', 'fake_test'):
-        for f in (2, 10, 9): (p := tmp_path/'deepfake_in_the_wild'/part/'0'/'x'/'7'/f'{f}.png').parent.mkdir(parents=True, exist_ok=True); cv2.imwrite(str(p), people[0][0][..., ::-1])
+    for k, part in enumerate(('real_train', 'real_test', 'fake_train', 'fake_test')):
+        for f in (2, 10, 9): (p := tmp_path/'deepfake_in_the_wild'/part/'0'/'x'/'7'/f'{f}.png').parent.mkdir(parents=True, exist_ok=True); cv2.imwrite(str(p), people[k][min(f, 9)][..., ::-1])
     (tmp_path/'deepfake_in_the_wild/real_test/0/x/7/9.png').write_bytes(b'')
     m = extract_faces(read_clips('wilddeepfake', tmp_path), tmp_path/'wild', **SMALL, workers=1)
     assert m.table[m.table['split']=='train']['frame'].tolist()==[2, 9, 10]*2 and len(m)==11 and (m.table['mask']=='').all()
@@ -190,6 +190,16 @@ def test_folders_of_crops_and_photographs(people, tmp_path):
             cv2.imwrite(str(p), image[..., ::-1])
     m = extract_faces(clips_from_folder(tmp_path/'photos'), tmp_path/'crops', **SMALL, workers=1)
     assert len(m)==6 and (m.table['pair']!='').all() and (m.table['mask']!='').sum()==3
+
+def test_faces_that_are_in_two_splits_are_left_out_of_training(people, tmp_path):
+    for name, image in (('train/real/ann.png', 0), ('train/real/bob.png', 1), ('train/fake/swap/ann_bob.png', 2), ('test/real/carl.png', 0), ('test/real/dora.png', 3), ('test/real/dora/2.png', 3)):
+        (p := tmp_path/'set'/name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(p), people[image][0][..., ::-1])
+    result = extract_dataset(tmp_path/'set', tmp_path/'out', **SMALL, workers=1)
+    table, log = Manifest.read(result['saved']).table, pd.read_csv(result['log'])
+    assert set(table['video'])=={'train/bob.png', 'train/swap/ann_bob.png', 'test/carl.png', 'test/dora.png', 'test/dora/2.png'}
+    assert log['video'].tolist()==['train/ann.png'] and 'in the test split' in log['reason'][0]
+    assert "1 fakes are named TARGET_DONOR: 'train/swap/ann_bob.png' is 'ann' with the face of 'bob'" in result['text'] and '1 images are copies' in result['text']
 
 def test_frames_are_decoded_again_where_memory_is_short(videos, complete, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, 'FRAME_MEMORY_BYTES', 0)

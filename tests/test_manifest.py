@@ -1,9 +1,10 @@
 "Manifests and their checks, pairs forged in parallel, data loaders"
-import filecmp
+import filecmp, os
 import cv2, numpy as np, pandas as pd, pytest, torch
 from deepfid.core import ManifestError
 from deepfid.data.loaders import FaceDataset, dataloaders
-from deepfid.data.manifest import Manifest, split_identities
+from deepfid.data import manifest
+from deepfid.data.manifest import Manifest, equal_files, split_identities
 from deepfid.data.pairs import build_pairs, synthetic_sources
 
 @pytest.fixture(scope='module')
@@ -42,6 +43,89 @@ def test_missing_and_binary_files(tmp_path):
     with pytest.raises(ManifestError, match='no such manifest'): Manifest.read(tmp_path/'x.csv')
     (tmp_path/'x.csv').write_bytes(b'\x00\x01\x02')
     with pytest.raises(ManifestError): Manifest.read(tmp_path/'x.csv')
+
+# -- leaks ------------------------------------------------------------------------------------------------------------
+
+def image_rows(folder, *rows, **columns):
+    "A manifest of small images, all different: (path, identity, split)"
+    for k, (path, *_) in enumerate(rows):
+        (p := folder/path).parent.mkdir(parents=True, exist_ok=True)
+        p.write_bytes(cv2.imencode('.png', np.random.default_rng(k).integers(0, 256, (16, 16, 3), np.uint8))[1].tobytes())
+    return Manifest(pd.DataFrame([dict(path=p, identity=i, split=s, label=1) for p, i, s in rows]).assign(**columns), folder)
+
+@pytest.mark.parametrize('one, other', [('p010', 'P010'), ('p010', ' p010 '), ('Zo\u00e9', 'Zoe\u0301'), ('stra\u00dfe', 'STRASSE')])
+@pytest.mark.parametrize('datasets', [('', ''), ('a', 'b')])
+def test_one_person_in_two_splits_however_written(tmp_path, one, other, datasets):
+    m = image_rows(tmp_path, ('1.png', one, 'train'), ('2.png', other, 'test'), dataset=datasets)
+    with pytest.raises(ManifestError, match='the same person is in another split too') as e: m.check()
+    assert '\n' not in str(e.value) and '2.png' in str(e.value)
+    image_rows(tmp_path, ('1.png', one, 'train'), ('2.png', other, 'train'), dataset=datasets).check()
+    donor = image_rows(tmp_path, ('1.png', 'x', 'train'), ('2.png', other, 'test'), donor=[one, ''], dataset=datasets)
+    with pytest.raises(ManifestError, match='the same person'): donor.check()
+    assert split_identities([one, other, *'abcdefgh'])[one]==split_identities([one, other, *'abcdefgh'])[other]
+
+@pytest.mark.parametrize('other', ['faces/./1.png', 'faces//1.png', 'faces/../faces/1.png'])
+def test_one_path_in_two_spellings(tmp_path, other):
+    m = image_rows(tmp_path, ('faces/1.png', 'a', 'train'), (other, 'b', 'test'), dataset=['x', 'y'])
+    with pytest.raises(ManifestError, match='same path'): m.check(files=False)
+
+def test_copied_images_are_refused_across_splits_and_reported_within(tmp_path, monkeypatch):
+    rows = [('1.png', 'a', 'train'), ('2.png', 'b', 'train'), ('3.png', 'c', 'test'), ('4.png', 'd', 'test')]
+    hashed, file_hash = [], manifest.file_hash
+    monkeypatch.setattr(manifest, 'file_hash', lambda p: hashed.append(p) or file_hash(p))
+    m = image_rows(tmp_path, *rows, dataset=['w', 'x', 'y', 'z'])
+    assert m.check().notes==[] and not hashed # images that cannot be equal are not hashed
+    os.link(tmp_path/'1.png', tmp_path/'5.png')
+    within = Manifest(pd.concat([m.table, m.table[:1].assign(path='5.png')]), tmp_path)
+    assert within.check().notes==['1 images are copies of another one in the same split'] and 'are copies' in repr(within) and len(hashed)==2
+    (tmp_path/'4.png').write_bytes((tmp_path/'2.png').read_bytes())
+    with pytest.raises(ManifestError, match="'2.png' in 'train' is a copy of '4.png' in 'test'"): m.check()
+    (tmp_path/'4.png').unlink()
+    (tmp_path/'4.png').symlink_to(tmp_path/'2.png')
+    with pytest.raises(ManifestError, match='is a copy of'): m.check()
+    assert m.check(files=False)
+
+def test_equal_files(tmp_path):
+    for name, content in dict(a=b'x'*3000, b=b'y'+b'x'*2999, c=b'x'*3000, d=b'x', e=b'', f=b'').items(): (tmp_path/name).write_bytes(content)
+    assert equal_files(tmp_path/n for n in 'abcdef')==[[0, 2], [4, 5]]
+
+# -- messages that name the cause -------------------------------------------------------------------------------------
+
+CSV = 'path,label,identity,split\nfaces/a.png,1,p,test\n'
+
+@pytest.mark.parametrize('change, message', [
+    (lambda t: t.replace(',', ';'), 'separated by semicolons; save it with commas'),
+    (lambda t: t.replace(',', '\t'), 'separated by tabs'),
+    (lambda t: t.replace('path', 'Path'), "no column 'path', but 'Path'; rename it"),
+    (lambda t: t.replace(',', ', '), "no column 'label', but ' label'; remove the spaces"),
+    (lambda t: t.replace('split', 'split,Donor').replace('test', 'test,q'), "no column 'donor', but 'Donor'"),
+    (lambda t: t.replace('test', ' test'), "has split ' test'; remove the spaces"),
+    (lambda t: t.replace('faces/', 'faces\\'), 'has backslashes; write /'),
+    (lambda t: t.replace('faces/', ' faces/'), 'has spaces around it'),
+    (lambda t: t.replace('faces/', 'https://example.org/'), 'https://example.org/a.png; is an address; download'),
+    (lambda t: t.replace('label', 'is_real'), "no column 'label'; a manifest needs path, label, identity, split"),
+    (lambda t: t.replace('p,test', 'J\u00fcrgen,test').encode('cp1252'), 'is not UTF-8 text'),
+    (lambda t: t.encode('utf-16'), 'is not UTF-8 text')])
+def test_the_cause_is_named(tmp_path, change, message):
+    image_rows(tmp_path, ('faces/a.png', 'p', 'test'))
+    content = change(CSV)
+    (tmp_path/'m.csv').write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ManifestError, match=message.replace('\\', '.')) as e: Manifest.read(tmp_path/'m.csv')
+    assert '\n' not in str(e.value) and 'm.csv' in str(e.value)
+
+def test_what_the_system_refuses_is_named(tmp_path, monkeypatch):
+    image_rows(tmp_path, ('faces/a.png', 'p', 'test'))
+    (tmp_path/'m.csv').write_text(CSV)
+    assert len(Manifest.read(tmp_path/'m.csv'))==1
+    with pytest.raises(ManifestError, match='is a folder'): Manifest.read(tmp_path)
+    def refuse(path, *a, **k):
+        if str(path).endswith('a.png'): raise PermissionError(13, 'Permission denied', str(path))
+        return stat(path, *a, **k)
+    stat = os.stat
+    monkeypatch.setattr(os, 'stat', refuse)
+    with pytest.raises(ManifestError, match='faces/a.png: cannot be read .Permission denied.'): Manifest.read(tmp_path/'m.csv')
+
+# -- batches ----------------------------------------------------------------------------------------------------------
 
 def test_nan_quality_is_refused_only_for_fidelity(built):
     table = built.table.assign(quality=np.nan)

@@ -45,7 +45,7 @@ def test_from_disk_and_in_other_batches(name, request, faces, tmp_path):
     d, images = request.getfixturevalue(name), test_images(faces)
     f = np.array([p.fidelity for p in d.predict(images)])
     again = type(d).load(d.save(tmp_path/'d'))
-    assert np.allclose([p.fidelity for p in again.predict(images, 2)], f, atol=1e-5) and again.threshold==d.threshold and again.trust==d.trust
+    assert np.allclose([p.fidelity for p in again.predict(images, 2)], f, atol=1e-5) and again.threshold==d.threshold and again.validated_ranges==d.validated_ranges
     halved = type(d).load(d.save(tmp_path/'h', half=True))
     assert np.allclose([p.fidelity for p in halved.predict(images)], f, atol=2e-2)
     assert (tmp_path/'h'/'network.safetensors').stat().st_size<.6*(tmp_path/'d'/'network.safetensors').stat().st_size

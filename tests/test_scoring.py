@@ -24,7 +24,7 @@ class GridFinder:
 class Brightness(Detector):
     "Predicts bright faces to be real"
     def __init__(self, name='brightness', size=64, mask=False):
-        self.name, self.size, self.config, self.threshold, self.trust = name, size, dict(size=size), .5, {}
+        self.name, self.size, self.config, self.threshold, self.validated_ranges = name, size, dict(size=size), .5, {}
         self.mask, self.batches = mask, []
     def predict(self, faces, batch_size=32):
         self.batches.append(len(faces))
@@ -204,11 +204,11 @@ def test_outputs_that_cannot_be_written(tmp_path):
 
 def test_warnings_outside_the_validation_ranges():
     detector = Brightness()
-    detector.trust = dict(score_range=[.3, .8], quality_range=[-1000, 0])
+    detector.validated_ranges = dict(score_range=[.3, .8], quality_range=[-1000, 0])
     low, inside = [f.faces[0].scores[0] for f in score_grid([grey(51), grey(127)], detector)]
     assert low.warnings and 'below everything seen in validation (0.30 to 0.80)' in low.reliability
-    assert inside.warnings==['the face is blurred'] and 'not a proof' in reliability_sentence([], detector.trust)
-    detector.trust['quality_range'] = [-2., -1.]
+    assert inside.warnings==['the face is blurred'] and 'not a proof' in reliability_sentence([], detector.validated_ranges)
+    detector.validated_ranges['quality_range'] = [-2., -1.]
     assert 'quality is lower' in score_grid(grey(127), detector)[0].faces[0].scores[0].reliability
     assert 'unknown' in reliability_sentence([], {})
     assert any('either' in w for w in score_warnings(.5, -5, {}, (8, -4))) and not score_warnings(.95, -5, {}, (8, -4))

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT/'deepfid'
-MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py'))
+MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py', '_nbdev.py'))
 
 # Identifiers that have a name in the field: fastai's, scikit-learn's, timm's or the paper's
 BANNED_NAMES = set('''BumpModule WaveModule STRIP shake ROOM on_map off_by SUMS seal check_seal Verdict Cut doubts says judge Quote Quoted

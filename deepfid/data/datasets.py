@@ -431,6 +431,7 @@ def _folder_clips(top, split)->list:
     clips += [_fake_clip(path, name, split, real, people) for path, name in files('fake')]
     return [replace(c, kind='photo' if c.path.lower().endswith(IMAGE_SUFFIXES) else 'video') for c in clips]
 
+# %% ../../nbs/lib/data.datasets.ipynb #e085cfx1
 def _connected_people(clips)->dict:
     "Person -> the first of all who were swapped with one another, directly or through others"
     first = {}
@@ -468,6 +469,7 @@ def clips_from_folder(
     split_of = _split_people([c for c in clips if not c.split], seed)
     return remove_split_leaks([replace(c, split=c.split or split_of[c.identity]) for c in clips])
 
+# %% ../../nbs/lib/data.datasets.ipynb #e085cfx2
 def describe_names(
     clips:list, # of `Clip`, from `clips_from_folder`
 )->str: # one or more lines

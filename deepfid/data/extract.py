@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from ..core import DeepfidError
-from ..io import (IMAGE_SUFFIXES, atomic_folder, iter_files, read_image, read_json, to_json, write_atomically,
+from ..io import (IMAGE_SUFFIXES, atomic_folder, claim_folder, iter_files, read_image, read_json, to_json,
+    write_atomically,
     write_json)
 from ..parallel import map_items
 from .datasets import Clip, count_clips, describe_names, read_clips
@@ -276,7 +277,7 @@ def write_clip(
     notes:dict,        # written as clip.json
 ):
     "Write all files of a clip at once"
-    with stop_on_write_error(config.out), atomic_folder(Path(config.out)/clip_folder(clip)) as tmp:
+    with stop_on_write_error(config.out), atomic_folder(Path(config.out)/clip_folder(clip), 'clip') as tmp:
         for name, data in files.items(): (tmp/name).write_bytes(data)
         write_json(tmp/'clip.json', notes)
 
@@ -380,7 +381,7 @@ def _check_job(clips, config)->list:
     if file and read_json(file)!=json.loads(to_json(settings)):
         raise DeepfidError(
             f'{out}: holds faces cropped with other settings (see {file.name}); use those, or another folder')
-    with stop_on_write_error(out): write_json(out/'crop_config.json', settings)
+    with stop_on_write_error(out): write_json(claim_folder(out, 'extraction')/'crop_config.json', settings)
     return used
 
 def extract_faces(
@@ -399,7 +400,7 @@ def extract_faces(
     config = CropConfig(os.path.abspath(out), size, margin, frames, align, tuple(drop))
     groups, n_faces = clip_groups(_check_job(clips, config)), 0
     # left over from a run that was killed
-    for folder in Path(config.out).glob('faces/*/*/.tmp-*'): shutil.rmtree(folder, ignore_errors=True)
+    for folder in Path(config.out).glob(f"faces/*/*/.tmp-{'[0-9a-f]'*12}-*"): shutil.rmtree(folder, ignore_errors=True)
     jobs = map_items(partial(crop_clip_group, config=config), groups, workers, engine)
     with tqdm(total=sum(map(len, groups)), disable=not progress, unit='clip', mininterval=1) as bar:
         for done, faces in jobs:
@@ -434,8 +435,9 @@ def extract_dataset(
     if set(table['split'])=={'test'} and dataset=='folder':
         splits += ' (fewer than ten people: all of them go to the test split, and a training needs more)'
     names = [f'From the names: {describe_names(clips)}'] if dataset=='folder' else []
-    text = [*names, str(count_clips(clips, dataset)), f'{len(table)} faces ({splits}) of {len(clips)-without_faces} '
-        f'clips; {failed} clips gave none; what was skipped and why: {log}', *manifest.notes]
-    return dict(saved=str(Path(out)/'manifest.csv'), log=str(log), text='\n'.join(text), clips=len(clips), faces=len(table),
-        failed=failed, skipped=len(pd.read_csv(log)), seconds=round(time.perf_counter()-started, 1),
+    text = [*names, str(count_clips(clips, dataset)),
+        f'{len(table)} faces ({splits}) of {len(clips)-without_faces} clips; {failed} clips gave none; '
+        f'what was skipped and why: {log}', *manifest.notes]
+    return dict(saved=str(Path(out)/'manifest.csv'), log=str(log), text='\n'.join(text), clips=len(clips),
+        faces=len(table), failed=failed, skipped=len(pd.read_csv(log)), seconds=round(time.perf_counter()-started, 1),
         status=3 if failed else 0)

@@ -198,6 +198,7 @@ def check_files(
             raise ManifestError(f'{name}: {len(missing)} of {len(files)} {noun} are missing, the first is '
                 f'{missing[0] if address else folder/missing[0]}; {_missing_advice(folder, missing[0])}')
 
+# %% ../../nbs/lib/data.manifest.ipynb #copiesx1
 def _last_bytes(file, n=1024)->bytes:
     "The end of a file, where compressed images differ most"
     with open(file, 'rb') as f:
@@ -246,7 +247,6 @@ def check_copies(
             f"{copy['split']!r} is a copy of {original['path']!r} in {original['split']!r}; keep one of them")
     return [f'{within} images are copies of another one in the same split'] if within else []
 
-
 # %% ../../nbs/lib/data.manifest.ipynb #67b86762
 class Manifest:
     "A table of face images, one row each, and the folder that its paths are relative to"
@@ -282,9 +282,9 @@ class Manifest:
     def save(self,
         csv=None, # path; default: manifest.csv in its folder
     )->Path:
-        "Write the table atomically"
+        "Write the table atomically; a file there is replaced if it is a table with labels"
         csv = Path(csv or self.folder/'manifest.csv')
-        write_atomically(csv, self.table.to_csv(index=False, lineterminator='\n').encode())
+        write_atomically(csv, self.table.to_csv(index=False, lineterminator='\n'), b'label')
         return csv
 
     def where(self,

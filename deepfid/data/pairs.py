@@ -132,7 +132,7 @@ def make_pair(
 # %% ../../nbs/lib/data.pairs.ipynb #27d74ae0
 def build_pairs(
     sources:list,              # of faces: each with identity, dataset, consent, landmarks and load(size)
-    folder,                    # made, or replaced, once everything has gone well
+    folder,                    # a new one, or unchanged pairs, which are replaced once all has gone well
     methods:tuple|None=None,   # manipulation methods; default: all of `deepfid.data.forge`
     pairs:int|tuple=(700, 100, 200), # of train, valid, test; or their number in all
     size:int=112,              # side of the crops, pixels
@@ -149,7 +149,7 @@ def build_pairs(
     split_of = split_identities([s.identity for s in sources], (.7, .1, .2), seed)
     plans = [p for split, n in zip(SPLITS, counts) if n
         for p in plan_pairs([s for s in sources if split_of[s.identity]==split], split, n, methods, seed)]
-    with atomic_folder(folder) as tmp:
+    with atomic_folder(folder, 'set of faces') as tmp:
         for sub in ('faces', 'masks'): (Path(tmp)/sub).mkdir(parents=True, exist_ok=True)
         make = partial(make_pair, folder=str(tmp), size=size, margin=margin, quality=quality)
         made = tqdm(map_processes(make, plans, workers, chunk=8), total=len(plans), disable=not progress, unit='pair',
@@ -168,7 +168,7 @@ def map_images(
     folder, content, masks = Path(folder), [], []
     if (folder/'manifest.csv').is_file(): return _read_copy(manifest, folder)
     paths = [f'faces/{i:06d}.png' for i in range(len(manifest))]
-    with atomic_folder(folder) as tmp:
+    with atomic_folder(folder, 'set of faces') as tmp:
         for sub in ('faces', 'masks'): (tmp/sub).mkdir()
         for i, (path, mask) in enumerate(zip(paths, manifest.table['mask'])):
             png = cv2.imencode('.png', transform(manifest.image(i))[..., ::-1])[1].tobytes()

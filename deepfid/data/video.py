@@ -153,6 +153,7 @@ def _format_problem(path)->str:
         return ('is no video in a known format (MP4, MOV, MKV, WebM, AVI, MPEG, FLV, WMV, Ogg), or '
             'it is cut off; copy or download it again')
 
+# %% ../../nbs/06_video.ipynb #e638b1x1
 def _stream_problem(container, streams, max_pixels)->str|None:
     "Why the video stream of an open file is not decoded"
     if not streams:
@@ -187,6 +188,7 @@ def _open_container(path, max_pixels):
                 else 'permission denied; make the file readable')
     raise VideoError(f'{path}: {problem}')
 
+# %% ../../nbs/06_video.ipynb #72a367x1
 @contextlib.contextmanager
 def _open(
     path,
@@ -229,7 +231,8 @@ class _DecodedIndex:
 _INDEXED_CONTAINERS = ('mov', 'matroska')
 _INDEXED_CODECS = ('h264', 'hevc', 'vp9', 'av1', 'mjpeg', 'prores')
 
-_DECODING_ORDER = ('avi', 'asf') # these store one time for each packet, and FFmpeg guesses the other
+# what stores one time for each packet, that of decoding; FFmpeg guesses the other
+_DECODING_ORDER = ('avi', 'asf')
 
 def _stamp(x): return x.pts if x.pts is not None else x.dts
 
@@ -267,8 +270,9 @@ def _read_index(container, stream, path, max_pixels)->_PacketIndex|_DecodedIndex
         return _PacketIndex(stamps, starts, seeks, float(stream.time_base), truncated)
     return _count_frames(path, max_pixels, stamps, truncated)
 
+# %% ../../nbs/06_video.ipynb #3c81dax1
 def _count_frames(path, max_pixels, stamps, truncated)->_DecodedIndex:
-    "Decode all frames to count them; their times are their own stamps, or the packets', or the rate's"
+    "Count the frames by decoding all; times are their own stamps, the packets' or the rate's"
     with _open(path, max_pixels) as (container, stream):
         failed = []
         shown = [f.pts for f, _ in _decode_in_order(container, stream, failed)]
@@ -338,8 +342,9 @@ def _dependent_frames(index, stamp)->set:
     later = np.flatnonzero(index.starts[i+1:])
     return set(index.packets[i:i+1+later[0] if len(later) else None].tolist())
 
+# %% ../../nbs/06_video.ipynb #5589d5x1
 def _decode_in_order(container, stream, failed)->Iterator:
-    "Yield (av frame, is it whole?) of all frames, collect the packets that cannot be decoded in `failed`"
+    "Yield (av frame, is it whole?) of all frames, collect undecodable packets in `failed`"
     damaged = False
     def frames():
         nonlocal damaged
@@ -355,6 +360,7 @@ def _decode_in_order(container, stream, failed)->Iterator:
         damaged = frame.is_corrupt or damaged and not frame.key_frame
         yield frame, not damaged
 
+# %% ../../nbs/06_video.ipynb #5589d5x2
 def _decode_again(index, wanted)->Iterator:
     "As `_decode`, for a file whose frames were counted by decoding"
     missing = set(map(int, wanted))
@@ -577,12 +583,13 @@ def track_faces(
 
 # %% ../../nbs/06_video.ipynb #5d3c1e13
 def _keeps_pixels(frame, aspect)->bool:
-    "Is a frame upright, with square pixels and in the colours that an untagged file of its size has?"
+    "Is a frame upright, its pixels square, its colours those of an untagged file of its size?"
     matrix = (1,) if _colorspace(frame.width, frame.height) else (5, 6) # BT.709, or BT.601's two
     full_range = frame.color_range==ColorRange.JPEG or frame.format.name.startswith('yuvj')
     return (_orientation(frame)==1 and aspect==1 and not full_range
         and frame.colorspace in (*matrix, _UNTAGGED))
 
+# %% ../../nbs/06_video.ipynb #5d3c1ex1
 def compress_video(
     source, # video file
     target, # .mp4 file to write

@@ -9,7 +9,7 @@ __all__ = ['plot_fidelity', 'plot_fidelity_by_quality', 'plot_roc', 'plot_interv
 from html import escape
 import numpy as np
 from .metrics import roc_curve
-from ..io import InlineImage, write_atomically
+from ..io import FILE_MARK, InlineImage, write_atomically
 from ..plotting import FAKE, GRID, INK, REAL, figure_svg, new_figure
 
 # %% ../../nbs/lib/evaluate.report.ipynb #cc3b462f
@@ -173,12 +173,13 @@ class Report:
         title = escape(self.title)
         return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
+            f'<meta name="generator" content="{FILE_MARK.decode()}">'
             f'<title>{title}</title><style>{_PAGE_STYLE}</style></head><body><main><h1>{title}</h1>'
             f'<p class="lead">{escape(self.lead)}</p>{"".join(self.parts)}</main></body></html>')
 
     def save(self, path): # the path
         "Write the page atomically"
-        write_atomically(path, self.html().encode())
+        write_atomically(path, self.html(), FILE_MARK)
         return path
 
     def _add(self, part):

@@ -17,7 +17,7 @@ from ..core import DeepfidError, check_choice
 from ..data.manifest import Manifest
 from ..data.pairs import build_pairs, synthetic_sources
 from .runner import describe_run
-from ..io import read_json, write_atomically, write_json
+from ..io import MARKER_FILE, mark_folder, read_json, save_safetensors, write_atomically, write_json
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #a1757a86
 BUNDLE_SETS = { # pairs of train, valid and test
@@ -82,7 +82,7 @@ def train_bundled(
     kind:Any = get_detector_class(check_choice('bundled detector', name, tuple(BUNDLE_RECIPES)))
     detector = kind(seed=seed, **(BUNDLE_RECIPES[name]|changes)).fit(faces, preset='tiny', cbs=cbs,
         resume=Path(folder)/'training'/name)
-    detector.trust = validation_ranges(detector, faces)
+    detector.validated_ranges = validation_ranges(detector, faces)
     return kind.load(detector.save(Path(folder)/name, half=True))
 
 def train_backbone(
@@ -92,14 +92,13 @@ def train_backbone(
     **changes           # to the recipe
 )->Any:                 # the trained classifier
     "Train the slim Xception from which two of the detectors start"
-    from safetensors.torch import save_file
     from deepfid.models.local_similarity.detector import LocalSimilarity
     settings:dict = _BACKBONE_RECIPE|dict(seed=seed)|changes
     detector = LocalSimilarity(**settings).fit(faces.where(dataset='synthetic'), preset='tiny', cbs=cbs,
         resume=Path(folder)/'training'/'backbone')
     detector.save(Path(folder)/'backbone')
     weights = {k: v.half() if v.is_floating_point() else v for k, v in detector.model.backbone.state_dict().items()}
-    save_file({k: v.contiguous().cpu() for k, v in weights.items()}, Path(folder)/'xception_tiny.safetensors')
+    save_safetensors(Path(folder)/'xception_tiny.safetensors', {k: v.contiguous().cpu() for k, v in weights.items()})
     return detector
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #470f551c
@@ -200,7 +199,8 @@ def make_bundle(
     else: detector = train_bundled(name, faces, out, seed, cbs)
     record = bundle_record(name, detector, faces, time.time()-start, seed)
     write_json(out/name/'record.json', record)
-    write_atomically(out/name/'MODEL_CARD.md', model_card(record).encode())
+    write_atomically(out/name/'MODEL_CARD.md', model_card(record))
+    mark_folder(out/name, 'saved detector', ['record.json', 'MODEL_CARD.md'])
     return out/name
 
 def install_bundle(
@@ -215,7 +215,7 @@ def install_bundle(
         shutil.copy(made/'record.json', WEIGHTS_DIR/'xception_tiny.json')
         return Path(shutil.copy(Path(out)/'xception_tiny.safetensors', WEIGHTS_DIR))
     to = WEIGHTS_DIR/'detectors'/name
-    shutil.copytree(made, to, dirs_exist_ok=True)
+    shutil.copytree(made, to, ignore=shutil.ignore_patterns(MARKER_FILE), dirs_exist_ok=True)
     write_checksums(to)
     return to
 

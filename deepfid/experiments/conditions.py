@@ -332,7 +332,7 @@ def synthetic_video_set(
     "Render clips of synthetic people in motion, one forger per clip, with exact masks"
     folder, rows, forgers = Path(folder), [], tuple(FORGERS)
     if (folder/'manifest.csv').is_file(): return Manifest.read(folder/'manifest.csv')
-    with atomic_folder(folder) as tmp:
+    with atomic_folder(folder, 'set of faces') as tmp:
         for sub in ('clips', 'frames', 'masks'): (tmp/sub).mkdir(parents=True)
         for k, split in enumerate(np.repeat(('train', 'valid', 'test'), people)):
             person, forger = 70_000_000+seed*100_000+2*k, forgers[k%len(forgers)]

@@ -16,7 +16,7 @@ import numpy as np
 from ..core import check_choice
 from ..data.manifest import Manifest
 from ..data.pairs import build_pairs, synthetic_sources
-from ..io import montage, write_json
+from ..io import check_replaceable, claim_folder, montage, write_json
 
 # %% ../../nbs/lib/experiments.demo.ipynb #b2a6f68a
 DEMO_SETS:dict[str, dict[str, Any]] = { # pairs of train, valid and test
@@ -247,7 +247,10 @@ def run_demo(
     "Make pairs, train, test, and write a report"
     from deepfid.data.forge import STRENGTHS
     from deepfid.evaluate.metrics import auc_difference, auc_per_method
-    about, out, seconds = DEMO_SETS[check_choice('data', data, tuple(DEMO_SETS))], Path(out), {}
+    about, seconds = DEMO_SETS[check_choice('data', data, tuple(DEMO_SETS))], {}
+    demo_sources(data, (1, 1, 1), seed) # missing photographs are named before anything is written
+    out = claim_folder(out, 'demonstration')
+    for part, kind in (('faces', 'set of faces'), ('model', 'saved detector')): check_replaceable(out/part, kind)
     with timed_stage(f"manipulating {about['title']}", seconds):
         manifest = demo_pairs(data, out/'faces', pairs, seed, workers)
     detector, metrics, scores = train_with_baseline(manifest, epochs or about['epochs'], seed, seconds)

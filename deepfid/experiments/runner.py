@@ -25,7 +25,7 @@ from ..core import DeepfidError, default_device, get_preset
 from ..data.manifest import Manifest
 from ..evaluate.metrics import mask_f1, mask_iou, average_over_seeds, pixel_auc, video_scores
 from .registry import get_table
-from ..io import read_json, to_json, write_json
+from ..io import mark_folder, read_json, to_json, write_json
 from ..parallel import limit_threads, map_processes
 
 # %% ../../nbs/lib/experiments.runner.ipynb #f6ea32c0
@@ -289,6 +289,7 @@ class TableRun:
         try:
             detector.save(folder)
             write_json(folder/'trained.json', origin)
+            mark_folder(folder, 'saved detector', ['trained.json'])
         except NotImplementedError: pass # a detector that cannot be saved is trained again when it is needed again
         return detector
 

@@ -10,7 +10,7 @@ __all__ = ['BUNDLED_DIR', 'CHECKSUM_FILE', 'DEFAULT_DETECTOR', 'write_checksums'
 from pathlib import Path
 import deepfid
 from ..core import Detector, WeightsError, check_choice
-from ..io import file_hash, read_json, write_atomically
+from ..io import MARKER_FILE, file_hash, read_json, write_atomically
 from ..models.registry import get_detector_class, list_detectors
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0007
@@ -18,9 +18,9 @@ BUNDLED_DIR = Path(deepfid.__file__).parent/'weights'/'detectors'
 CHECKSUM_FILE = 'SHA256SUMS' # in the format that `sha256sum --check` reads
 
 def _checksums(folder):
-    "Compute the SHA-256 of every file in a folder but the checksum file, by relative path"
+    "Compute the SHA-256 of every file in a folder but the checksum file and the marker, by relative path"
     return {p.relative_to(folder).as_posix(): file_hash(p)
-        for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name!=CHECKSUM_FILE}
+        for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name not in (CHECKSUM_FILE, MARKER_FILE)}
 
 def write_checksums(
     folder:str|Path # a saved detector

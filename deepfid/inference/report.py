@@ -13,7 +13,7 @@ from heapq import nsmallest
 from html import escape
 from pathlib import Path
 from .results import FaceScore, ScoredFace, ScoredFile
-from ..io import report_write_errors, write_atomically
+from ..io import report_write_errors
 from ..plotting import FAKE, INK, REAL
 
 # %% ../../nbs/lib/inference.report.ipynb #rep0006
@@ -114,4 +114,4 @@ def write_report(
         if len(shown)<counts['faces'] else ''))
     page.parts += [REPORT_CSS, *(card for *_, card in shown)]
     if failed: page.section('Not scored').table([[line] for line in failed])
-    with report_write_errors(path): write_atomically(path, page.html().encode())
+    with report_write_errors(path): page.save(path)

@@ -185,7 +185,7 @@ class Scorer:
     )->FaceScore:
         "Combine a detector's predictions for the frames of a face; the image kept is the frame with the lowest score"
         detector, fidelities = self.detectors[name], [p.fidelity for p in predictions]
-        ranges, lowest = detector.trust or {}, int(np.argmin(fidelities))
+        ranges, lowest = detector.validated_ranges or {}, int(np.argmin(fidelities))
         fidelity, mask = float(np.mean(fidelities)), predictions[lowest].mask
         image = crop.crops[detector.size][lowest]
         warnings = score_warnings(fidelity, quality, ranges, detector.calibration, crop.face.flags)

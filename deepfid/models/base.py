@@ -19,7 +19,7 @@ from torch import nn
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
     default_device, get_preset, platt_scaling, set_seed)
 from ..data.loaders import faces_to_batch
-from ..io import atomic_folder, read_json, read_safetensors, save_safetensors, write_json
+from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, write_json
 
 # %% ../../nbs/lib/models.base.ipynb #02c0c50f
 def setting(
@@ -138,7 +138,7 @@ class NetworkDetector(Detector):
             if k in known: continue
             raise DeepfidError(f"{type(self).__name__} has no setting {k!r}: there are {', '.join(known)}")
         self.settings, self.device = settings, device or default_device()
-        self.model, self.config, self.history, self.threshold, self.trust = None, None, [], .5, {}
+        self.model, self.config, self.history, self.threshold, self.validated_ranges = None, None, [], .5, {}
 
     # -- what a subclass says -------------------------------------------------------------------------------
     def build_model(self)->nn.Module: raise NotImplementedError # a fresh network, by `self.config`
@@ -233,7 +233,7 @@ class NetworkDetector(Detector):
         slope, offset = self.calibration = platt_scaling(scores, labels)
         rises = slope>0 and np.ptp(scores)>1e-6
         self.threshold = -offset/slope if rises else float(np.median(scores))
-        self.trust = dict(score_range=[float(scores.min()), float(scores.max())])
+        self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
         if not rises:
             self.calibration = (0., 0.)
             warnings.warn('on validation faces the scores do not rise from fake to real: the threshold is their median '
@@ -295,20 +295,21 @@ class NetworkDetector(Detector):
 
     # -- files ----------------------------------------------------------------------------------------------
     def save(self,
-        folder:str|Path,  # a new one, or one that is replaced as a whole
+        folder:str|Path,  # a new one, or an unchanged saved detector, which is replaced as a whole
         half:bool=False,  # weights in 16 bits
     )->Path:
         "Write weights (safetensors) and settings (JSON), all or nothing"
         self.check_trained()
         extra = self.extra_state()
-        with atomic_folder(folder) as tmp:
+        with atomic_folder(folder, 'saved detector') as tmp:
             weights = self.model.state_dict()
             weights = {k: v.half() if half and v.is_floating_point() else v for k, v in weights.items()}
             weights = {k: v.contiguous().cpu() for k, v in weights.items()}
             sha256 = save_safetensors(tmp/'network.safetensors', weights)
             self.save_extra(tmp)
             about = dict(detector=self.name, config=self.config.to_dict(), threshold=self.threshold,
-                calibration=self.calibration, sha256=sha256, history=self.history, trust=self.trust)
+                calibration=self.calibration, sha256=sha256, history=self.history,
+                validated_ranges=self.validated_ranges)
             write_json(tmp/'detector.json', about|extra)
         return Path(folder)
 
@@ -334,7 +335,8 @@ class NetworkDetector(Detector):
         self.model = self.build_model().to(self.device)
         check_weights(self.model.state_dict(), weights, folder/'network.safetensors')
         self.model.load_state_dict(weights)
-        self.threshold, self.calibration, self.trust = about['threshold'], about['calibration'], about.get('trust', {})
+        self.threshold, self.calibration = about['threshold'], about['calibration']
+        self.validated_ranges = about.get('validated_ranges', about.get('trust', {})) # 'trust': before version 0.2
         self.load_extra(folder, about)
         return self
 
@@ -348,6 +350,7 @@ class NetworkDetector(Detector):
         hub = _import_hub()
         with TemporaryDirectory() as tmp:
             folder, api = self.save(Path(tmp)/self.name, half), hub.HfApi(token=kwargs.pop('token', None))
+            (folder/MARKER_FILE).unlink() # of use only where it was written
             try:
                 repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 return str(api.upload_folder(repo_id=repo, folder_path=folder, **kwargs))

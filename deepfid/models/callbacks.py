@@ -20,7 +20,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 from torch import nn
 from ..core import DeepfidError, check_choice, supports_bf16, set_seed
-from ..io import read_json, to_json, write_atomically, write_json
+from ..io import claim_folder, read_json, to_json, write_atomically, write_json
 
 # %% ../../nbs/lib/models.callbacks.ipynb #73ced2e5
 def unwrap_model(
@@ -186,7 +186,7 @@ class Checkpoint(TypedCallback):
         first_epoch:int=0, # epochs that the loader had shown before this training, in earlier phases
     ):
         self.path, self.config, self.first_epoch = Path(folder)/'training.pt', json.loads(to_json(config)), first_epoch
-        if Path(folder).is_file(): raise DeepfidError(f'{folder}: is a file; the state of a training needs a folder')
+        if not rank_distrib(): claim_folder(folder, 'training state')
         self.state = read_checkpoint(self.path, self.config)
         self.done = self.state['epoch'] if self.state else 0
 

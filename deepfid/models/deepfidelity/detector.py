@@ -134,7 +134,7 @@ class DeepFidelity(NetworkDetector):
         return ('train', 'valid')+(('test',) if self.config.select=='test' else ())
 
     def before_training(self, manifest):
-        "Measure quality and map it to targets, and try out the regression's settings, before hours are spent"
+        "Measure quality, fit the targets, and try out the regression's settings"
         manifest = self.measure_quality(manifest)
         self.fit_targets(manifest)
         try: FidelityRegressor(**self.config.svr).fit(np.eye(4), np.array([.1, .9, .2, .8]))
