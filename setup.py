@@ -18,8 +18,9 @@ def description():
     text = re.sub(rf'(!\[[^\]]*\]\(|<img src="){relative}([^)"\s]+)', lambda m: m[1] + address('raw', m[2]), text)
     return re.sub(rf'(\]\(){relative}([^)\s]+)', lambda m: m[1] + address('blob', m[2]), text)
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('multi', 'onnx', 'openvino', 'ray', 'app', 'dlib', 'heic', 'hub')}
-extras['dev'] = cfg['dev_requirements'].split() + extras['multi'] + extras['onnx'] + extras['openvino'] + extras['heic']
+extras = {name: cfg[f'{name}_requirements'].split()
+          for name in ('multi', 'onnx', 'openvino', 'ray', 'app', 'dlib', 'heic', 'hub', 'pretrained')}
+extras['dev'] = cfg['dev_requirements'].split() + extras['multi'] + extras['onnx'] + extras['openvino'] + extras['heic'] + extras['pretrained']
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],

@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'number_type', 'parse_setting', 'Command', 'build_parser', 'main']
 
 # %% ../nbs/lib/cli.ipynb #cli0004
-import argparse, ast, os, sys, warnings
+import argparse, ast, io, math, os, sys, warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +23,8 @@ def number_type(
     described = f"a {'whole ' if integer else ''}number from {low}" + ('' if high is None else f' to {high}')
     def convert(text):
         try: value = int(text) if integer else float(text)
-        except ValueError: value = float('nan')
-        if value>=low and (high is None or value<=high): return value
+        except ValueError: value = math.nan
+        if low<=value<=(sys.float_info.max if high is None else high): return value
         raise argparse.ArgumentTypeError(f'{text!r} is not {described}')
     return convert
 
@@ -39,6 +39,10 @@ def parse_setting(
 
 _count = number_type(1)
 
+def _seed_option(p, what='random seed'):
+    "Add --seed"
+    p.add_argument('--seed', type=number_type(0, 2**32-1), default=0, help=f'{what}, 0 to {2**32-1} (default: 0)')
+
 def _detector_option(p, **kwargs):
     "Add --detector, which takes a name or a folder"
     p.add_argument('--detector', '--model', metavar='NAME|FOLDER', **kwargs)
@@ -51,12 +55,13 @@ def _demo_options(p):
     p.add_argument('--pairs', type=_count,
         help='real/fake pairs in all, from 1 (default: chosen for five minutes on two cores)')
     p.add_argument('--epochs', type=_count, help='passes over the training pairs, from 1')
-    p.add_argument('--seed', type=int, default=0, help='random seed (default: 0)')
+    _seed_option(p)
     p.add_argument('--workers', type=_count, help='processes that generate faces, from 1 (default: one a core)')
 
 def _score_options(p):
     from deepfid.inference.hub import DEFAULT_DETECTOR, list_bundled
-    p.add_argument('sources', nargs='+', metavar='SOURCE', help='images, videos or folders')
+    p.add_argument('sources', nargs='+', metavar='SOURCE',
+        help="images, videos or folders; patterns such as 'album/**/*.jpg'; - for standard input")
     _detector_option(p, action='append',
         help=f"bundled detector ({', '.join(list_bundled())}; default: {DEFAULT_DETECTOR}), or a folder that one "
              'was saved to; may be given several times; all = every bundled one')
@@ -65,6 +70,14 @@ def _score_options(p):
     p.add_argument('--report', type=Path, metavar='FILE.html',
         help='write a page with faces, scores and warnings')
     p.add_argument('--csv', type=Path, metavar='FILE.csv', help='write a table, one line a face and detector')
+    p.add_argument('--explain', type=Path, metavar='FOLDER',
+        help='save each face beside its mask, or its Grad-CAM where the detector predicts no mask, as '
+             'NAME-SHA256-faceN-DETECTOR.jpg (the first eight digits of the file\'s SHA-256)')
+    p.add_argument('--threshold', type=number_type(0, 1, integer=False), metavar='X',
+        help='fidelity from which upwards a face is predicted real, 0 to 1 (default: each detector\'s own)')
+    p.add_argument('--rotate', choices=('off', 'auto'), default='off',
+        help='auto: of images, try all four turns, for portraits that lie on their side (default: off)')
+    p.add_argument('--device', help='on which to compute: cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
     p.add_argument('--frames', type=_count, default=32, help='of a video, evenly spaced, from 1 (default: 32)')
     p.add_argument('--workers', type=_count, default=2, help='threads that read files, from 1 (default: 2)')
 
@@ -90,8 +103,7 @@ def _synth_options(p):
     p.add_argument('--out', required=True, type=Path, help='a new folder')
     p.add_argument('--n', type=_count, default=20, help='number of faces, from 1 (default: 20)')
     p.add_argument('--size', type=number_type(32, 1024), default=224, help='side, pixels, 32 to 1024 (default: 224)')
-    p.add_argument('--seed', type=number_type(0), default=0,
-        help='of the first face; the same seed gives the same face (default: 0)')
+    _seed_option(p, 'of the first face; the same seed gives the same face')
 
 def _forge_options(p):
     p.add_argument('source', type=Path, metavar='PHOTO|DIR',
@@ -99,7 +111,7 @@ def _forge_options(p):
     p.add_argument('--out', required=True, type=Path, help='a new folder')
     p.add_argument('--size', type=number_type(16, 2048), default=224,
         help='side of the faces, pixels, 16 to 2048 (default: 224)')
-    p.add_argument('--seed', type=int, default=0, help='random seed (default: 0)')
+    _seed_option(p)
 
 def _train_options(p):
     from deepfid.inference.hub import DEFAULT_DETECTOR, list_detectors
@@ -111,7 +123,7 @@ def _train_options(p):
     p.add_argument('--recipe', choices=('ours', 'paper', 'released'),
         help='training recipe (default: the detector\'s own choice for the preset)')
     p.add_argument('--epochs', type=_count, help='passes over the training faces, from 1 (default: the recipe\'s)')
-    p.add_argument('--seed', type=int, default=0, help='random seed (default: 0)')
+    _seed_option(p)
     p.add_argument('--resume', type=Path,
         help='folder for the state of the training after each epoch; an interrupted one resumes from there')
 
@@ -137,7 +149,7 @@ def _table_options(p):
     p.add_argument('--set', type=parse_setting, action='append', metavar='NAME=VALUE',
         help='any other setting of the detectors, such as amp=bf16')
     p.add_argument('--pairs', type=_count,
-        help='of real and fake faces in all, where they are generated (default: that of the demo)')
+        help='of real and fake faces in all, where they are generated, from 1 (default: that of the demo)')
     p.add_argument('--size', type=number_type(16, 2048), default=112,
         help='side of the faces, where they are generated, pixels, 16 to 2048 (default: 112)')
     p.add_argument('--out', default='out/tables', type=Path,
@@ -149,12 +161,13 @@ def _figure_options(p):
     p.add_argument('--manifest', default='synthetic', help='manifest.csv, or synthetic, london (default: synthetic)')
     _detector_option(p, help='name of a bundled detector, or the folder of a trained one')
     p.add_argument('--baseline', metavar='NAME|FOLDER', help='for attention: another detector to compare with')
-    p.add_argument('--out', default='figure.jpg', type=Path, help='image to write (default: figure.jpg)')
+    p.add_argument('--out', default='figure.jpg', type=Path,
+        help='.jpg, .png, .svg or .pdf file to write (default: figure.jpg)')
 
 def _maps_options(p):
     p.add_argument('image', help='photograph')
     _detector_option(p, required=True, help='name of a bundled detector, or a folder that one was saved to')
-    p.add_argument('--out', default='maps.jpg', type=Path, help='JPEG file to write (default: maps.jpg)')
+    p.add_argument('--out', default='maps.jpg', type=Path, help='.jpg or .png file to write (default: maps.jpg)')
 
 def _explore_options(p):
     p.add_argument('name', nargs='?', help='notebook to open (default: explorers)')
@@ -231,7 +244,19 @@ def main(
     argv:Sequence[str]|None=None # arguments; None: those of the process
 )->int: # exit status: 0 done, 1 an input was wrong, 2 wrong usage, 3 some clips gave no face, 130 interrupted
     "Run the `deepfid` command"
+    for stream in (sys.stdout, sys.stderr): # cp1252 or ASCII: what it has no character for is escaped
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='backslashreplace')
     argv = list(sys.argv[1:] if argv is None else argv)
+    try: return _run(argv)
+    except KeyboardInterrupt:
+        commands.print_error('interrupted')
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nobody reads any more
+        return 1
+
+def _run(argv):
+    "Parse and run a command; print its result, or what is wrong in one line"
     args = build_parser(next((a for a in argv if a in COMMANDS), None)).parse_args(argv)
     warnings.simplefilter('ignore', FutureWarning) # libraries' notes to programmers
     from deepfid.core import DeepfidError
@@ -240,12 +265,7 @@ def main(
         _print_result(result, args.json)
         return result.get('status', 0)
     except DeepfidError as e: return commands.print_error(e)
-    except KeyboardInterrupt:
-        commands.print_error('interrupted')
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nobody reads any more
-        return 1
+    except BrokenPipeError: raise
     except OSError as e: # a full disk, a folder taken away: not of our making, so without a traceback
         if not e.strerror: raise
         return commands.print_error(': '.join(str(part) for part in (e.filename, e.strerror) if part))
@@ -253,9 +273,11 @@ def main(
 def _print_result(result, as_json):
     "Print what a command returned, unless it is only a status"
     if not set(result)-{'status'}: return
+    from deepfid.core import printable
     from deepfid.io import to_json
     if as_json: print(to_json({k: v for k, v in result.items() if k not in ('text', 'status')}))
-    else: print(result.get('text') or result.get('report') or result.get('saved'))
+    else: print(*map(printable, str(result.get('text') or result.get('report') or result.get('saved')).split('\n')),
+        sep='\n')
 
 # %% ../nbs/lib/cli.ipynb #cli0016
 if __name__=='__main__': sys.exit(main())

@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +17,26 @@ import numpy as np
 if TYPE_CHECKING: import torch
 
 # %% auto #0
-__all__ = ['DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError', 'DataMissingError',
-           'check_choice', 'check_number', 'check_array', 'check_image', 'default_device', 'supports_bf16',
-           'get_preset', 'set_seed', 'data_dir', 'five_points', 'Face', 'face_region', 'Prediction', 'platt_scaling',
-           'Detector']
+__all__ = ['printable', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
+           'DataMissingError', 'check_choice', 'check_number', 'check_array', 'check_image', 'default_device',
+           'supports_bf16', 'get_preset', 'set_seed', 'data_dir', 'five_points', 'Face', 'face_region', 'Prediction',
+           'platt_scaling', 'Detector']
 
 # %% ../nbs/lib/core.ipynb #a458cf3c
+# control characters, halves of surrogates (bytes of a name that are no UTF-8), line separators, changes of direction
+_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]')
+
+def printable(
+    text:Any, # name of a file, or a line that holds one
+)->str: # without characters that would break the line, steer a terminal or cannot be encoded
+    "Write unprintable characters as escape sequences, as Python writes them: \\n, \\x1b, \\udcff"
+    return _UNPRINTABLE.sub(lambda m: repr(m[0])[1:-1], str(text))
+
 class DeepfidError(Exception):
     "Base of the errors that a user can act on: one line that names the file or setting and says what to do"
     def __init__(self,
         message:str='', # what is wrong, with which file, and what to do; line breaks become spaces
-    ): super().__init__(' '.join(str(message).split()))
+    ): super().__init__(printable(' '.join(str(message).split())))
 
 class ImageError(DeepfidError):       "An image file or array that cannot be read or used"
 class NoFaceError(DeepfidError):      "An image in which no face was found"
@@ -85,7 +96,10 @@ def check_array(
     high:float|None=None, # largest allowed value
 )->np.ndarray: # of `dtype`, finite
     "Return `value` as a finite array of the given shape and range, else raise a `DeepfidError` that says what it is"
-    try: a = np.asarray(value, dtype)
+    try:
+        a = np.asarray(value)
+        text = a.dtype.kind in 'US' or a.dtype.kind == 'O' and any(isinstance(v, (str, bytes)) for v in a.flat)
+        a = np.asarray(None if text else value, None if text else dtype) # numbers as text are a slip, not numbers
     except (TypeError, ValueError): a = np.asarray(None)
     wanted = '' if shape is None else f" of shape ({', '.join('any' if s is None else str(s) for s in shape)})"
     fits = shape is None or (a.ndim == len(shape) and all(s in (None, n) for s, n in zip(shape, a.shape)))
@@ -264,35 +278,54 @@ class Detector:
     registered:dict = {}     # name -> class, of every detector class defined so far in this process
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if cls.name: Detector.registered[cls.name] = cls
+        # a subclass without a name of its own is no new detector
+        if cls.__dict__.get('name'): Detector.registered[cls.name] = cls
 
     # What each detector implements itself:
     def fit(self, manifest, preset=None, recipe=None, cbs=None)->Detector:
         "Train on a manifest; return the detector itself"
         raise NotImplementedError
+
     def learner(self, dls, cbs=None):
         "Build the fastai `Learner` that `fit` runs"
         raise NotImplementedError
+
     def predict(self, faces, batch_size:int=32)->list:
         "Return one `Prediction` for each face, a `Face` or a uint8 RGB array (H,W,3)"
         raise NotImplementedError
+
     def features(self, faces, batch_size:int=32)->np.ndarray: # (N,D)
         "Compute the feature vector on which the score is based, for each face"
         raise NotImplementedError
+
     def save(self, folder):
         "Write settings (JSON) and weights (safetensors), all files or none"
         raise NotImplementedError
+
     @classmethod
     def load(cls, folder)->Detector:
         "Read a detector that `save` wrote"
         raise NotImplementedError
+
     @classmethod
     def register_networks(cls)->None: "Make networks of its own known to `timm.create_model`, where it has any"
 
     def calibrate(self, faces, labels, batch_size:int=32)->Detector:
-        "Fit `predict_proba` to validation faces and labels (1 = real); return the detector itself"
-        self.calibration = platt_scaling([p.fidelity for p in self.predict(faces, batch_size)], labels)
+        "Set probability, threshold and range of scores on validation faces and labels (1 = real); return the detector"
+        return self.calibrate_on_scores([p.fidelity for p in self.predict(faces, batch_size)], labels)
+
+    def calibrate_on_scores(self, scores, labels)->Detector:
+        "Set probability, threshold and range of scores from validation scores (N,) and labels (N,), 1 = real"
+        scores = np.asarray(scores, float)
+        slope, offset = self.calibration = platt_scaling(scores, labels)
+        self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
+        if slope > 0 and np.ptp(scores) > 1e-6: self.threshold = -offset/slope # where the probability is one half
+        else:
+            self.calibration, self.threshold = (0., 0.), float(np.median(scores))
+            warnings.warn('on validation faces the scores do not rise from fake to real: the threshold is their median '
+                'and every probability one half', stacklevel=2)
         return self
+
     def predict_proba(self, faces, batch_size:int=32)->np.ndarray: # (N,) probability of being real
         "Compute the probability of being real; `calibrate` has to come first"
         if self.calibration is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from .core import DeepfidError, check_choice, check_number
-from .io import write_atomically
+from .io import FILE_MARK, check_overwrite, write_atomically
 
 # %% ../nbs/lib/export.ipynb #ex000004
 class DetectorGraph(nn.Module):
@@ -54,19 +54,20 @@ def export_graph(
     "Write a detector as one file: images to fidelities, and to masks where it predicts them"
     check_choice('format', format, EXPORT_FORMATS)
     if batch!='dynamic': check_number('batch', batch, 1, integer=True)
+    check_overwrite(path)
     graph = detector_graph(detector)
     example = torch.zeros(2 if batch=='dynamic' else int(batch), 3, detector.size, detector.size)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if batch=='dynamic' else None
     with torch.no_grad(): program = torch.export.export(graph, (example,), dynamic_shapes=shapes)
     write = _torch_writer(program) if format=='torch' else _onnx_writer(program, graph.output_names)
-    try: return write_atomically(path, write)
+    try: return write_atomically(path, write, FILE_MARK)
     except OSError as e:
         raise DeepfidError(f'{path}: cannot be written ({e.strerror or e}); choose another folder') from None
 
 def _torch_writer(program)->Callable:
     "Return a function that writes the program, whatever the file is called"
     def write(path):
-        with open(path, 'wb') as file: torch.export.save(program, file)
+        with open(path, 'wb') as file: torch.export.save(program, file, extra_files={FILE_MARK.decode(): ''})
     return write
 
 def _onnx_writer(program, output_names)->Callable:
@@ -78,4 +79,5 @@ def _onnx_writer(program, output_names)->Callable:
         raise DeepfidError(f"format='onnx' needs {e.name}: pip install onnx onnxscript") from None
     made:Any = torch.onnx.export(program, input_names=['image'], output_names=list(output_names), dynamo=True,
         verbose=False)
+    made.model.metadata_props['generator'] = FILE_MARK.decode()
     return lambda path: made.save(str(path), external_data=False)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MARKER_FILE', 'FOLDER_KINDS', 'to_uint8',
            'read_image', 'montage', 'InlineImage', 'iter_files', 'check_overwrite', 'write_atomically',
-           'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder', 'report_write_errors', 'to_json',
-           'write_json', 'read_json', 'file_hash', 'fetch_model_file', 'save_safetensors', 'read_safetensors']
+           'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'check_replaceable', 'mark_folder',
+           'claim_folder', 'atomic_folder', 'fetch_model_file', 'save_safetensors', 'read_safetensors']
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import re
 import secrets
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 from .core import DataMissingError, DeepfidError, ImageError, WeightsError, data_dir
 
 # %% ../nbs/lib/io.ipynb #io000009
@@ -102,6 +103,42 @@ def _open_source(source, name):
     if problem: raise ImageError(f'{name or "image"}: {problem}')
     return source, str(name)
 
+# %% ../nbs/lib/io.ipynb #io000070
+# colour space of a profile -> the image modes that are in it
+_PROFILE_MODES = {'RGB ': ('RGB', 'RGBA', 'P', 'PA', 'L', 'LA', '1', 'YCbCr'), 'GRAY': ('L', 'LA', '1'),
+    'CMYK': ('CMYK',)}
+_SRGB_TOLERANCE = 2 # levels, of 255: what different makers' profiles of sRGB differ by
+
+def _srgb_transform(profile, mode):
+    "Build the transform from a profile to sRGB; None where it changes nothing that can be seen"
+    intent = ImageCms.Intent.PERCEPTUAL if mode == 'CMYK' else ImageCms.Intent.RELATIVE_COLORIMETRIC
+    transform = ImageCms.buildTransform(profile, ImageCms.createProfile('sRGB'), mode, 'RGB', intent)
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    grid = np.stack(np.meshgrid(*[levels]*3), -1).reshape(27, 27, 3)
+    probe = Image.fromarray(grid if mode == 'RGB' else grid[..., 0]) if mode != 'CMYK' else None
+    if probe is None: return transform
+    seen = ImageCms.applyTransform(probe, transform)
+    change = np.abs(np.asarray(seen, int) - np.asarray(probe.convert('RGB'), int)).max() if seen else 0
+    return transform if change > _SRGB_TOLERANCE else None
+
+def _profile_to_srgb(image):
+    "Convert an 8-bit image with an embedded ICC profile to sRGB; one that is broken or of another mode is ignored"
+    data = image.info.get('icc_profile')
+    if not data: return image
+    try:
+        profile:Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        space = profile.profile.xcolor_space
+        if image.mode not in _PROFILE_MODES[space]: return image
+        mode = {'RGB ': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}[space]
+        transform = _srgb_transform(profile, mode)
+        if transform is None: return image
+        transparent = image.mode in ('LA', 'PA', 'RGBA') or 'transparency' in image.info
+        colours = image.convert('RGBA') if transparent and mode == 'RGB' else image
+        converted = ImageCms.applyTransform(colours.convert(mode), transform)
+        if converted and transparent: converted.putalpha(image.convert('RGBA').getchannel('A'))
+        return converted or image
+    except Exception: return image # of a profile that cannot be used: the numbers are taken as sRGB, as if it had none
+
 # %% ../nbs/lib/io.ipynb #io000015
 def _open_image(file):
     "Open an image; PIL's plug-ins of rare formats are imported only where no common format fits"
@@ -123,7 +160,8 @@ def _decode(file, name, max_pixels, background):
         image.load()
         try: orientation = image.getexif().get(0x0112, 1)
         except Exception: orientation = 1            # a broken EXIF block does not make the pixels unreadable
-        return np.ascontiguousarray(_EXIF_TRANSFORMS.get(orientation, lambda a: a)(to_uint8(image, background)))
+        pixels = to_uint8(_profile_to_srgb(image), background)
+        return np.ascontiguousarray(_EXIF_TRANSFORMS.get(orientation, lambda a: a)(pixels))
 
 def _read_error(e, name):
     "Turn whatever a decoder raised into one line that names the file"
@@ -275,8 +313,10 @@ def check_overwrite(
 ):
     "Raise a `DeepfidError` if a file is there already that is not empty and does not hold `mark`"
     path = Path(os.path.realpath(path))
-    if path.is_file() and path.stat().st_size and mark not in path.read_bytes():
-        raise DeepfidError(f'{path}: exists already and was not written by deepfid; name another file')
+    if not path.is_file() or not path.stat().st_size: return
+    with report_write_errors(path), open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        known = content.find(mark) >= 0
+    if not known: raise DeepfidError(f'{path}: exists already and was not written by deepfid; name another file')
 
 def write_atomically(
     path, # final name; its folder is made if missing
@@ -299,6 +339,60 @@ def write_atomically(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/lib/io.ipynb #io000043
+@contextmanager
+def report_write_errors(
+    path:str|os.PathLike, # that is written inside the block; named in the message
+    advice:str='name another file' # what to do about it
+):
+    "Raise an operating system's error while writing a file as one `DeepfidError` line that names it"
+    try: yield
+    except OSError as e: raise DeepfidError(f'{path}: cannot be written ({e.strerror}); {advice}') from None
+
+# %% ../nbs/lib/io.ipynb #io000031
+def _jsonable(o):
+    "Convert NumPy values, paths and tuples to JSON's own types; NaN and infinity become null"
+    if isinstance(o, dict): return {str(k): _jsonable(v) for k, v in o.items()}
+    if isinstance(o, np.ndarray): return _jsonable(o.tolist())
+    if isinstance(o, (list, tuple, set)): return [_jsonable(v) for v in o]
+    if isinstance(o, np.generic): return _jsonable(o.item())
+    if isinstance(o, float) and not math.isfinite(o): return None
+    if isinstance(o, os.PathLike): return str(o)
+    return o
+
+def to_json(
+    obj, # anything made of dicts, lists, numbers, strings, NumPy values and paths
+    indent:int|None=1, # spaces; None: all on one line
+)->str: # valid JSON (no NaN)
+    "Encode ordinary and NumPy values as JSON"
+    text = json.dumps(_jsonable(obj), indent=indent, allow_nan=False, ensure_ascii=False)
+    return text.encode(errors='backslashreplace').decode() # a file name that is not UTF-8 stays what it is: \udcff
+
+# %% ../nbs/lib/io.ipynb #io000032
+def write_json(
+    path, # file to write
+    obj, # see `to_json`
+    mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
+)->Path: # the path
+    "Write a JSON file atomically"
+    return write_atomically(path, to_json(obj) + '\n', mark)
+
+def read_json(
+    path, # JSON file
+    error:type=DeepfidError, # class of the error raised
+)->Any:
+    "Read a JSON file, or raise one line that names it"
+    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        problem = 'no such file' if isinstance(e, FileNotFoundError) else f'is not readable JSON ({e})'
+        raise error(f'{path}: {problem}') from e
+
+def file_hash(
+    path, # file to read
+)->str: # 64 hexadecimal digits
+    "Compute the sha256 of a file"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/lib/io.ipynb #io000028
 MARKER_FILE = '.deepfid.json' # in each folder that is written as a whole: its kind, and the SHA-256 of each file
@@ -371,12 +465,11 @@ def claim_folder(
     kind:str, # one of `FOLDER_KINDS`
 )->Path: # made, if it is missing
     "Mark a new or empty folder; raise a `DeepfidError` if it holds anything but an earlier result of the same kind"
-    path = Path(path)
+    path, (settings, key, _) = Path(path), FOLDER_KINDS[kind]
+    if _read_json_key(path/MARKER_FILE, 'kind') == kind: return path
+    if not settings or _read_json_key(path/settings, key) is None: check_replaceable(path, kind)
     with report_write_errors(path, 'name another folder'):
         path.mkdir(parents=True, exist_ok=True)
-        if _read_json_key(path/MARKER_FILE, 'kind') == kind: return path
-        settings, key, _ = FOLDER_KINDS[kind]
-        if _read_json_key(path/settings, key) is None: check_replaceable(path, kind)
         mark_folder(path, kind, ())
     return path
 
@@ -403,60 +496,6 @@ def atomic_folder(
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         if path.exists(): shutil.rmtree(old, ignore_errors=True)
-
-# %% ../nbs/lib/io.ipynb #io000043
-@contextmanager
-def report_write_errors(
-    path:str|os.PathLike, # that is written inside the block; named in the message
-    advice:str='name another file' # what to do about it
-):
-    "Raise an operating system's error while writing a file as one `DeepfidError` line that names it"
-    try: yield
-    except OSError as e: raise DeepfidError(f'{path}: cannot be written ({e.strerror}); {advice}') from None
-
-# %% ../nbs/lib/io.ipynb #io000031
-def _jsonable(o):
-    "Convert NumPy values, paths and tuples to JSON's own types; NaN and infinity become null"
-    if isinstance(o, dict): return {str(k): _jsonable(v) for k, v in o.items()}
-    if isinstance(o, np.ndarray): return _jsonable(o.tolist())
-    if isinstance(o, (list, tuple, set)): return [_jsonable(v) for v in o]
-    if isinstance(o, np.generic): return _jsonable(o.item())
-    if isinstance(o, float) and not math.isfinite(o): return None
-    if isinstance(o, os.PathLike): return str(o)
-    return o
-
-def to_json(
-    obj, # anything made of dicts, lists, numbers, strings, NumPy values and paths
-    indent:int|None=1, # spaces; None: all on one line
-)->str: # valid JSON (no NaN)
-    "Encode ordinary and NumPy values as JSON"
-    text = json.dumps(_jsonable(obj), indent=indent, allow_nan=False, ensure_ascii=False)
-    return text.encode(errors='backslashreplace').decode() # a file name that is not UTF-8 stays what it is: \udcff
-
-# %% ../nbs/lib/io.ipynb #io000032
-def write_json(
-    path, # file to write
-    obj, # see `to_json`
-    mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
-)->Path: # the path
-    "Write a JSON file atomically"
-    return write_atomically(path, to_json(obj) + '\n', mark)
-
-def read_json(
-    path, # JSON file
-    error:type=DeepfidError, # class of the error raised
-)->Any:
-    "Read a JSON file, or raise one line that names it"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        problem = 'no such file' if isinstance(e, FileNotFoundError) else f'is not readable JSON ({e})'
-        raise error(f'{path}: {problem}') from e
-
-def file_hash(
-    path, # file to read
-)->str: # 64 hexadecimal digits
-    "Compute the sha256 of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/lib/io.ipynb #io000034
 def fetch_model_file(
@@ -487,12 +526,13 @@ def fetch_model_file(
 def save_safetensors(
     path, # file to write; its folder is made if missing
     tensors:dict, # name -> NumPy array, or name -> torch tensor
+    mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
 )->str: # sha256 of the file, 64 hexadecimal digits
     "Write named arrays as one safetensors file, whole or not at all"
     if all(isinstance(a, np.ndarray) for a in tensors.values()): from safetensors.numpy import save
     else: from safetensors.torch import save
     data = save(tensors)
-    write_atomically(path, data)
+    write_atomically(path, data, mark)
     return hashlib.sha256(data).hexdigest()
 
 def read_safetensors(

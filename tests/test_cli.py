@@ -74,6 +74,31 @@ def test_every_command_has_help_with_an_example(capsys):
     ['table', 'ablation', '--manifest', 'm.csv', '--set', 'lr']])
 def test_wrong_usage_is_status_two(capsys, argv): assert run(capsys, *argv)[0]==2
 
+@pytest.mark.parametrize('argv', [('faces', 'x', '--out', 'y', '--margin', v) for v in ('0', 'nan', '-1', 'inf', '1e9')]
+    +[(c, *a, f'--seed={v}') for c, a in (('synth', ('--out', 'x')), ('forge', ('x', '--out', 'y')), ('demo', ()), ('train', ('x', '--out', 'y')))
+      for v in ('-1', '1.5', str(2**32), 'nan')]
+    +[('demo', '--pairs', '-3'), ('score', 'a.jpg', '--threshold', 'nan'), ('score', 'a.jpg', '--threshold', '1.5'), ('score', 'a.jpg', '--workers', '0')])
+def test_numbers_out_of_range(capsys, argv): wrong_usage(run(capsys, *argv), 'is not a')
+
+def test_every_number_states_its_range():
+    "In --help; a number that is only converted, by int or float, has none"
+    import re
+    from deepfid.cli import build_parser
+    for name in COMMANDS:
+        parser = build_parser(name)._subparsers._group_actions[0].choices[name]
+        for action in parser._actions:
+            assert action.type not in (int, float), (name, action.dest)
+            if getattr(action.type, '__name__', '')=='convert': assert re.search(r'from \d|\d to \d', action.help), (name, action.dest, action.help)
+
+def test_images_are_written_in_the_format_of_their_name(capsys, photos, model, tmp_path):
+    from PIL import Image
+    one_line(run(capsys, 'maps', photos[0], '--model', model, '--out', tmp_path/'x.txt'), 'x.txt', '.png')
+    one_line(run(capsys, 'figure', 'robustness' if 'robustness' in deepfid.list_figures() else next(iter(deepfid.list_figures())), '--out', tmp_path/'x.txt'), '.svg')
+    assert not list(tmp_path.iterdir())
+    for _ in range(2): # the second replaces the first
+        assert run(capsys, 'maps', photos[0], '--model', model, '--out', tmp_path/'x.png')[0]==0
+    assert Image.open(tmp_path/'x.png').format=='PNG'
+
 def test_ranges_are_stated(capsys):
     wrong_usage(run(capsys, 'synth', '--out', 'x', '--size', '8'), 'from 32 to 1024')
     wrong_usage(run(capsys, 'faces', 'x', '--out', 'y', '--margin', '9'), 'from 0.5 to 4')
@@ -93,7 +118,10 @@ def test_scores_photographs(capsys, photos, model, tmp_path):
     assert status==0 and [r['source'] for r in rows]==[str(p) for p in photos[:2]]
     assert all(len(r['faces'])==1 and np.isfinite(r['faces'][0]['scores'][0]['fidelity']) and not r['error'] for r in rows)
     status, out, _ = run(capsys, 'score', '--model', model, *photos[:2], '--report', tmp_path/'r.html', '--csv', tmp_path/'r.csv')
-    assert status==0 and [line.split()[1] in ('real', 'fake') for line in out.splitlines()]==[True, True]
+    lines = out.splitlines()
+    assert status==0 and len(lines)==5 and 'is wrong was not measured' in lines[4]
+    for line, why, photo in zip(lines[:4:2], lines[1:4:2], photos):
+        assert line.split()[1] in ('real', 'fake') and str(photo) in line and '(threshold 0.500)' in line and 'How far this score can be relied on' in why
     assert (tmp_path/'r.html').read_text().count('class="card"')==2 and len((tmp_path/'r.csv').read_text().splitlines())==3
 
 def test_a_photograph_is_cropped_like_the_faces_of_a_manifest(capsys, photos, model, tmp_path):
@@ -110,7 +138,36 @@ def test_a_folder_continues_after_a_bad_file(capsys, photos, model, tmp_path):
     (tmp_path/'a.jpg').write_text('no')
     (tmp_path/'b.jpg').symlink_to(photos[0])
     status, out, err = run(capsys, 'score', '--model', model, tmp_path, tmp_path/'gone.jpg')
-    assert status==1 and 'b.jpg' in out and len(out.splitlines())==1 and len(error_lines(err))==2
+    assert status==1 and 'b.jpg' in out and len(out.splitlines())==3 and len(error_lines(err))==2
+
+def test_error_rates_of_bundled_detectors_are_printed(capsys, photos):
+    from deepfid.inference.hub import find_detector, list_bundled, measured_accuracy
+    status, out, _ = run(capsys, 'score', photos[0], '--detector', 'all')
+    for name, line in zip(list_bundled(), out.splitlines()[-3:]):
+        value, low, high = measured_accuracy(find_detector(name))['london']
+        assert line.startswith(f'{name} was wrong for') and f'{100*(1-value):.0f} % of london faces ({100*(1-high):.0f} to {100*(1-low):.0f})' in line
+
+def test_options_of_score(capsys, photos, model, tmp_path, monkeypatch):
+    for i, photo in enumerate(photos[:2]): shutil.copy(photo, tmp_path/f'{i}.jpg')
+    (tmp_path/'0.jpg').rename(tmp_path/'0.jfif')
+    (tmp_path/'notes.txt').write_text('no')
+    status, out, err = run(capsys, 'score', tmp_path, '--model', model, '--explain', tmp_path/'why', '--threshold', '.01', '--device', 'cpu')
+    assert status==0 and out.count('(threshold 0.010)')==2 and out.count('  real  ')==2 and '1 file that is neither image nor video was passed over' in err
+    assert [p.name[2:10]!='' and p.name.endswith('-face1-deepfidelity.jpg') for p in sorted((tmp_path/'why').iterdir())]==[True]*2
+    status, out, _ = run(capsys, 'score', tmp_path/'*.j*', '--model', model, '--json')    # a pattern that the shell left
+    assert status==0 and [os.path.basename(json.loads(line)['source']) for line in out.splitlines()]==['0.jfif', '1.jpg']
+    expected = json.loads(out.splitlines()[0])['faces']
+    class Stdin: buffer = open(tmp_path/'0.jfif', 'rb')
+    monkeypatch.setattr(sys, 'stdin', Stdin)
+    status, out, _ = run(capsys, 'score', '-', '--model', model, '--json')
+    got = json.loads(out)
+    assert status==0 and got['source']=='standard input' and got['faces']==expected
+    one_line(run(capsys, 'score', photos[0], '--model', model, '--device', 'abacus'), 'no such device')
+    one_line(run(capsys, 'score', tmp_path/'none*.jpg', '--model', model), 'none*.jpg')
+    sideways = tmp_path/'side.png'
+    cv2.imwrite(str(sideways), np.rot90(read_image(photos[0]))[..., ::-1])
+    status, out, err = run(capsys, 'score', sideways, '--model', model, '--rotate', 'auto')
+    assert status==0 and 'side.png: was turned by 90 degrees clockwise' in err
 
 def test_bad_images(capsys, data, model, tmp_path):
     cases = {'empty.jpg': b'', 'text.jpg': b'hello', 'cut.jpg': (data/'london'/'neutral_front'/'002_03.jpg').read_bytes()[:4000]}
@@ -146,7 +203,7 @@ def test_outputs_never_replace_what_exists(capsys, tmp_path):
     photo, other = tmp_path/'a.jpg', tmp_path/'b.png'
     for p in (photo, other): p.write_bytes(b'mine')
     one_line(run(capsys, 'score', photo, '--csv', photo), 'is named as an input')
-    one_line(run(capsys, 'score', photo, '--csv', other), 'exists already')
+    one_line(run(capsys, 'score', photo, '--csv', other), 'does not end in .csv')
     one_line(run(capsys, 'score', photo, '--results', tmp_path/'r.jsonl', '--csv', tmp_path/'r.jsonl'), 'is named as an input or output')
     one_line(run(capsys, 'maps', photo, '--model', 'deepfidelity', '--out', photo), 'is named as an input')
     one_line(run(capsys, 'maps', photo, '--model', 'local_similarity', '--out', tmp_path/'m.jpg'), 'deepfidelity')

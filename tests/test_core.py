@@ -1,9 +1,9 @@
 "Reading any image file safely, argument checks, faces, calibration, atomic writes and checked downloads"
-import io, os, subprocess, sys
+import io, os, struct, subprocess, sys
 import numpy as np, pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from deepfid.core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, WeightsError, check_array, check_choice, check_image, check_number,
-    data_dir, face_region, five_points, get_preset, platt_scaling, set_seed)
+    data_dir, face_region, five_points, get_preset, platt_scaling, printable, set_seed)
 from deepfid.io import atomic_folder, fetch_model_file, file_hash, montage, read_image, read_json, write_atomically, write_json
 
 def sample():
@@ -133,3 +133,197 @@ def test_model_files_are_found_by_checksum(tmp_path, monkeypatch):
     assert fetch_model_file('m.bin', file_hash(path), '')==path
     with pytest.raises(WeightsError, match='sha256 differs'): fetch_model_file('m.bin', '0'*64, '')
     with pytest.raises(DataMissingError, match='no such model file'): fetch_model_file('m.bin', '0'*64, '', tmp_path/'none')
+
+# -- colour profiles ----------------------------------------------------------------------------------------------------
+
+# columns: red, green, blue as XYZ under D50
+PRIMARIES = dict(srgb=[[.4361, .3851, .1431], [.2225, .7169, .0606], [.0139, .0971, .7141]], p3=[[.5151, .2920, .1571], [.2412, .6922, .0666], [-.0011, .0419, .7841]],
+    prophoto=[[.7977, .1352, .0313], [.2880, .7119, .0001], [0, 0, .8249]], adobe=[[.6097, .2053, .1492], [.3111, .6257, .0632], [.0195, .0609, .7446]])
+
+def srgb_decode(v): return np.where(v<=.04045, v/12.92, ((v+.055)/1.055)**2.4)
+def srgb_encode(v): return np.where(v<=.0031308, v*12.92, 1.055*np.maximum(v, 1e-9)**(1/2.4)-.055)
+CURVES = dict(p3=srgb_decode, srgb=srgb_decode, prophoto=lambda v: v**1.8, adobe=lambda v: v**2.2, linear=lambda v: v, grey=lambda v: v**1.2)
+
+def icc_profile(primaries, curve, space=b'RGB '):
+    "An ICC profile of version 2 with a matrix (or, grey, without one) and a curve"
+    def fixed(*values): return b''.join(struct.pack('>i', round(v*65536)) for v in values)
+    table = np.rint(65535*curve(np.linspace(0, 1, 1024))).astype('>u2').tobytes()
+    tags = {b'wtpt': b'XYZ \0\0\0\0'+fixed(.9642, 1, .8249), b'desc': b'desc\0\0\0\0'+struct.pack('>I', 2)+b'x\0'+bytes(80), b'cprt': b'text\0\0\0\0x\0'}
+    trc = b'curv\0\0\0\0'+struct.pack('>I', 1024)+table
+    if space==b'GRAY': tags[b'kTRC'] = trc
+    else:
+        for i, c in enumerate('rgb'): tags |= {f'{c}XYZ'.encode(): b'XYZ \0\0\0\0'+fixed(*[row[i] for row in primaries]), f'{c}TRC'.encode(): trc}
+    directory, body, start = b'', b'', 128+4+12*len(tags)
+    for name, content in tags.items():
+        content += bytes(-len(content)%4)
+        directory += name+struct.pack('>II', start+len(body), len(content))
+        body += content
+    head = struct.pack('>I4sI4s4s4s', start+len(body), b'lcms', 0x02400000, b'mntr', space, b'XYZ ')+struct.pack('>6H', 2026, 1, 1, 0, 0, 0)+b'acsp'+bytes(28)
+    return head+fixed(.9642, 1, .8249)+bytes(48)+struct.pack('>I', len(tags))+directory+body
+
+def ramp(): return np.stack(np.meshgrid(*[np.uint8([60, 100, 130, 160])]*3), -1).reshape(8, 8, 3).repeat(4, 0).repeat(4, 1)
+
+def with_profile(image, profile, format='PNG', **options):
+    out = io.BytesIO()
+    image.save(out, format, icc_profile=profile, **options)
+    return read_image(out.getvalue())
+
+@pytest.mark.parametrize('name', ['p3', 'prophoto', 'adobe', 'linear'])
+@pytest.mark.parametrize('format', ['PNG', 'TIFF', 'WEBP'])
+def test_profiles_are_converted_to_srgb(name, format):
+    a = ramp()
+    primaries, curve = PRIMARIES.get(name, PRIMARIES['srgb']), CURVES[name]
+    linear = curve(a/255)@np.array(primaries).T@np.linalg.inv(PRIMARIES['srgb']).T
+    expected = np.rint(255*srgb_encode(np.clip(linear, 0, 1)))
+    got = with_profile(Image.fromarray(a), icc_profile(primaries, curve), format, **(dict(lossless=True) if format=='WEBP' else {}))
+    assert np.abs(got-expected).max()<=2 and np.abs(got.astype(int)-a).max()>4
+
+def test_srgb_profiles_change_nothing():
+    a = ramp()
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), icc_profile(PRIMARIES['srgb'], CURVES['srgb'])):
+        np.testing.assert_array_equal(with_profile(Image.fromarray(a), profile), a)
+
+def test_grey_transparent_palette_and_cmyk_images_with_profiles():
+    a, grey = ramp(), icc_profile(None, CURVES['grey'], b'GRAY')
+    p3, expected = icc_profile(PRIMARIES['p3'], CURVES['p3']), None
+    seen = with_profile(Image.fromarray(a[..., 0]), grey)
+    expected = np.rint(255*srgb_encode(CURVES['grey'](a[..., 0]/255)))
+    assert np.abs(seen-expected[..., None]).max()<=2
+    expected = with_profile(Image.fromarray(a), p3)
+    rgba = np.dstack([a, np.full(a.shape[:2], 255, np.uint8)])
+    rgba[:8, ..., 3] = 0
+    seen = with_profile(Image.fromarray(rgba), p3)
+    assert (seen[:8]==255).all() and np.abs(seen[8:].astype(int)-expected[8:]).max()<=1
+    palette = Image.fromarray(a).quantize(64)
+    assert np.abs(with_profile(palette, p3).astype(int)-with_profile(palette.convert('RGB'), p3)).max()<=1
+    # of another mode, or broken: as if there were none
+    for image, profile in ((Image.fromarray(a), grey), (Image.fromarray(a).convert('CMYK'), p3), (Image.fromarray(a), p3[:200]), (Image.fromarray(a), b'no profile')):
+        with_tiff = with_profile(image, profile, 'TIFF')
+        out = io.BytesIO()
+        image.save(out, 'TIFF')
+        np.testing.assert_array_equal(with_tiff, read_image(out.getvalue()))
+
+def test_a_profile_is_applied_before_the_image_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    p3, a = icc_profile(PRIMARIES['p3'], CURVES['p3']), ramp()[:16]
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(np.rot90(a, 1))).save(out, 'PNG', icc_profile=p3, exif=exif)
+    np.testing.assert_array_equal(read_image(out.getvalue()), with_profile(Image.fromarray(a), p3))
+
+def test_cmyk_images_are_printed_by_their_profile():
+    ramp8, lab = bytes(range(256)), []
+    for inks in np.ndindex(2, 2, 2, 2): # cyan, magenta, yellow, black of this press: all neutral but the magenta
+        lightness = 255*(1-.3*sum(inks[i] for i in (0, 2)))*(1-inks[3])
+        lab += [int(lightness), 128+60*inks[1], 128]
+    lut = b'mft1\0\0\0\0'+bytes([4, 3, 2, 0])+b''.join(struct.pack('>i', 65536*(i%4==0)) for i in range(9))+ramp8*4+bytes(lab)+ramp8*3
+    tags = {b'A2B0': lut+bytes(-len(lut)%4), b'desc': b'desc\0\0\0\0'+struct.pack('>I', 2)+b'x\0'+bytes(82), b'wtpt': b'XYZ \0\0\0\0'+struct.pack('>3i', 63190, 65536, 54061)}
+    directory, body, start = b'', b'', 128+4+12*len(tags)
+    for name, data in tags.items():
+        directory += name+struct.pack('>II', start+len(body), len(data))
+        body += data
+    head = struct.pack('>I4sI4s4s4s', start+len(body), b'lcms', 0x02400000, b'prtr', b'CMYK', b'Lab ')+struct.pack('>6H', 2026, 1, 1, 0, 0, 0)+b'acsp'+bytes(28)
+    profile = head+struct.pack('>3i', 63190, 65536, 54061)+bytes(48)+struct.pack('>I', len(tags))+directory+body
+    cyan = Image.fromarray(np.full((16, 16, 4), (255, 0, 0, 0), np.uint8), 'CMYK')
+    r, g, b = with_profile(cyan, profile, 'TIFF')[8, 8].astype(int)
+    assert max(r, g, b)-min(r, g, b)<12 and 150<g<185    # L* 70 is grey 171
+    r, g, b = with_profile(Image.fromarray(np.full((16, 16, 4), (0, 255, 0, 0), np.uint8), 'CMYK'), profile, 'JPEG', quality=95)[8, 8].astype(int)
+    assert r>g+40 and b>g+20
+
+# -- mutated images -----------------------------------------------------------------------------------------------------
+
+def seed_images():
+    "Small images of every format and of many modes"
+    a, exif = np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8), Image.Exif()
+    exif[0x0112], exif[0x010e] = 6, 'a description'
+    image, p3 = Image.fromarray(a), icc_profile(PRIMARIES['p3'], CURVES['p3'])
+    grey, deep = image.convert('L'), Image.fromarray(np.uint16(a[..., 0])*257)
+    cases = [(image, 'JPEG', dict(exif=exif, icc_profile=p3)), (image, 'JPEG', dict(progressive=True)), (image.convert('CMYK'), 'JPEG', {}), (grey, 'JPEG', dict(icc_profile=p3)),
+        (image, 'PNG', dict(exif=exif, icc_profile=p3)), (image.convert('RGBA'), 'PNG', {}), (image.quantize(16), 'PNG', dict(transparency=3)), (deep, 'PNG', {}), (image.convert('1'), 'PNG', {}),
+        (image, 'WEBP', dict(exif=exif, icc_profile=p3)), (image, 'WEBP', dict(lossless=True)), (image, 'BMP', {}), (image.quantize(16), 'BMP', {}),
+        (image, 'GIF', dict(save_all=True, append_images=[image.rotate(90)])), (image, 'PPM', {}), (deep, 'PPM', {}), (image, 'JPEG2000', {}), (image, 'AVIF', {}),
+        *[(image, 'TIFF', dict(compression=c, icc_profile=p3)) for c in (None, 'tiff_lzw', 'jpeg', 'packbits')], (deep, 'TIFF', {}), (grey.convert('F'), 'TIFF', {})]
+    out = []
+    for im, format, options in cases:
+        data = io.BytesIO()
+        im.save(data, format, **options)
+        out.append((format, data.getvalue()))
+    try: import pillow_heif
+    except ImportError: return out
+    data = io.BytesIO()
+    pillow_heif.from_pillow(image).save(data, exif=exif.tobytes())
+    return [*out, ('HEIF', data.getvalue())]
+
+def mutate(data, rng):
+    "Change some bytes, most of them near the beginning, where the headers are; or cut, repeat or remove a part"
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 8)):
+        n = len(data)
+        i = int(rng.integers(0, max(1, min(n, 200 if rng.random()<.6 else n))))
+        kind, k = rng.integers(0, 6), int(rng.integers(1, 24))
+        if kind==0 and n: data[min(i, n-1)] = rng.integers(0, 256)
+        elif kind==1: data[i:i+4] = bytes(rng.choice([0, 255, 127, 128, 1], 4).astype(np.uint8))
+        elif kind==2: del data[i:i+k]
+        elif kind==3: data[i:i] = data[i:i+k]
+        elif kind==4 and rng.random()<.2: del data[int(rng.integers(0, n+1)):]
+        elif n: data[min(i, n-1)] ^= 1<<int(rng.integers(0, 8))
+    return bytes(data)
+
+def fuzz(n, seed):
+    "Read mutated images: (number read, number refused); anything but an `ImageError` escapes"
+    rng, seeds, read = np.random.default_rng(seed), seed_images(), 0
+    for i in range(n):
+        data = mutate(seeds[i%len(seeds)][1], rng)
+        try: a = read_image(data, max_pixels=4_000_000, name=f'{seed}-{i}')
+        except ImageError as e: assert str(e).startswith(f'{seed}-{i}: ') and '\n' not in str(e)
+        else:
+            assert a.dtype==np.uint8 and a.ndim==3 and a.shape[2]==3 and a.size
+            read += 1
+    return read, n-read
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('n, seed', [(2000, 0), pytest.param(10_000, 1, marks=pytest.mark.slow)])
+def test_mutated_images_give_an_image_or_one_line(n, seed):
+    read, refused = fuzz(n, seed)
+    assert read>n//20 and refused>n//20
+
+# -- permissions, names, text as numbers --------------------------------------------------------------------------------
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path):
+    from safetensors.numpy import save_file
+    from deepfid.io import InlineImage, save_safetensors
+    (tmp_path/'new').touch()
+    expected = (tmp_path/'new').stat().st_mode
+    save_safetensors(tmp_path/'weights', dict(a=np.zeros(3)))
+    write_atomically(tmp_path/'private', lambda path: save_file(dict(a=np.zeros(3)), path)) # 0600, left to itself
+    InlineImage(sample()).save(tmp_path/'image.jpg')
+    with atomic_folder(tmp_path/'folder', 'set of faces') as f: (f/'a').touch()
+    assert {p.stat().st_mode for p in tmp_path.rglob('*') if p.is_file()}=={expected}
+    (tmp_path/'weights').chmod(0o640)
+    write_atomically(tmp_path/'weights', b'replaced')
+    assert (tmp_path/'weights').stat().st_mode&0o777==0o640
+
+def test_names_are_printable(tmp_path):
+    assert printable('a\n\x1b[31m\udcff\u202e\x85.jpg')==r'a\n\x1b[31m\udcff\u202e\x85.jpg' and printable('名前 é\u3000👩\u200d👧.jpg')=='名前 é\u3000👩\u200d👧.jpg'
+    error = str(DeepfidError('a\n\x1b[31mred\udcff.jpg: no such file'))
+    assert error=='a \\x1b[31mred\\udcff.jpg: no such file'
+    name = os.fsdecode(b'caf\xe9 \x1b.jpg')
+    (tmp_path/name).write_bytes(b'x')
+    with pytest.raises(ImageError, match=r'caf\\udce9 \\x1b.jpg: is not an image'): read_image(tmp_path/name)
+    path = write_json(tmp_path/'a.json', {name: name})
+    assert read_json(path)=={name: name} and path.read_bytes().isascii()
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
+def test_commands_print_any_name_to_any_terminal(tmp_path, encoding):
+    names = [os.fsdecode(b'caf\xe9.jpg'), 'a\nb.jpg', 'esc\x1b[31m.jpg', '名前.jpg', '\u202egpj.exe.jpg']
+    for name in names: (tmp_path/name).write_bytes(b'no image')
+    for command in (['forge', tmp_path, '--out', tmp_path/'out'], ['score', tmp_path/'gone名\x1b\n\udcff.jpg'], ['train', tmp_path/'名\x1b', '--out', tmp_path/'m']):
+        done = subprocess.run([sys.executable, '-m', 'deepfid.cli', *map(str, command)], capture_output=True, env=os.environ|dict(PYTHONIOENCODING=encoding))
+        lines = done.stderr.decode(encoding).splitlines()
+        assert done.returncode==1 and all(line.startswith('deepfid: ') for line in lines) and '\x1b' not in ''.join(lines), done.stderr
+        assert len(lines)==(len(names)+1 if command[0]=='forge' else 1)
+
+def test_text_is_no_number():
+    for value in (['.5', '1'], np.array(['1', '2']), [1, '2'], np.array([1, '2'], object)):
+        with pytest.raises(DeepfidError, match='^scores: give numbers'): check_array('scores', value, (None,), float)
+    assert check_array('scores', np.array([1, 2.5], object), (None,), float).dtype==float

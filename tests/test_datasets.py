@@ -1,5 +1,5 @@
 "Dataset readers: clips, consent, splits, downloads, and the errors for what is missing"
-import contextlib, functools, hashlib, http.server, threading
+import contextlib, functools, hashlib, http.server, os, threading
 from collections import defaultdict
 import cv2, numpy as np, pandas as pd, pytest
 from deepfid.core import ConsentError, DataMissingError, DeepfidError, ManifestError, five_points
@@ -135,7 +135,7 @@ def test_wilddeepfake_and_dfdcp(tmp_path):
     assert (b.identity, b.donor, b.source, b.label) == ('1003254', '1255229', '1003254_A_001', 0) and [a.split, b.split, c.split]==['train', '', 'test']
     assert count_clips([a, b, c], 'dfdcp').loc['fake'].tolist()==[4119, 1, 1]
 
-def test_folder(tmp_path):
+def test_folder(tmp_path, monkeypatch):
     touch(tmp_path, *(f'real/p{i}.mp4' for i in range(12)), 'real/ann lee/é 1.JPG', 'fake/swap/p3.avi', 'fake/ann lee/é 1.png', 'fake/stranger.webm', 'fake/notes.txt', 'real/.hidden.mp4')
     clips = clips_from_folder(tmp_path)
     by = {(c.method, c.video): c for c in clips}
@@ -145,6 +145,8 @@ def test_folder(tmp_path):
     touch(tmp_path/'s', 'train/real/a.jpg', 'val/real/b.jpg', 'test/fake/c.jpg', 'test/real/a.jpg')
     assert {c.video: c.split for c in clips_from_folder(tmp_path/'s')}=={'train/a.jpg': '', 'valid/b.jpg': 'valid', 'test/c.jpg': 'test', 'test/a.jpg': 'test'}
     with pytest.raises(DataMissingError, match="'real' or 'fake'"): clips_from_folder(tmp_path/'s'/'train'/'real')
+    monkeypatch.setattr(os, 'access', lambda *a: False)
+    with pytest.raises(DataMissingError, match='train/real: permission denied'): clips_from_folder(tmp_path/'s'/'train'/'real')
 
 def test_names_like_those_of_faceforensics(tmp_path):
     "real/000 and fake/METHOD/000_001: the fake is 000 with the face of 001, and both stay in one split"

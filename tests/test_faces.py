@@ -195,3 +195,24 @@ def test_dlib_finder_has_the_same_interface(monkeypatch, tmp_path):
     found = DlibFaceFinder(tmp_path/'m.dat').find(face.image)
     assert [d.score for d in found]==[1.4, .2] and found[0].box.tolist()==[10, 20, 100, 90]
     np.testing.assert_allclose(found[0].points, face.points, atol=1e-3)
+
+NOT_IMAGES = dict(grey=np.zeros((90, 90), np.uint8), float=np.zeros((90, 90, 3)), empty=np.zeros((0, 0, 3), np.uint8), rgba=np.zeros((90, 90, 4), np.uint8), path='face.jpg', flat=np.zeros(90, np.uint8))
+
+@pytest.mark.parametrize('kind', NOT_IMAGES)
+def test_every_public_door_refuses_what_is_no_rgb_image(kind):
+    image, detection = NOT_IMAGES[kind], FaceDetection(np.float32([10, 10, 60, 60]), alignment_template(90), .9)
+    doors = [default_face_finder().find, lambda a: face_sharpness(a, detection.points), lambda a: quality_flags(a, detection), lambda a: crop_face(a, detection, 48)]
+    if kind!='path': doors.append(find_face)
+    for door in doors:
+        with pytest.raises(ImageError, match='image: give an RGB image as a uint8 array'): door(image)
+
+@pytest.mark.parametrize('size, margin', [(0, 1.3), (-5, 1.3), (10**6, 1.3), (112.5, 1.3), (112, 0), (112, -1), (112, float('nan')), (112, float('inf')), (112, 1e9)])
+def test_crops_have_a_sensible_size_and_margin(size, margin):
+    image, detection = synthetic_face(1, size=112).image, FaceDetection(np.float32([10, 10, 60, 60]), alignment_template(112), .9)
+    for align in ('similarity', 'box'):
+        with pytest.raises(DeepfidError, match='^size=|^margin='): crop_face(image, detection, size, margin, align)
+    with pytest.raises(DeepfidError, match='^size=|^margin='): alignment_template(size, margin)
+
+@pytest.mark.parametrize('image', [np.zeros((0, 4, 3), np.uint8), np.full((4, 4), np.nan), np.zeros(5), np.array([['a']])])
+def test_warping_refuses_what_is_no_image(image):
+    with pytest.raises(DeepfidError, match='image'): warp_crop(image, np.float32([[1, 0, 0], [0, 1, 0]]), 8)

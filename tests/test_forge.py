@@ -5,7 +5,7 @@ from multiprocessing import get_context
 import cv2, numpy as np, pytest
 from deepfid.core import ConsentError, DeepfidError, Face
 from deepfid.data.faces import alignment_matrix, warp_crop
-from deepfid.data.forge import FORGERS, STRENGTHS, allowed_forgers, forge, global_statistics, shortcut_probe
+from deepfid.data.forge import FORGERS, STRENGTHS, allowed_forgers, alpha_blend, feather_mask, forge, global_statistics, region_size, shortcut_probe
 from deepfid.data.synth import simulate_camera, synthetic_face
 
 @pytest.mark.parametrize('method', FORGERS)
@@ -71,3 +71,17 @@ def test_the_probe_finds_a_shortcut():
     rng = np.random.default_rng(0)
     reals = rng.normal(size=(600, 17))
     assert shortcut_probe(reals, reals+.6, np.arange(600)<400, n_boot=200)['low']>.6
+
+def test_public_doors_refuse_what_is_no_image_or_mask():
+    image, mask = synthetic_face(1, size=64).image, np.zeros((64, 64), np.float32)
+    for bad in (image/255, image[..., 0], image[:0]):
+        with pytest.raises(DeepfidError, match='image: give an RGB image'): alpha_blend(bad, image, mask)
+        with pytest.raises(DeepfidError, match='image: give an RGB image'): global_statistics(bad, mask)
+    for bad in (np.full((64, 64), 255, np.uint8), mask[:5], mask-1, mask*np.nan):
+        with pytest.raises(DeepfidError, match='^mask: '): alpha_blend(image, image, bad)
+    for bad in (np.full((64, 64), 255, np.uint8), mask-1):
+        with pytest.raises(DeepfidError, match='^mask: '): region_size(bad)
+        with pytest.raises(DeepfidError, match='^mask: '): feather_mask(bad, 2.)
+    for seed, strength in ((-1, 1), (1.5, 1), (0, -1), (0, float('nan'))):
+        with pytest.raises(DeepfidError, match='^seed=|^strength='): forge(synthetic_face(1, size=64), 'selfblend', seed, strength=strength)
+    assert region_size(mask>-1)==64

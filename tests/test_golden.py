@@ -9,7 +9,8 @@ import numpy as np, pytest
 from deepfid.data.faces import FaceFinder, face_crop_matrix, warp_crop
 from deepfid.data.synth import camera_jpeg, synthetic_face
 from deepfid.experiments.registry import get_table
-from deepfid.experiments.runner import read_record, show_record
+from deepfid.experiments.records import read_record
+from deepfid.experiments.markdown import record_markdown
 from deepfid.inference.hub import load
 from deepfid.io import read_image
 
@@ -48,7 +49,7 @@ def test_recorded_tables(repo, golden):
     assert {p.stem for p in paths}=={p.stem for p in (golden/'tables').glob('*.md')}
     for path in paths:
         record = read_record(path)
-        text = show_record(record, get_table(record['config']['table']))
+        text = record_markdown(record, get_table(record['config']['table']))
         assert text+'\n'==(golden/'tables'/f'{path.stem}.md').read_text(encoding='utf-8'), path.stem
 
 def test_every_public_name_has_its_home(golden):

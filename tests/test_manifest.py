@@ -219,3 +219,15 @@ def test_masks_that_do_not_fit(built, tmp_path, change, message):
     moved = Manifest(one.table, tmp_path)
     with pytest.raises(ManifestError, match=f'{name}: {message}'): FaceDataset(moved, 'label+mask').pixels(torch.arange(2))
     assert FaceDataset(Manifest(one.table, built.folder), 'label+mask').pixels(torch.arange(2)).shape==(2, 4, 112, 112)
+
+def test_degraded_batches_follow_from_seed_and_epoch():
+    "A resumed training sees the degradations of an uninterrupted one"
+    from deepfid.data.degrade import Degrade
+    from deepfid.data.loaders import dataloaders
+    from deepfid.testing import tiny_manifest
+    manifest = tiny_manifest((8, 4, 4), 64)
+    def loader(): return dataloaders(manifest, size=64, bs=4, degrade=Degrade(1., seed=0), device='cpu').train
+    first, again = loader(), loader()
+    list(first.batches(0)) # an epoch before, which the other loader does not run
+    for (a, _), (b, _) in zip(first.batches(1), again.batches(1)): assert (a==b).all()
+    with pytest.raises(DeepfidError, match='part'): first.new(part=(0, 1))

@@ -99,14 +99,22 @@ def test_few_forged_positions_are_all_taken():
 def test_sampling_only_in_training(faces):
     d = LocalSimilarity(sample=4, epochs=1, **SMALL).configure('tiny')
     learn, seen = d.learner(d.loaders(faces)), []
-    d.model.register_forward_hook(lambda m, a, out: seen.append((m.training, out.pairs.shape[1])))
+    d.model.register_forward_hook(lambda m, a, out: seen.append((m.training, out.similarity_logits.shape[1])))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert {n for training, n in seen if training}=={4} and {n for training, n in seen if not training}=={16}
 
 # -- three phases --
 
-@pytest.mark.parametrize('n', [1, 2, 3, 8, 50])
-def test_epochs_are_split(n): assert min(split_epochs(n))>=1 and (sum(split_epochs(n))==n or n<3)
+@pytest.mark.parametrize('n', [3, 4, 8, 50, np.int64(9)])
+def test_epochs_are_split(n): assert min(split_epochs(n))>=1 and sum(split_epochs(n))==n
+
+@pytest.mark.parametrize('epochs', [1, 2, (), (1, 2), (1, 0, 1), 8., None])
+def test_epochs_that_cannot_be_split_are_refused(epochs):
+    with pytest.raises(DeepfidError, match='epochs'): LiSiam(epochs=epochs).configure('tiny')
+
+@pytest.mark.parametrize('epochs', [(), (1, 2), None])
+def test_similarity_has_one_number_of_epochs(epochs):
+    with pytest.raises(DeepfidError, match='epochs='): LocalSimilarity(epochs=epochs).configure('tiny')
 
 @pytest.mark.parametrize('phase, modules', [(0, SEGMENTATION_MODULES), (2, SEGMENTATION_MODULES+CLASSIFICATION_MODULES)])
 def test_a_phase_trains_its_own_modules(faces, phase, modules):
@@ -144,7 +152,7 @@ def test_interrupted_between_and_inside_phases(faces, tmp_path):
         order = 95
         def __init__(self, phase, epoch): self.at = phase, epoch
         def after_epoch(self):
-            if (self.learn.loss_func.terms==('cls1',), self.epoch)==self.at: raise KeyboardInterrupt
+            if (self.learn.loss_func.names==('cls1',), self.epoch)==self.at: raise KeyboardInterrupt
     kw = dict(epochs=(1, 2, 1), seed=5, **SMALL)
     for cut in (Cut(False, 0), Cut(True, 0)): # after the first phase, and within the second
         with pytest.raises(KeyboardInterrupt): LiSiam(**kw).fit(faces, 'tiny', cbs=[cut], resume=tmp_path/'s')

@@ -204,3 +204,27 @@ def test_bad_groups_and_choices():
     with pytest.raises(MetricError, match='groups: .*each of the 10'): evaluate(fid, lab, groups=range(9))
     with pytest.raises(MetricError, match='none missing'): evaluate(fid, lab, groups=['a', 'b', 'c', None]+['d']*6)
     with pytest.raises(DeepfidError, match="criterion='f1'"): choose_threshold(fid, lab, 'f1')
+
+
+def test_masks_must_lie_between_zero_and_one():
+    mask = np.zeros((8, 8)); mask[:4] = 1
+    assert mask_iou(mask>0, mask)==mask_iou(mask.astype(np.uint8), mask>0)==mask_iou(mask*.9, mask)==1
+    for bad in (mask*255, np.uint8(mask*255), mask-1, np.full((8, 8), np.nan), np.array([['1']*8]*8)):
+        with pytest.raises(DeepfidError, match='^predicted mask: '): mask_iou(bad, mask)
+        with pytest.raises(DeepfidError, match='^true mask: '): pixel_auc(mask, bad)
+
+
+@pytest.mark.parametrize('wrong', [dict(threshold=float('nan')), dict(threshold='.5'), dict(level=95), dict(level=0), dict(level=float('nan')), dict(n_boot=1.5), dict(n_boot=-1), dict(seed=-1)])
+def test_settings_out_of_range_are_named(wrong):
+    (fid, lab), name = scores(), next(iter(wrong))
+    with pytest.raises(DeepfidError, match=f'^{name}='): evaluate(fid, lab, **dict(n_boot=10)|wrong)
+    if name=='threshold':
+        with pytest.raises(DeepfidError, match='^threshold='): confusion_matrix(fid, lab, wrong['threshold'])
+    else:
+        with pytest.raises(DeepfidError, match=f'^{name}='): auc_interval(fid, lab, **dict(n_boot=10)|wrong)
+
+
+def test_scores_as_text_are_refused():
+    fid, lab = scores()
+    for bad in ([str(f) for f in fid], np.array(fid).astype(str), [*map(str, fid[:1]), *fid[1:]]):
+        with pytest.raises(DeepfidError, match='^fidelity: give numbers'): evaluate(bad, lab)

@@ -1,5 +1,6 @@
 "Experiment tables: what is trained, cached, measured, recorded and formatted, and how the command runs them"
 import json
+from functools import partial
 import numpy as np
 import pytest
 from deepfid import cli
@@ -7,8 +8,11 @@ from deepfid.core import DataMissingError, DeepfidError, Detector, Prediction
 from deepfid.data.manifest import Manifest
 from deepfid.evaluate.metrics import MetricError, auc, average_over_seeds
 from deepfid.experiments.registry import get_figure, get_table, list_figures, list_tables
-from deepfid.experiments.runner import (RecordReader, Row, Column, Table, TableRun, comparison_table, describe_code,
-    markdown_table, mean_mask_baseline, read_record, run_tables, score_mask, show_record, significance, upgrade_record)
+from deepfid.experiments.records import RecordReader, read_record, significance, upgrade_record
+from deepfid.experiments.runner import (Row, Column, Table, TableRun, cache_key, mean_mask_baseline, run_tables, score_mask,
+    score_test_faces)
+from deepfid.experiments.markdown import comparison_table, markdown_table, record_markdown
+from deepfid.experiments.provenance import describe_code, source_hash
 from deepfid.testing import tiny_manifest
 
 calls = []
@@ -108,10 +112,37 @@ def test_copy_without_a_repository_reads_its_commit_from_the_environment(monkeyp
     monkeypatch.setenv('DEEPFID_COMMIT', 'main')
     assert describe_code()['commit']!='main'
 
+def refit_again(detector, manifest, noise): return detector.refit(manifest, noise)
+def test_functions_of_one_name_have_their_own_cells():
+    def key(row): return cache_key(row, {'a': A, row.name: row}, ['x'], 0, 'tiny', {})
+    other = type('DetailDetector', (DetailDetector,), dict(__module__='elsewhere'))
+    foreign = type(refit_again)(refit_again.__code__, {'__name__': 'elsewhere'}, 'refit_again')
+    assert key(Row('a', DetailDetector))!=key(Row('a', other))
+    assert key(Row('b', after='a', refit=refit_again))!=key(Row('b', after='a', refit=foreign))
+
+def test_key_changes_with_the_code(monkeypatch, tmp_path):
+    (tmp_path/'losses.py').write_text('alpha = .5')
+    monkeypatch.setattr('deepfid.__file__', str(tmp_path/'__init__.py'))
+    def key():
+        source_hash.cache_clear()
+        return cache_key(A, {'a': A}, ['x'], 0, 'tiny', {})
+    try:
+        before = key()
+        (tmp_path/'losses.py').write_text('alpha = .6')
+        assert before!=key()
+    finally: source_hash.cache_clear()
+
 # -- refused before training --
 @pytest.mark.parametrize('table, message', [
     (Table('t', '', [A, A], columns), 'same name'), (Table('t', '', [A, Row('b', after='z')], columns), 'no row'),
-    (Table('t', '', [A], columns, baseline='z'), "no row 'z'"),
+    (Table('t', '', [A], columns, baseline='z'), "no row 'z'"), (Table('t', '', [], columns), 'one row'),
+    (Table('t', '', [A, Row('b', after='b')], columns), 'b after b'),
+    (Table('t', '', [A, Row('b', after='c'), Row('c', after='b')], columns), 'b after c after b'),
+    (Table('t', '', [A, Row('b')], columns), 'needs a detector'),
+    (Table('t', '', [A, Row('b', DetailDetector, after='a')], columns), 'needs a detector'),
+    (Table('t', '', [A, Row('b', partial(DetailDetector, noise=1))], columns), 'must be a class'),
+    (Table('t', '', [A, Row('b', after='a', refit=lambda d, m: d)], columns), 'not a lambda'),
+    (Table('t', '', [A, Row('b', after='a', refit=partial(refit_again, noise=1))], columns), 'a partial'),
     (Table('t', '', [A], lambda n: [Column('x', 'nowhere', n[0])]), "no manifest 'nowhere'"),
     (Table('t', '', [A], lambda n: [Column('x', n[0], n[0], metrics=('video_auc',))]), 'column `video`')])
 def test_badly_declared_table_is_refused(manifests, tmp_path, table, message):
@@ -132,7 +163,7 @@ def test_numbers_are_those_of_the_scores(manifests, done):
     by_seed = [auc(done.cells['b', 'x', 'x', s]['fidelity'], label) for s in range(2)]
     b = found['b', 'all', 'auc']
     assert b['seeds']==pytest.approx(by_seed) and b['value']==pytest.approx(np.mean(by_seed))
-    assert found['a', 'all', 'auc']['gain'] is None
+    assert found['a', 'all', 'auc']['difference'] is None
     swap = np.isin(t['method'], ['real', 'swap'])
     assert found['a', 'swap', 'accuracy']['faces']==swap.sum()
     correct = (np.array(done.cells['a', 'x', 'x', 0]['fidelity'])>=5.)==label
@@ -146,11 +177,24 @@ def test_columns_without_faces_or_with_one_class(manifests, tmp_path):
     assert average_over_seeds([(np.array([1., 2., 3.]), 2.)], np.ones(3), 'accuracy').value==pytest.approx(2/3)
     with pytest.raises(MetricError, match='both'): average_over_seeds([(np.array([1., 2., 3.]), 2.)], np.ones(3))
 
+def test_columns_without_masks_have_no_mask_scores(manifests, tmp_path):
+    t = Table('t', '', [A], lambda n: [Column('all', n[0], n[0], metrics=('auc', 'iou'))])
+    r = run(manifests, tmp_path, t, seeds=1)
+    assert [f['value'] is None for f in r.results(20)]==[False, True] and r.results(20)[1]['faces']==0
+    assert r.mean_mask_baselines()=={}
+
+def test_masks_for_some_faces_only_are_refused(manifests):
+    class FakeMaskDetector(DetailDetector):
+        def predict(self, faces, batch_size=32):
+            return [Prediction(p.fidelity, np.ones((8, 8)) if i%2 else None)
+                for i, p in enumerate(super().predict(faces))]
+    with pytest.raises(DeepfidError, match='a mask for'): score_test_faces(FakeMaskDetector(), manifests['x'])
+
 def test_significance_needs_people_and_seeds():
-    gain = dict(value=.05, low=.02, high=.08)
-    assert significance(gain|dict(seeds=[.05, .052, .048]))=='significantly better'
+    difference = dict(value=.05, low=.02, high=.08)
+    assert significance(difference|dict(seeds=[.05, .052, .048]))=='significantly better'
     assert significance(dict(value=-.05, low=-.08, high=-.02, seeds=[-.05, -.052, -.048]))=='significantly worse'
-    for uncertain in (gain|dict(seeds=[.2, -.1, .05]), gain|dict(seeds=[.05]),
+    for uncertain in (difference|dict(seeds=[.2, -.1, .05]), difference|dict(seeds=[.05]),
         dict(value=.01, low=-.02, high=.04, seeds=[.01, .011, .009])): assert significance(uncertain)=='not significant'
 
 def test_mean_mask_baseline(manifests):
@@ -162,12 +206,20 @@ def test_mean_mask_baseline(manifests):
     assert found['iou']==pytest.approx(np.mean([s['iou'] for s in by_hand])) and .8<found['pixel_auc']<=1
     assert mean_mask_baseline(m, Manifest(m.table.assign(mask=''), m.folder)) is None
 
+def test_lower_error_rates_are_better():
+    lower = dict(value=-.05, low=-.08, high=-.02, seeds=[-.05, -.052, -.048])
+    higher = dict(value=.05, low=.02, high=.08, seeds=[.05, .052, .048])
+    assert significance(lower, 'eer')=='significantly better' and significance(higher, 'eer')=='significantly worse'
+    result = dict(row='b', column='all', metric='eer', value=.1, low=.08, high=.12, seeds=[.1]*3, difference=lower)
+    assert '| significantly better |' in comparison_table([result])
+    assert RecordReader(dict(results=[result])).significance('b', 'all', 'eer')=='significantly better'
+
 # -- records --
 def test_record_can_be_repeated_and_shown(done):
     record = json.loads(json.dumps(done.record()))
     assert {'config', 'data', 'seed', 'commit', 'hardware', 'versions', 'seconds', 'metrics'}<=set(record)
     assert all({'value', 'low', 'high'}==set(v) for v in record['metrics'].values())
-    text = show_record(record, TABLE)
+    text = record_markdown(record, TABLE)
     assert all(part in text for part in ('other data', '| theirs |', '±', '| c |', 'Positive class: fake'))
     assert markdown_table(record['results']).count('\n')==4 and 'by seed' in comparison_table(record['results'])
     assert record['baseline']=='a' and record['trained_at'] and record['seconds']>0 and upgrade_record(record)==record
@@ -178,7 +230,7 @@ def test_names_of_older_records_are_renamed_and_numbers_kept(repo):
         assert [r['value'] for r in old['results']]==[r['value'] for r in new['results']]
         assert {r['row'] for r in new['results']}=={r['name'] for r in new['config']['rows']}
         assert upgrade_record(new)==new
-        for r in RecordReader(new).significant(): assert r['gain']['low']*r['gain']['high']>0
+        for r in RecordReader(new).significant(): assert r['difference']['low']*r['difference']['high']>0
 
 # -- the tables of the papers, and the command --
 def test_every_registered_table_can_be_set_up(manifests, tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 "Scoring: files of every kind, one clear line for each bad one, nothing lost or doubled in an interrupted run"
-import csv, io, itertools, json, os, shutil, signal, subprocess, sys, time
+import csv, io, itertools, json, os, random, shutil, signal, subprocess, sys, time
+from fractions import Fraction
 import cv2, numpy as np, pytest
 from PIL import Image
 import deepfid
-from deepfid.core import DataMissingError, DeepfidError, Detector, ImageError, Prediction, WeightsError
+from deepfid.core import DataMissingError, DeepfidError, Detector, Prediction, WeightsError
 from deepfid.data.faces import FaceDetection
 from deepfid.inference import hub, scorer as scorer_module
 from deepfid.inference.decisions import reliability_sentence, score_warnings, validation_ranges
@@ -174,6 +175,58 @@ def test_a_bad_file_is_one_clear_line_and_the_rest_is_scored(album, monkeypatch)
         assert expected in bad.error and name in bad.error and '\n' not in bad.error and not bad.faces, name
     assert len(files)==12 and all(f.faces and not f.error for f in files.values())
 
+@pytest.mark.parametrize('error', [TypeError('x'), IndexError(), EOFError('end\nof file'), MemoryError(), ZeroDivisionError()])
+def test_whatever_a_file_raises_becomes_its_line(album, error, tmp_path):
+    "In the face finder (as a decoder would) and in the detector"
+    class Picky(GridFinder):
+        def find(self, image):
+            if image.mean()==45: raise error
+            return super().find(image)
+    class Choosy(Brightness):
+        def predict(self, faces, batch_size=32):
+            if any(f.mean()==65 for f in faces): raise error
+            return super().predict(faces, batch_size)
+    files = {os.path.basename(f.source): f for f in deepfid.score_stream(album, Choosy(), finder=Picky(), results=tmp_path/'r.jsonl')}
+    for name in ('02.png', '03.png'):
+        bad = files.pop(name)
+        assert name in bad.error and '\n' not in bad.error and not bad.faces
+    assert len(files)==10 and all(f.faces[0].scores[0].fidelity and not f.error for f in files.values())
+
+def test_files_are_yielded_as_they_are_done(album):
+    detector = Brightness()
+    stream = deepfid.score_stream(album, detector, finder=GridFinder(), batch_size=2)
+    next(stream)
+    assert len(detector.batches)==1
+    class Interrupted(GridFinder):
+        def find(self, image): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): list(deepfid.score_stream(album, Brightness(), finder=Interrupted()))
+
+def test_folders_are_listed_by_content(tmp_path, album):
+    from deepfid.data.video import write_video
+    from deepfid.inference.scorer import iter_sources
+    for name in ('a.jfif', 'b.jpe', 'c', 'd.JPG.part'): Image.fromarray(grey(51)).save(album/name, 'JPEG')
+    write_video(np.random.default_rng(0).integers(60, 200, (25, 120, 120, 3), np.uint8), tmp_path/'v.mp4')
+    import av
+    from av.video.frame import PictureType
+    for name, form in (('v.3gp', 'mp4'), ('v.ts', 'mpegts'), ('v.mts', 'mpegts'), ('v.bin', 'matroska'), ('v.flv2', 'flv'), ('v.vob', 'mpeg')):
+        with av.open(str(tmp_path/'v.mp4')) as i, av.open(str(album/name), 'w', format=form) as o:
+            stream = o.add_stream('mpeg1video' if form=='mpeg' else 'libx264', rate=25)
+            stream.width, stream.height, stream.pix_fmt = 120, 120, 'yuv420p'
+            for k, frame in enumerate(i.decode(video=0)):
+                frame.pts, frame.time_base, frame.pict_type = k, Fraction(1, 25), PictureType.NONE
+                o.mux(stream.encode(frame))
+            o.mux(stream.encode(None))
+    for name, content in (('notes.txt', b'hello'), ('x.ts', b'const x = 1'), ('table.csv', b'a,b'), ('P3.md', b'P3 is a format'), ('BMW.txt', b'BMW'), ('none', b'')):
+        (album/name).write_bytes(content)
+    os.mkfifo(album/'pipe')
+    passed = []
+    found = [os.path.basename(n) for n, _ in iter_sources(album, passed.append) if not n.endswith('.png')]
+    assert sorted(found)==['a.jfif', 'b.jpe', 'c', 'd.JPG.part', 'v.3gp', 'v.bin', 'v.flv2', 'v.mts', 'v.ts', 'v.vob']
+    assert len(passed)==7
+    files = {os.path.basename(f.source): f for f in score_grid(album, frames=2)}
+    assert all(files[n].kind=='video' and files[n].faces for n in ('v.3gp', 'v.ts', 'v.mts', 'v.bin', 'v.vob')), str([(n, f.error, f.kind, len(f.faces)) for n, f in files.items() if n.startswith('v')])
+    assert files['a.jfif'].kind=='image' and files['a.jfif'].faces
+
 @pytest.mark.parametrize('suffix', ['gif', 'webp', 'png'])
 def test_of_an_animation_the_first_frame_is_scored(tmp_path, suffix):
     frames = [Image.fromarray(grey(v)) for v in (51, 90, 130)]
@@ -183,7 +236,8 @@ def test_of_an_animation_the_first_frame_is_scored(tmp_path, suffix):
 
 def test_folders(tmp_path, album):
     (tmp_path/'none').mkdir()
-    with pytest.raises(ImageError, match='contains no images'): score_grid(tmp_path/'none')
+    good, empty = score_grid([album/'00.png', tmp_path/'none'])
+    assert good.faces and not good.error and 'none: contains no images' in empty.error
     (album/'again').symlink_to(album)
     (album/'.hidden.png').write_bytes(b'x')
     (album/'notes.txt').write_text('x')
@@ -224,7 +278,7 @@ def test_validation_ranges_hold_every_validation_face():
 
 def test_an_incomplete_line_is_cut_off_wherever_it_ends(tmp_path, album):
     whole = tmp_path/'whole.jsonl'
-    list(make_scorer().run([album, album/'00.png', album], whole)) # each source once
+    assert len(list(make_scorer().run([album, album/'00.png', album], whole)))==25 # but each source once in the file
     content = whole.read_bytes()
     assert len(list(read_results(whole)))==12
     for end in (0, 5, len(content.split(b'\n')[0]), len(content)//3, len(content)-1):
@@ -232,6 +286,69 @@ def test_an_incomplete_line_is_cut_off_wherever_it_ends(tmp_path, album):
         part.write_bytes(content[:end])
         list(make_scorer().run(album, part))
         assert sorted(f.source for f in read_results(part))==sorted(f.source for f in read_results(whole)), end
+
+def sources(path): return [f.source for f in read_results(path)]
+
+def test_results_are_known_by_content_not_by_name(tmp_path, monkeypatch):
+    results, run = tmp_path/'r.jsonl', lambda source: score(source, Brightness(), results, finder=GridFinder())
+    assert fidelities(run([grey(51)]))==[[.2]] and fidelities(run([grey(102)]))==[[.4]] # both are called 'array 1'
+    assert fidelities(run([grey(51, 240)]))==[[.2, .2]]          # other shape
+    for name, value in (('a', 51), ('b', 204)):
+        (tmp_path/name).mkdir()
+        cv2.imwrite(str(tmp_path/name/'x.png'), grey(value))
+        monkeypatch.chdir(tmp_path/name)
+        assert fidelities(run('x.png'))==[[value/255]]           # the same relative name, from two folders
+    cv2.imwrite('x.png', grey(102))
+    assert fidelities(run('x.png'))==[[.4]]                      # was replaced
+    detector = Brightness()
+    shutil.copy('x.png', 'copy.png')
+    [copy] = score('copy.png', detector, results, finder=GridFinder())
+    assert copy.source=='copy.png' and fidelities([copy])==[[.4]] and not detector.batches # a copy is not scored again
+    assert sorted(sources(results))==['array 1']*3+['copy.png', 'x.png', 'x.png']
+
+def test_a_file_that_failed_is_tried_again_when_it_changed(tmp_path):
+    results, run = tmp_path/'r.jsonl', lambda: score([tmp_path/'x.png', tmp_path/'y.png'], Brightness(), results, finder=GridFinder())
+    (tmp_path/'x.png').write_text('no')
+    for _ in range(2): assert [bool(f.error) for f in run()]==[True, True] # y.png does not exist
+    assert len(sources(results))==2 and results.read_bytes().count(b'\n')==3
+    for name in 'xy': cv2.imwrite(str(tmp_path/f'{name}.png'), grey(51))
+    assert fidelities(run())==[[.2], [.2]] and len(sources(results))==2 and not any(f.error for f in read_results(results))
+
+def test_results_of_an_earlier_version_are_read_but_not_continued(tmp_path):
+    row = dict(source='array 1', kind='array', faces=[], error='', note='')
+    (tmp_path/'r.jsonl').write_text(json.dumps(dict(deepfid='0.2.0', settings=make_scorer().settings()))+'\n'+json.dumps(row)+'\n')
+    assert sources(tmp_path/'r.jsonl')==['array 1']
+    with pytest.raises(DeepfidError, match='knew files by their names only; name another file'): score(grey(51), make_scorer(), tmp_path/'r.jsonl')
+
+def test_processes_on_one_results_file_neither_lose_nor_double(tmp_path, album):
+    code = f'''if True:
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_scoring import *
+        for k in range(4): list(make_scorer(batch_size=1).run([{str(album)!r}, [grey(10*i+k) for i in range(5)]], {str(tmp_path/'r.jsonl')!r}))'''
+    running = [subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for p in running: assert not p.communicate(timeout=120)[1]
+    rows = list(read_results(tmp_path/'r.jsonl'))
+    assert len(rows)==len({(f.source, f.sha256) for f in rows})==12+20 and (tmp_path/'r.jsonl').read_bytes().count(b'\n')==33
+
+def test_killed_at_random_moments_a_run_loses_at_most_the_file_in_work(tmp_path, album, request):
+    rng, results = random.Random(4), tmp_path/'r.jsonl'
+    code = f'''if True:
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_scoring import *
+        print('begun', flush=True)
+        for f in make_scorer(batch_size=1, workers=1).run({str(album)!r}, {str(results)!r}): print(f.source, flush=True); time.sleep(.03)'''
+    for _ in range(20 if request.config.getoption('--slow') else 3):
+        results.unlink(missing_ok=True)
+        p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+        p.stdout.readline()
+        time.sleep(.4*rng.random())
+        p.kill()
+        reported = p.stdout.read().splitlines()
+        p.wait()
+        kept = sources(results) if results.exists() else []
+        assert reported[:len(kept)]==kept[:len(reported)] and 0<=len(kept)-len(reported)<=1
+        list(make_scorer().run(album, results))
+        assert len(sources(results))==len(set(sources(results)))==12
 
 def test_results_of_something_else_are_left_alone(tmp_path):
     for text in ('my only copy', '{"a": 1}\n', 'line\n'):
@@ -303,6 +420,33 @@ def test_a_report_stands_alone_and_escapes_names(tmp_path, album):
     assert '<script' not in page and '<b>.jpg' not in page and 'src="http' not in page and page.count('class="card"')==13 and '.jpg: is not a' in page
     assert page.index('00.png')<page.index('10.png')
 
+def test_tiles_count_what_they_state_for_each_detector(tmp_path):
+    class Dark(Brightness):
+        def predict(self, faces, batch_size=32): return [Prediction(.1, np.eye(8)) for f in faces]
+    score([grey(200), grey(60), grey(0)], [Brightness('a'), Dark('b')], finder=GridFinder(), report=tmp_path/'r.html')
+    page = (tmp_path/'r.html').read_text()
+    for number, text in ((2, 'faces in 3 files'), (1, 'of 3 files not scored'), (1, 'of 2 faces predicted fake by a<'), (2, 'of 2 faces predicted fake by b<'),
+        (2, 'of 2 scores of a not')): assert f'<b>{number}</b><span>{text}' in page, text
+    assert page.count('class="legend"')==1 and 'b: mask' in page
+
+def test_a_portrait_on_its_side_is_turned(data):
+    from deepfid.io import read_image
+    photo = sorted((data/'london'/'neutral_front').glob('*.jpg'))[0]
+    image, detector = read_image(photo), Brightness()
+    turns = [np.ascontiguousarray(np.rot90(image, k)) for k in range(4)]
+    files = list(Scorer(detector, rotate='auto').run(turns))
+    assert len({round(f.faces[0].scores[0].fidelity, 6) for f in files})==1 and not files[0].note
+    assert [f.note.split(' degrees')[0] for f in files[1:]]==[f'was turned by {a}' for a in (90, 180, 270)]
+    assert len({round(f.faces[0].scores[0].fidelity, 6) for f in Scorer(detector).run(turns)})>1 # the fault
+
+def test_a_threshold_and_an_explanation(tmp_path):
+    from deepfid.testing import tiny_detector
+    [file] = score(grey(51), Brightness(), finder=GridFinder(), threshold=.1)
+    assert file.faces[0].scores[0].prediction=='real' and file.faces[0].scores[0].threshold==.1
+    noise = np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8)
+    [file] = score(noise, tiny_detector(1), finder=GridFinder(), explain=True)
+    assert set(file.faces[0].images)=={'face', 'deepfidelity: Grad-CAM'}
+
 def test_a_long_report_shows_the_most_suspicious_and_states_how_many(tmp_path):
     write_report(tmp_path/'r.html', make_scorer().stream((f'{i}.png', grey(i)) for i in range(30, 0, -1)), max_faces=5)
     page = (tmp_path/'r.html').read_text()
@@ -316,15 +460,100 @@ def test_without_a_face_finder_nothing_counts_as_finished(saved, tmp_path, monke
     assert not list(read_results(tmp_path/'r.jsonl'))
 
 def test_a_full_disk_is_one_line(tmp_path):
-    class Full:
-        def write(self, data): raise OSError(28, 'No space left on device')
-        close = flush = lambda self: None
+    def full(data): raise OSError(28, 'No space left on device')
     with pytest.raises(DeepfidError, match='No space left.*resumes from here'):
         with ResultsFile(tmp_path/'r.jsonl', {}) as kept:
-            kept._file.close()
-            kept._file = Full()
+            kept._write = full
             kept.append(ScoredFile('a'))
 
 @pytest.mark.parametrize('wrong', [dict(workers=0), dict(frames=-1), dict(batch_size=1.5)])
 def test_numbers_of_a_scorer(wrong):
     with pytest.raises(DeepfidError, match='whole number from 1'): Scorer(Brightness(), **wrong)
+
+# -- tampered files -------------------------------------------------------------------------------------------------
+
+VALUES = [None, True, -1, 0, 3.5, 1e9, 10**400, float('nan'), '', 'x', '../x', [], {}, [1], [[1]], [None, None], {'a': 1}]
+
+def mutate(value, rng):
+    "The text of a JSON value in which one thing is changed: a value, a key, a level, a character"
+    value, places = json.loads(json.dumps(value)), []
+    def visit(v):
+        for k in list(v) if isinstance(v, dict) else range(len(v)) if isinstance(v, list) else (): places.append((v, k)); visit(v[k])
+    visit(value)
+    v, k = rng.choice(places)
+    how = rng.choice(['set', 'set', 'set', 'delete', 'wrap', 'whole', 'text', 'deep'])
+    if how=='set': v[k] = rng.choice(VALUES)
+    elif how=='delete': del v[k]
+    elif how=='wrap': v[k] = [[v[k]]]
+    elif how=='whole': value = rng.choice(VALUES)
+    text = json.dumps(value)
+    if how=='text':
+        i = rng.randrange(len(text))
+        text = text[:i]+rng.choice('{}[],:"0x\\\0')+text[i+1:]
+    return '['*100_000+text if how=='deep' else text
+
+def attempt(f, *args):
+    "True if it succeeds, False if it is refused in one line"
+    try: f(*args)
+    except DeepfidError as e:
+        assert '\n' not in str(e)
+        return False
+    return True
+
+def n_mutations(request, usual): return 1000 if request.config.getoption('--slow') else usual
+
+@pytest.mark.parametrize('name, file', [('DeepFidelity', 'detector.json'), ('DeepFidelity', 'regressor/regressor.json'),
+    ('LiSiam', 'detector.json'), ('LocalSimilarity', 'detector.json')])
+def test_tampered_detectors_are_refused_in_one_line(request, tmp_path, name, file):
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    from deepfid.models.lisiam.detector import LiSiam
+    from deepfid.models.local_similarity.detector import LocalSimilarity
+    from deepfid.testing import tiny_detector
+    cls, rng = dict(DeepFidelity=DeepFidelity, LiSiam=LiSiam, LocalSimilarity=LocalSimilarity)[name], random.Random(name+file)
+    detector = tiny_detector(1) if cls is DeepFidelity else cls(size=64).configure('tiny')
+    detector.history = detector.history[:1]
+    path = detector.save(tmp_path/'m')/file
+    about, refused, crop = json.loads(path.read_text()), 0, grey(90)
+    def use():
+        [file] = score(crop, load(tmp_path/'m'), finder=GridFinder())
+        assert file.faces or file.error
+    for threshold in (None, '0.5', [.5], float('inf')):
+        if file=='detector.json':
+            path.write_text(json.dumps(about|dict(threshold=threshold)))
+            with pytest.raises(WeightsError, match='detector.json: threshold='): load(tmp_path/'m')
+    for _ in range(n := n_mutations(request, 100)):
+        path.write_text(mutate(about, rng))
+        refused += not attempt(use)
+    assert n/4<refused<n
+
+def test_tampered_results_are_refused_in_one_line(request, tmp_path):
+    from deepfid.inference.results import write_csv
+    rng, path = random.Random(3), tmp_path/'r.jsonl'
+    list(make_scorer(Brightness('b', mask=True)).run([grey(51), grey(0)], path))
+    whole, refused = path.read_text().splitlines(), 0
+    def use():
+        list(make_scorer(Brightness('b', mask=True)).run([grey(51), grey(102)], path))
+        write_csv(tmp_path/'r.csv', read_results(path))
+        write_report(tmp_path/'r.html', read_results(path))
+    for _ in range(n := n_mutations(request, 300)):
+        lines, i = list(whole), rng.randrange(len(whole))
+        lines[i] = mutate(json.loads(lines[i]), rng)
+        path.write_text('\n'.join(lines)+'\n')
+        refused += not attempt(use)
+    assert n/4<refused<n
+
+def test_tampered_checksums_and_training_states_are_refused_in_one_line(request, tmp_path):
+    from deepfid.models.callbacks import read_checkpoint
+    rng, n = random.Random(5), n_mutations(request, 300)
+    (tmp_path/'m').mkdir()
+    (tmp_path/'m'/'detector.json').write_text('{}')
+    sums, config = write_checksums(tmp_path/'m'), dict(seed=0, size=112, bands=[[0, .4], [.6, 1]], faces='abc', epochs=None)
+    whole = sums.read_bytes()
+    for _ in range(n):
+        i = rng.randrange(len(whole))
+        sums.write_bytes(rng.choice([whole[:i], whole[:i]+bytes([rng.randrange(256)])+whole[i+1:], whole+b'\n', whole[:i]+b'\n'+whole[i:]]))
+        attempt(hub.verify_checksums, tmp_path/'m')
+    (tmp_path/'training.pt').write_bytes(b'no')
+    for _ in range(n):
+        (tmp_path/'training.json').write_text(mutate(config, rng))
+        assert not attempt(read_checkpoint, tmp_path/'training.pt', config)

@@ -6,8 +6,9 @@ from deepfid.core import DeepfidError
 from deepfid.data import degrade as stills
 from deepfid.models.lisiam import degradation as batches
 from deepfid.models.lisiam.degradation import RELEASED_QUIRKS, DegradeBatch, shuffle_patches, patch_permutation
-from deepfid.models.lisiam.network import LISIAM_ABLATIONS, IGNORE_INDEX, LOSS_TERMS, LiSiamNet, LiSiamOutput, invariance_loss, segmentation_loss, feature_map_size, siamese_losses
+from deepfid.models.lisiam.network import LISIAM_ABLATIONS, IGNORE_INDEX, FULL_METHOD_TERMS, LiSiamNet, LiSiamOutput, invariance_loss, segmentation_loss, feature_map_size, siamese_losses
 from deepfid.models.lisiam.ocr import OCR, ObjectAttention, gather_regions
+from deepfid.models.lisiam.training import SiameseLoss
 from deepfid.models.lisiam.transformer import SCU_KINDS, MaskGuidedTransformer, SqueezeExcite, attention_weights, separable_conv_unit, split_by_mask
 
 def n_weights(m): return sum(p.numel() for p in m.parameters())
@@ -170,7 +171,7 @@ def test_one_pass_is_two_passes_where_statistics_are_stored(tiny, batch):
 def test_only_what_the_losses_need(tiny, batch, monkeypatch):
     seen = []
     monkeypatch.setattr(tiny, 'locate', lambda x: (seen.append(len(x)), type(tiny).locate(tiny, x))[1])
-    found = {t: tiny.siamese(*batch[:2], terms=t) for t in (LOSS_TERMS, ('cls1',), ('seg1', 'li'), LISIAM_ABLATIONS['E']['terms'], LISIAM_ABLATIONS['B']['terms'])}
+    found = {t: tiny.siamese(*batch[:2], terms=t) for t in (FULL_METHOD_TERMS, ('cls1',), ('seg1', 'li'), LISIAM_ABLATIONS['E']['terms'], LISIAM_ABLATIONS['B']['terms'])}
     assert seen==[8, 4, 8, 4, 8]
     classified = [tuple(o is not None and o.logits is not None for o in out) for out in found.values()]
     assert classified==[(True, False), (True, False), (False, False), (False, True), (True, True)]
@@ -243,14 +244,28 @@ def test_without_decoder(batch):
 
 # -- refused --
 @pytest.mark.parametrize('change, message', [
-    (dict(mask=torch.zeros(4, 1, 64, 64)), 'of the size of the images'), (dict(mask=torch.zeros(3, 1, 128, 128)), r'\(3, 1, 128, 128\)'), (dict(mask=torch.zeros(4, 3, 128, 128)), 'give'),
-    (dict(mask=torch.full((4, 128, 128), 100)), '0 to 1'), (dict(mask=torch.full((4, 128, 128), float('nan'))), '0 to 1'), (dict(label=torch.tensor([1, 1, 1, 0])), '1 real faces have a mask'),
-    (dict(li_on='probability'), "'logits', 'prob'"), (dict(seg_loss_at='output'), "'input', 'feature'"), (dict(terms=('cls3',)), "'cls3'")])
+    (dict(li_on='probability'), "'logits', 'prob'"), (dict(seg_loss_at='output'), "'input', 'feature'")])
 def test_losses_refuse(tiny, batch, change, message):
     x, degraded, label, mask = batch
     with torch.no_grad(): out = tiny.eval().siamese(x, degraded)
     with pytest.raises(DeepfidError, match=message) as e: siamese_losses(*out, **dict(label=label, mask=mask)|change)
     assert '\n' not in str(e.value)
+
+def test_unknown_losses_and_other_batches_are_refused(tiny, batch):
+    x, degraded, label, mask = batch
+    with pytest.raises(DeepfidError, match="'cls3'"): tiny.siamese(x, degraded, ('cls3',))
+    with pytest.raises(DeepfidError, match="'cls3'"): SiameseLoss(('cls3',))
+    with torch.no_grad(): out = tiny.eval().siamese(x, degraded)
+    for wrong in (mask[:3], mask.expand(-1, 3, -1, -1)):
+        with pytest.raises(ValueError, match='same as input size'): siamese_losses(*out, label, wrong)
+
+def test_losses_do_not_wait_for_the_device(tiny, batch, monkeypatch):
+    "No value of a tensor is read on the way: each such read would stop a GPU at every step"
+    x, degraded, label, mask = batch
+    out = tiny.eval().siamese(x, degraded)
+    def read(tensor, *args): raise AssertionError('a tensor is read')
+    for name in ('__bool__', 'item', 'tolist', '__float__', '__int__'): monkeypatch.setattr(torch.Tensor, name, read)
+    siamese_losses(*out, label, mask)['total'].backward()
 
 @pytest.mark.parametrize('make, message', [(lambda: LiSiamNet('huge'), "'huge'"), (lambda: LiSiamNet('tiny', scu='paper'), "'separable', 'dense', 'stride3'"), (lambda: LiSiamNet('tiny', ocr_fuse=2), 'ocr_fuse=2'),
     (lambda: LiSiamNet('tiny', seg=False), 'guided by the segmentation')])
@@ -316,7 +331,7 @@ def test_geometry_is_shared():
     x = torch.full((1, 3, 96, 96), -1.)
     x[:, :, 20:45, 50:75] = 1
     mask = (x[:, :1]>0).float()
-    clean, degraded, after = DegradeBatch(p=1, seed=0).pair(x.flip(3), mask.flip(3))
+    clean, degraded, after = DegradeBatch(p=1, seed=0).make_branches(x.flip(3), mask.flip(3))
     assert torch.equal(clean, x.flip(3)) and torch.equal(after, mask.flip(3))
     at = lambda m: [((m*g).sum()/m.sum()).item() for g in torch.meshgrid(torch.arange(96.), torch.arange(96.), indexing='ij')]
     assert at((degraded[0].mean(0)+1).clamp(min=.3)-.3)==pytest.approx(at(after[0, 0]), abs=1.5) # mirrored, it would be 29 pixels off
@@ -345,7 +360,7 @@ def test_shuffle_quirk_moves_image_and_mask_alike():
     source = patch_permutation(10, rng)
     assert sorted(source.ravel())==list(range(100)) and not np.array_equal(source, np.arange(100).reshape(10, 10))
     x = X.clone()
-    clean, degraded, mask = DegradeBatch(p=0, seed=0, released_quirks=('shuffle',)).pair(x, x[:, :1])
+    clean, degraded, mask = DegradeBatch(p=0, seed=0, released_quirks=('shuffle',)).make_branches(x, x[:, :1])
     moved = [(clean[i]-x[i]).abs().mean()>.01 for i in range(4)]
     assert any(moved) and not all(moved) and torch.equal(clean, degraded) and torch.equal(x, X)
     for i in range(4): assert (mask[i]-clean[i, :1]).abs().mean()<.15

@@ -4,8 +4,9 @@ import pytest, torch
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
 from deepfid.models.backbones import xception
-from deepfid.models.local_similarity.decoder import CLAFFM, DECODER_LEVELS, MaskDecoder, SimilarityNet, similarity_losses
-from deepfid.models.local_similarity.llsm import LLSM, cosine_logits, pair_target, pairwise_memory, peak_memory, time_llsm_forms
+from deepfid.models.local_similarity.decoder import CLAFFM, DECODER_LEVELS, MaskDecoder, SimilarityNet, similarity_losses, total_loss
+from deepfid.models.local_similarity.llsm import LLSM, cosine_logits, pair_target
+from deepfid.testing import peak_memory
 
 # -- two forms of one matrix --
 @pytest.mark.parametrize('kw', [dict(), dict(hidden=0), dict(hidden=1), dict(hidden=5), dict(chunk=1), dict(chunk=9), dict(chunk=1000)])
@@ -69,10 +70,6 @@ def test_border_positions_differ_from_none_unless_binarised_first():
     m[:,0,2] = 1                                    # the middle one is more forged than not
     assert pair_target(m, (1, 3), binarise_first=True)[0].tolist()==[[0,1,1],[1,0,0],[1,0,0]]
 
-@pytest.mark.parametrize('mask, message', [(torch.full((1,4,4), 255.), 'from 255'), (torch.full((1,4,4), -.1), 'from -0.1'), (torch.full((1,4,4), float('nan')), 'nan'), (torch.zeros(4, 4), 'shape'), (torch.zeros(1, 3, 4, 4), 'shape')])
-def test_bad_masks(mask, message):
-    with pytest.raises(DeepfidError, match=message): pair_target(mask, 2)
-
 # -- the single kernel --
 def logits_of_kinds(u): return torch.stack([u[2], u[1]+u[2], u[0]+u[2], u[0]+u[1]+u[2]])
 
@@ -126,20 +123,16 @@ def test_a_gate_weighs_channels_by_the_coarser_map():
         w, other = gate(a, torch.randn(2, 6, 3, 3))/a, gate(a, torch.randn(2, 6, 3, 3))/a
     assert torch.allclose(w, w[:, :, :1, :1].expand_as(w), atol=1e-4) and 0<w.min() and w.max()<1 and not torch.allclose(w, other, atol=1e-4)
 
-@pytest.mark.parametrize('use_flm', [True, False])
-def test_masks_that_do_not_belong_to_the_images(use_flm):
-    net, x, label = SimilarityNet('tiny', use_flm=use_flm).eval(), torch.zeros(2, 3, 64, 64), torch.tensor([1, 0])
+def test_masks_of_another_size_or_batch_are_refused_by_torch():
+    net, x, label = SimilarityNet('tiny').eval(), torch.zeros(2, 3, 64, 64), torch.tensor([1, 0])
     with torch.no_grad(): out = net(x)
-    for mask, message in ((torch.zeros(2, 1, 32, 32), r'\(2, 1, 32, 32\)'), (torch.zeros(3, 1, 64, 64), r'\(3, 1, 64, 64\)'), (torch.zeros(0, 1, 64, 64), r'\(0, 1, 64, 64\)')):
-        with pytest.raises(DeepfidError, match=message): similarity_losses(out, label, mask)
+    for shape in ((2, 1, 32, 32), (3, 1, 64, 64), (0, 1, 64, 64)):
+        with pytest.raises(ValueError, match='same as input size'): similarity_losses(out, label, torch.zeros(shape))
     similarity_losses(out, label, torch.zeros(2, 1, 64, 64))
 
-def test_memory_table():
-    m = pairwise_memory(728, 14, 64)
-    assert abs(m['pairs']/2**20-213)<2 and abs(m['hidden']/2**20-9.4)<.2 and abs(m['logits']/2**20-.15)<.01
-
-@pytest.mark.slow
-def test_as_fast_as_promised():
-    for channels, side, faster in ((256, 28, 30), (728, 14, 50)):
-        b = time_llsm_forms(channels, side)
-        assert b['faster']>=faster and b['smaller']>=8
+def test_losses_do_not_wait_for_the_device(monkeypatch):
+    "No value of a tensor is read on the way: each such read would stop a GPU at every step"
+    out, mask = SimilarityNet('tiny').eval()(torch.zeros(2, 3, 64, 64)), torch.zeros(2, 1, 64, 64)
+    def read(tensor, *args): raise AssertionError('a tensor is read')
+    for name in ('__bool__', 'item', 'tolist', '__float__', '__int__'): monkeypatch.setattr(torch.Tensor, name, read)
+    total_loss(similarity_losses(out, torch.tensor([1, 0]), mask)).backward()

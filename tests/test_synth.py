@@ -49,3 +49,11 @@ def test_camera_is_seeded_and_varied():
     assert simulate_camera(image, 1).shape==image.shape
     settings = [camera_settings(s) for s in range(300)]
     assert min(s['quality'] for s in settings)<65 and max(s['noise'] for s in settings)>7 and any(s['motion'] for s in settings)
+
+def test_seeds_and_images_are_checked():
+    image = synthetic_face(1, size=64).image
+    for seed in (-1, 1.5, 'x'):
+        for make in (lambda: synthetic_face(seed, 64), lambda: synthetic_face(1, 64, seed), lambda: camera_settings(seed), lambda: camera_jpeg(image, seed)):
+            with pytest.raises(DeepfidError, match='^(seed|identity)='): make()
+    for bad in (image/255, image[..., 0], image[:0], np.zeros((2000, 8, 3), np.uint8)):
+        with pytest.raises(DeepfidError, match='^image: |^longer side='): simulate_camera(bad, 1)

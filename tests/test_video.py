@@ -1,14 +1,16 @@
 "Frame sampling, face tracks and crops, compression, and one clear line for every bad file"
 import os, struct, subprocess, sys, time
 from fractions import Fraction
-import av, cv2, numpy as np, pytest
+import av, cv2, numpy as np, pytest, torch
 from av.video.reformatter import Colorspace
 from PIL import Image
 from deepfid.core import DeepfidError, Face, NoFaceError
-from deepfid.data.faces import FaceDetection
+from deepfid.data.faces import FaceDetection, crop_face
 from deepfid.data.forge import forge
+from deepfid.data.loaders import faces_to_batch
 from deepfid.data.mask import ssim_mask
 from deepfid.data.synth import synthetic_face
+from deepfid.quality.serfiq import load_embedder
 from deepfid.data.video import VIDEO_CONTAINERS, Frame, VideoError, compress_video, is_cut, probe_video, sample_frames, shot_signature, synthetic_clip, track_faces, write_video
 
 SIZE, N = 96, 60 # height of the frames, and their number in a clip
@@ -74,6 +76,33 @@ def test_frames_in_any_container_are_those_of_plain_decoding(tmp_path, name):
         assert [f.index for f in frames]==expected and not problems
         for f in frames: np.testing.assert_array_equal(f.image, plain[f.index])
         np.testing.assert_allclose([f.time for f in frames], np.array(expected)/25, atol=2e-3)
+
+def same_as_plain(path):
+    "Are frames, their numbers and their sampling those of plain decoding? Returns the numbers shown in them"
+    with av.open(str(path)) as c: plain = [number(f.to_ndarray(format='rgb24')) for f in c.decode(video=0)]
+    assert [(f.index, number(f.image)) for f in sample_frames(path, None, on_error=lambda e: None)]==list(enumerate(plain))
+    chosen = np.rint(np.linspace(0, len(plain)-1, 5)).astype(int)
+    assert [number(f.image) for f in sample_frames(path, 5, on_error=lambda e: None)]==[plain[i] for i in chosen]
+    return plain
+
+@pytest.mark.parametrize('skip', [7, 20])
+@pytest.mark.parametrize('options', [{}, dict(g='12'), {'x264-params': 'open-gop=1:keyint=12'}])
+def test_a_trimmed_clip_starts_where_its_edit_list_says(tmp_path, options, skip):
+    "As phones trim: nothing is removed, the file says from when on it is shown"
+    content = bytearray(encode(tmp_path/'t.mp4', **options).read_bytes())
+    scale, = struct.unpack_from('>I', content, content.index(b'mdhd')+16)
+    at = content.index(b'elst')+12
+    duration, start = struct.unpack_from('>Ii', content, at)
+    struct.pack_into('>Ii', content, at, duration-40*skip, start+skip*scale//25)
+    (tmp_path/'t.mp4').write_bytes(content)
+    assert same_as_plain(tmp_path/'t.mp4')==list(range(skip, N))
+
+@pytest.mark.parametrize('name', ['a.ts', '2.ts', '2.mpg'])
+def test_a_recording_that_begins_anywhere(tmp_path, name):
+    "As television is recorded: the first frames lack the key frame that they are built on"
+    content = encode(tmp_path/name, **CONTAINERS[name]).read_bytes()
+    (tmp_path/name).write_bytes(content[len(content)*2//5//188*188:])
+    assert 10<len(same_as_plain(tmp_path/name))<N
 
 @pytest.mark.parametrize('name', ['v.mp4', 'v.mkv', 'v.asf', 'v.flv'])
 def test_uneven_time_stamps_are_kept(tmp_path, name):
@@ -182,6 +211,9 @@ def test_no_sound_needed_and_sound_ignored(tmp_path):
 def test_bad_arguments(mp4):
     with pytest.raises(DeepfidError, match='by='): list(sample_frames(mp4, 3, by='luck'))
     with pytest.raises(DeepfidError, match='n=0'): list(sample_frames(mp4, 0))
+    with pytest.raises(DeepfidError, match='max_pixels'): probe_video(mp4, max_pixels='many')
+    with pytest.raises(DeepfidError, match='max_gap'): track_faces([], FixedFinder([]), max_gap=-1)
+    with pytest.raises(DeepfidError, match='RGB image'): track_faces([np.zeros((9, 9))], FixedFinder([[]]))
 
 # -- bad files ------------------------------------------------------------------------------------------------------
 
@@ -240,7 +272,7 @@ def test_truncated_files_are_reported_and_give_what_they_hold(tmp_path):
     for name, kw in (('c.mp4', dict(movflags='+faststart')), ('c.mkv', {}), ('c.avi', dict(codec='mpeg4'))):
         options = kw.pop('movflags', None)
         whole = encode(tmp_path/f'whole-{name}', 120, **kw)
-        if options: whole = write_video([numbered(i) for i in range(120)], whole)
+        if options: whole = write_video([numbered(i) for i in range(120)], tmp_path/f'written-{name}')
         (tmp_path/name).write_bytes(whole.read_bytes()[:int(.6*whole.stat().st_size)])
         problems, got = [], []
         for f in sample_frames(tmp_path/name, 20, on_error=problems.append): got.append(f)
@@ -292,7 +324,7 @@ def test_mutated_clips_give_one_line_or_frames(tmp_path, seconds):
         path.write_bytes(mutate(clips[names[seen%len(names)]], rng))
         for what in (lambda: probe_video(path), lambda: list(sample_frames(path, 4)), lambda: list(sample_frames(path, None, 'time', on_error=lambda e: None)), lambda: compress_video(path, tmp_path/'out.mp4', 40)):
             try: what()
-            except VideoError as e: assert str(e).startswith(str(path)) and '\n' not in str(e)
+            except VideoError as e: assert str(e).startswith((str(path), str(tmp_path/'out.mp4'))) and '\n' not in str(e)
         seen += 1
     assert seen>=20
 
@@ -341,7 +373,9 @@ def test_nothing_half_written(tmp_path, clip):
     with pytest.raises(KeyboardInterrupt): write_video(breaks(), path)
     with pytest.raises(VideoError, match='no images'): write_video([], path)
     with pytest.raises(VideoError, match='image 1'): write_video([clip[0].image, clip[1].image[:100]], path)
-    with pytest.raises(DeepfidError, match='crf'): write_video(clip[:2], path, crf=99)
+    for bad in (dict(crf=99), dict(fps=0), dict(fps=float('nan'))):
+        with pytest.raises(DeepfidError, match=next(iter(bad))): write_video(clip[:2], path, **bad)
+    with pytest.raises(DeepfidError, match='image 0: give an RGB image'): write_video([clip[0].image[..., 0]], path)
     assert path.read_bytes()==before and os.listdir(tmp_path)==['v.mp4']
 
 def test_compression_keeps_frames_and_times(tmp_path):
@@ -478,3 +512,35 @@ def test_from_file_to_crops(tmp_path, clip, data):
     [track, *_] = track_faces(frames)
     faces = [track.crop(f) for f in frames if f.index in track]
     assert len(faces)==8 and all(isinstance(f, Face) for f in faces)
+
+def test_two_people_in_one_position_are_two_tracks(tmp_path, data):
+    "A cut from one person to another, sampled sparsely from a file"
+    people = [synthetic_clip(p, .4, size=224, seed=s, glasses=False) for p, s in ((3, 1), (8, 9))]
+    path = write_video([f.image for c in people for f in c], tmp_path/'cut.mp4')
+    tracks = track_faces(sample_frames(path, 8), max_distance=2., max_gap=10**6)
+    assert sorted(set(t.index[t.scores>0]//10).pop() for t in tracks)==[0, 1] and all(len(set(t.index[t.scores>0]//10))==1 for t in tracks)
+
+def embed_with(net):
+    "A function of an image and its detections, as `track_faces` takes it"
+    def embed(image, detections):
+        with torch.inference_mode(): return net(faces_to_batch([crop_face(image, d, 112).image for d in detections], 112)).numpy()
+    return embed
+
+@pytest.mark.parametrize('leaves', [False, True])
+def test_people_who_change_places_keep_their_tracks(data, leaves):
+    "Two people who exchange their seats between two frames, or one takes the seat of the other who leaves"
+    people = [synthetic_clip(p, .32, size=160, seed=s, glasses=False) for p, s in ((3, 1), (5, 6))]
+    frames = []
+    for i in range(8):
+        image = np.tile(np.linspace(60, 180, 640)[None, :, None], (360, 1, 3)).astype(np.uint8)
+        for k, x in ((0, 8), (1, 430)) if i<4 else ((0, 430),) if leaves else ((0, 430), (1, 8)): image[100:260, x:x+160] = people[k][i].image
+        frames.append(Frame(i, i/25, image))
+    embed = embed_with(load_embedder())
+    def sides(**kw): return {tuple(bool(t.at(i).box[0]>200) for i in t.index if t.at(i).score>0) for t in track_faces(frames, sigma=0, max_distance=9, **kw)}
+    left_then_right, right_then_left = (False,)*4+(True,)*4, (True,)*4+(False,)*4
+    assert left_then_right not in sides() # by position alone they are mixed
+    assert sides(embed=embed)==({left_then_right, (True,)*4} if leaves else {left_then_right, right_then_left})
+
+def test_one_face_is_never_embedded(clip):
+    def embed(*a): raise AssertionError
+    assert len(track_shots([clip[0].image], embed=embed))==1

@@ -13,6 +13,7 @@ __all__ = ['DATASETS', 'WORKING_MARGIN', 'REPOSITORIES', 'GITHUB_RAW', 'CLIP_NAM
 
 # %% ../../nbs/lib/data.datasets.ipynb #cd4a3982
 import csv
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -459,7 +460,9 @@ def clips_from_folder(
     "List the real and fake photographs or videos of any folder"
     root, clips = Path(root), []
     branches = [(root/name, split) for name, split in (('train', 'train'), ('valid', 'valid'), ('val', 'valid'),
-        ('test', 'test'), ('', '')) if any((root/name/k).is_dir() for k in ('real', 'fake'))]
+        ('test', 'test'), ('', '')) if any(os.path.isdir(root/name/k) for k in ('real', 'fake'))]
+    _require(branches or os.access(root, os.R_OK|os.X_OK) or not os.path.isdir(root),
+        f'{root}: permission denied; make the folder readable')
     _require(branches,
         f"{root}: has no folder 'real' or 'fake' in it; put clips into those, or name the dataset that this is")
     for top, split in branches:
@@ -584,4 +587,4 @@ def write_deepfakebench(
             {s: {compression: {}} for s in ('train', 'val', 'test')})
         splits[split_names[split]][compression][video] = dict(label=label, frames=files(rows['path']),
             masks=files(rows['mask']))
-    return write_json(path, content)
+    return write_json(path, content, b'"frames"')

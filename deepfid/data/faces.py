@@ -16,15 +16,15 @@ from typing import Any
 import cv2
 import numpy as np
 from ..core import (DataMissingError, DeepfidError, Face, NoFaceError, check_array,
-    check_choice, data_dir, five_points)
+    check_choice, check_image, check_number, data_dir, five_points)
 from ..io import fetch_model_file, read_image
 
 # %% auto #0
 __all__ = ['ARCFACE_TEMPLATE', 'CROP_MARGIN', 'YUNET_FILE', 'YUNET_SHA256', 'YUNET_URL', 'MIN_FACE_SIZE', 'MAX_NOSE_OFFSET',
-           'MIN_SHARPNESS', 'alignment_template', 'alignment_matrix', 'warp_crop', 'align_face', 'yunet_path',
-           'FaceDetection', 'sort_left_right', 'FaceFinder', 'box_distance', 'main_face', 'default_face_finder',
-           'find_face', 'DlibFaceFinder', 'nose_offset', 'face_sharpness', 'quality_flags', 'face_crop_matrix',
-           'crop_face', 'crop_face_file', 'crop_faces']
+           'MIN_SHARPNESS', 'check_crop_size', 'alignment_template', 'alignment_matrix', 'warp_crop', 'align_face',
+           'yunet_path', 'FaceDetection', 'sort_left_right', 'FaceFinder', 'box_distance', 'main_face',
+           'default_face_finder', 'find_face', 'DlibFaceFinder', 'nose_offset', 'face_sharpness', 'quality_flags',
+           'face_crop_matrix', 'crop_face', 'crop_face_file', 'crop_faces']
 
 # %% ../../nbs/05_faces.ipynb #1c74e5a0
 # pixels of a tight crop of 112 x 112: eye centres, nose tip, mouth corners (Deng et al. 2019)
@@ -32,11 +32,20 @@ ARCFACE_TEMPLATE = np.array([[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41
     [70.73, 92.20]], np.float32)
 CROP_MARGIN = 1.3
 
+def check_crop_size(
+    size:int,    # side of the crop, pixels, 1 to 8192
+    margin:float # side of the crop relative to the face, 0.1 to 20
+):
+    "Raise a `DeepfidError` unless a crop has a sensible size and margin"
+    check_number('size', size, 1, 8192, integer=True)
+    check_number('margin', margin, .1, 20)
+
 def alignment_template(
     size:int=112,            # side of the crop, pixels
     margin:float=CROP_MARGIN # 1 = tight; 1.3 = 30 % more of everything around
 )->np.ndarray: # float32 (5,2) pixels
     "Compute the positions of the five points in an aligned crop"
+    check_crop_size(size, margin)
     return ((ARCFACE_TEMPLATE-56)/margin+56)*np.float32(size/112)
 
 # %% ../../nbs/05_faces.ipynb #60efb0ef
@@ -62,7 +71,10 @@ def warp_crop(
     size:int           # side of the crop, pixels
 )->np.ndarray: # (size,size[,3]); mirrored where it reaches beyond the image
     "Warp an image to a crop, averaging where it shrinks; one matrix for real, fake and mask"
-    matrix = np.asarray(matrix, np.float64)
+    image = check_array('image', image)
+    check_choice('axes of the image', image.ndim, (2, 3))
+    check_number('pixels of the image', image.size, 1)
+    matrix = check_array('matrix', matrix, (2, 3), np.float64)
     scale = np.hypot(matrix[0, 0], matrix[1, 0])
     if scale<1/1.5:
         h, w = image.shape[:2]
@@ -141,6 +153,7 @@ class FaceFinder:
         image:np.ndarray # uint8 RGB (H,W,3)
     )->list[FaceDetection]: # highest score first
         "Detect every face in an image"
+        check_image('image', image)
         return next((found for side in self.sides if (found := self._detect(image, side))), [])
 
     def _detect(self, image, max_side):
@@ -226,7 +239,7 @@ class DlibFaceFinder:
         image:np.ndarray # uint8 RGB (H,W,3)
     )->list[FaceDetection]: # highest score first; scores are dlib's own, not 0 to 1
         "Detect every face in an image"
-        image = np.ascontiguousarray(image)
+        image = np.ascontiguousarray(check_image('image', image))
         boxes, scores, _ = self.detector.run(image, 0, self.threshold)
         def one(r, score):
             landmarks = np.array([(p.x, p.y) for p in self.predictor(image, r).parts()], np.float32)
@@ -250,7 +263,7 @@ def face_sharpness(
     points:np.ndarray # (5,2) pixels
 )->float: # squared grey levels
     "Measure the variance of the Laplacian of a tight crop of 112 pixels"
-    crop = warp_crop(image, alignment_matrix(points, 112, 1.), 112)
+    crop = warp_crop(check_image('image', image), alignment_matrix(points, 112, 1.), 112)
     return float(cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())
 
 def quality_flags(
@@ -272,6 +285,7 @@ def face_crop_matrix(
 )->np.ndarray: # float32 (2,3), from image to crop
     "Compute the matrix of a face crop; use one for a real frame, its fake and their mask"
     check_choice('align', align, ('similarity', 'box'))
+    check_crop_size(size, margin)
     if align=='similarity': return alignment_matrix(detection.points, size, margin)
     x, y, w, h = np.asarray(detection.box, np.float64)
     scale = size/(margin*max(w, h, 1e-3))
@@ -286,6 +300,7 @@ def crop_face(
     align:str='similarity'    # or 'box'
 )->Face: # (size,size) with its five points; `meta` has score, box and flags
     "Crop a detected face"
+    check_image('image', image)
     matrix = face_crop_matrix(detection, size, margin, align)
     points = detection.points@matrix[:, :2].T+matrix[:, 2]
     meta = dict(score=detection.score, box=np.asarray(detection.box).tolist(),

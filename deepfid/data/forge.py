@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 import cv2
 import numpy as np
-from ..core import ConsentError, DeepfidError, Face, check_choice, face_region
+from ..core import (ConsentError, DeepfidError, Face, check_array, check_choice,
+    check_image, check_number, face_region)
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'FORGERS', 'STATISTIC_NAMES', 'Forgery', 'check_consent', 'check_landmarks', 'random_signed',
-           'region_size', 'feather_mask', 'face_mask', 'alpha_blend', 'match_colour', 'laplacian_std',
+           'check_mask', 'region_size', 'feather_mask', 'face_mask', 'alpha_blend', 'match_colour', 'laplacian_std',
            'colour_sharpness_jitter', 'bottleneck_resample', 'resynth', 'landmark_warp', 'half_face_width',
            'move_expression', 'reenact', 'swap', 'mouth_mask', 'mouth', 'selfblend', 'allowed_forgers', 'forge',
            'global_statistics', 'shortcut_probe']
@@ -74,18 +75,26 @@ def random_signed(
     "Sample a number with a random sign, so that no change has a preferred direction"
     return float(rng.uniform(low, high))*(1 if rng.random()<.5 else -1)
 
+def check_mask(
+    mask:np.ndarray, # (H,W) of 0 to 1, or bool
+    shape:tuple=(None, None) # that it must have
+)->np.ndarray:
+    "Return a mask, or raise a `DeepfidError` where its shape or range is another"
+    return check_array('mask', mask, shape, low=0, high=1)
+
 def region_size(
     mask:np.ndarray # (H,W), 1 inside
 )->float: # pixels
     "Compute the side of a square with the area of the mask"
-    return float(np.sqrt((mask>.5).sum()))
+    return float(np.sqrt((check_mask(mask)>.5).sum()))
 
 def feather_mask(
     mask:np.ndarray, # (H,W), 1 inside
     sigma:float      # pixels
 )->np.ndarray: # float32 (H,W), exactly 0 away from the mask
     "Soften the edge of a mask"
-    soft = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), max(.3, sigma))
+    mask, sigma = check_mask(mask).astype(np.float32), check_number('sigma', sigma, 0)
+    soft = cv2.GaussianBlur(mask, (0, 0), max(.3, sigma))
     return np.clip((soft-.02)/.96, 0, 1)
 
 # %% ../../nbs/02_forge.ipynb #c668aa57
@@ -106,7 +115,8 @@ def alpha_blend(
     mask:np.ndarray    # float32 (H,W) in [0,1]
 )->np.ndarray: # uint8; equal to `image` where the mask is 0
     "Compute `mask*source + (1-mask)*image`, rounded"
-    x = image.astype(np.float32)
+    x = check_image('image', image).astype(np.float32)
+    mask = check_mask(mask, image.shape[:2])
     return np.clip(np.rint(x+mask[..., None]*(source-x)), 0, 255).astype(np.uint8)
 
 # %% ../../nbs/02_forge.ipynb #e052de00
@@ -334,6 +344,8 @@ def forge(
 )->Forgery:
     "Forge a face by the name of the method"
     forger = FORGERS[check_choice('method', method, FORGERS)]
+    check_number('seed', seed, 0, integer=True)
+    check_number('strength', strength, 0, 10)
     if method!='swap': return forger(face, seed, strength)
     if donor is None: raise DeepfidError("'swap' needs a donor, another person's face")
     return swap(face, donor, seed, strength)
@@ -348,6 +360,7 @@ def global_statistics(
     region:np.ndarray # (H,W), >0.5 = face region
 )->np.ndarray: # (17,), see `STATISTIC_NAMES`
     "Compute statistics of an image and its face region that are independent of position"
+    check_array('region', region, check_image('image', image).shape[:2])
     laplacian = cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_32F)
     out = []
     for inside in (np.ones(image.shape[:2], bool), np.asarray(region)>.5):

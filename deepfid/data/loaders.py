@@ -160,6 +160,7 @@ def paired_rows(
 )->np.ndarray: # int (n,2): row numbers, a real and a fake in each line, in random order
     "Draw the order of one epoch, as many real faces as fakes"
     label, named = table['label'].to_numpy(), table['pair']!=''
+    if len(set(label))<2: raise ManifestError('real and fake faces are both needed to balance a batch')
     pair = (table['dataset']+'\0'+table['pair']).where(named, '').to_numpy()
     real_of = {p: i for i, p in enumerate(pair) if p and label[i]==1}
     fakes = np.flatnonzero(label==0)
@@ -190,7 +191,7 @@ def flip_and_shift(
 # %% ../../nbs/lib/data.loaders.ipynb #a7329952
 class FaceLoader:
     "Batches of a `FaceDataset`, with what fastai's `Learner` needs of a DataLoader"
-    n_inp, c, vocab = 1, 2, ('fake', 'real')
+    n_inp, c, vocab = 1, 2, ('fake', 'real') # read by fastai: inputs of the network, classes, their names
     def __init__(self,
         dataset:FaceDataset,      # faces and targets
         bs:int=64,                # images a batch; even, where pairs stay together
@@ -200,7 +201,7 @@ class FaceLoader:
         pairs_together:bool=True, # when shuffling: a real and its fake side by side, moved alike
         flip:bool=True,           # when shuffling: mirror half of them
         shift:int=2,              # when shuffling: up to so many whole pixels
-        degrade:Callable|None=None, # when shuffling: function of an image, uint8 (H,W,3)
+        degrade:Callable|None=None, # when shuffling: function of (image uint8 (H,W,3), NumPy `Generator`)
         seed:int=0,               # of order and augmentation
         device:Any='cpu',         # where the batches are
         steps:int|None=None,      # when shuffling: batches an epoch; default: as many as show every pair once
@@ -230,6 +231,7 @@ class FaceLoader:
     )->'FaceLoader':
         "Copy the loader with something changed: `dl.new(shuffle=False)`"
         other = copy(self)
+        for k in changes: check_choice('change', k, tuple(vars(self)))
         for k, v in {**changes, 'dataset': dataset or self.dataset}.items(): setattr(other, k, v)
         other._set_length()
         return other
@@ -297,7 +299,7 @@ class FaceLoader:
         if self.degrade is not None:
             for p in moved:
                 image = np.ascontiguousarray(p[:3].transpose(1, 2, 0))
-                p[:3] = self.degrade(image).transpose(2, 0, 1)
+                p[:3] = self.degrade(image, rng).transpose(2, 0, 1)
         return torch.from_numpy(moved)
 
 # %% ../../nbs/lib/data.loaders.ipynb #49260e41
@@ -308,7 +310,7 @@ def dataloaders(
     bs:int=64,                # images a batch, even
     flip:bool=True,           # mirror half of the training faces
     shift:int=2,              # move training faces by up to so many pixels
-    degrade:Callable|None=None, # function of an image, for training faces: see `deepfid.data.degrade`
+    degrade:Callable|None=None, # function of (image, NumPy `Generator`), for training faces: `data.degrade.Degrade`
     cache:bool|float=True,    # decoded faces stay in memory: True (up to 2048 MiB a split), False, or a limit in MiB
     balanced:bool=True,       # as many real as fake in each training batch
     pairs_together:bool=True, # a real and its fake in the same batch, moved alike
@@ -322,5 +324,6 @@ def dataloaders(
     from fastai.data.core import DataLoaders
     device, size = device or default_device(), size or len(manifest.image(0))
     train, valid = [FaceDataset(manifest.of(s), kind, size, targets, cache, num_workers) for s in ('train', 'valid')]
-    return DataLoaders(FaceLoader(train, bs, True, True, balanced, pairs_together, flip, shift, degrade, seed,
-        steps=steps), FaceLoader(valid, bs, seed=seed), device=device)
+    train_loader = FaceLoader(train, bs, shuffle=True, drop_last=True, balanced=balanced, pairs_together=pairs_together,
+        flip=flip, shift=shift, degrade=degrade, seed=seed, steps=steps)
+    return DataLoaders(train_loader, FaceLoader(valid, bs, seed=seed), device=device)

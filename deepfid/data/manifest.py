@@ -14,6 +14,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -168,12 +169,18 @@ def check_pairs(
     for bad, hint in rules: refuse_rows(paired, bad, name, 'pair', hint)
 
 # %% ../../nbs/lib/data.manifest.ipynb #copies01
-def _is_file(path)->bool:
-    "Test for a regular file, refuse what the system does not let us look at"
-    try: return stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError, ValueError): return False
+@contextmanager
+def _read_errors():
+    "Raise what the system does not let us read as one line that names the file"
+    try: yield
     except OSError as e:
-        raise ManifestError(f'{path}: cannot be read ({e.strerror}); make it and its folder readable') from None
+        raise ManifestError(f'{e.filename}: cannot be read ({e.strerror}); make it and its folder readable') from None
+
+def _is_file(path)->bool:
+    "Test for a regular file, refuse what cannot be looked at"
+    with _read_errors():
+        try: return stat.S_ISREG(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError): return False
 
 def _missing_advice(folder, file)->str:
     "What to do about a file of a manifest that is not there"
@@ -223,9 +230,7 @@ def copies_between_splits(
     folder,             # folder that the paths are relative to; all images are there
 )->tuple: # {row: row of the image that it is a copy of, in a split that goes before}, number of copies within splits
     "Find images of which another split has a copy; test goes before valid, valid before train"
-    try: groups = equal_files(Path(folder)/p for p in table['path'])
-    except OSError as e:
-        raise ManifestError(f'{e.filename}: cannot be read ({e.strerror}); make it readable') from None
+    with _read_errors(): groups = equal_files(Path(folder)/p for p in table['path'])
     across, within, rank = {}, 0, table['split'].map(SPLITS.index).to_numpy()
     for group in groups:
         first = max(group, key=lambda i: rank[i])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 import cv2
 import numpy as np
-from ..core import Face, check_choice, check_number
+from ..core import Face, check_choice, check_image, check_number
 
 # %% auto #0
 __all__ = ['mean_landmarks', 'mean_lip_landmarks', 'surface_depth', 'Person', 'Shot', 'sample_landmarks', 'sample_person',
@@ -505,6 +505,8 @@ def synthetic_face(
     "Render a synthetic face, before any camera; the same seed gives the same pixels"
     check_number('size', size, 32, _TEXTURE_SIZE, integer=True)
     identity = seed if identity is None else identity
+    for name, value in dict(seed=seed, identity=identity).items():
+        check_number(name, value, 0, integer=True)
     person, shot = override_traits(sample_person(identity), sample_shot(seed), traits)
     c = FaceCanvas(person, shot, seed, size)
     image = paint_background(c)
@@ -525,7 +527,7 @@ def camera_settings(
     seed:int
 )->dict: # blur (sigma, pixels), motion (pixels), angle (radians), noise (levels), quality (JPEG)
     "Sample the settings of a camera: most are good, some are not"
-    rng = np.random.default_rng([13, seed])
+    rng = np.random.default_rng([13, check_number('seed', seed, 0, integer=True)])
     fault = rng.choice(3, p=[.4, .45, .15]) # none, out of focus, motion
     return dict(blur=float(rng.uniform(.3, 1.3)) if fault==1 else 0.,
         motion=float(rng.uniform(2, 4)) if fault==2 else 0., angle=float(rng.uniform(0, np.pi)),
@@ -536,7 +538,8 @@ def sensor_noise(
     h:int, w:int # pixels
 )->np.ndarray: # float32 (h,w,3)
     "Sample the noise of a sensor with a colour filter: correlated between neighbours and channels"
-    rng = np.random.default_rng([17, seed])
+    check_number('longer side', max(h, w), 1, _TEXTURE_SIZE)
+    rng = np.random.default_rng([17, check_number('seed', seed, 0, integer=True)])
     common = .6*sample_texture('pores', rng, h, w)+.15*sample_texture('cloud', rng, h, w)
     return np.dstack([common+.5*sample_texture('pores', rng, h, w) for _ in range(3)])
 
@@ -547,7 +550,7 @@ def simulate_sensor(
     **settings        # any of `camera_settings`, to replace those of the seed
 )->np.ndarray: # uint8 (H,W,3), before compression
     "Simulate lens and sensor: blur, then noise that grows with the root of the light"
-    s, x = camera_settings(seed)|settings, image.astype(np.float32)
+    s, x = camera_settings(seed)|settings, check_image('image', image).astype(np.float32)
     if s['blur']: x = cv2.GaussianBlur(x, (0, 0), s['blur'])
     if s['motion']:
         r = int(np.ceil(s['motion']))

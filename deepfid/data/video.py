@@ -9,6 +9,7 @@ __all__ = ['VIDEO_CONTAINERS', 'CUT_COLOUR_OVERLAP', 'CUT_DISSIMILARITY', 'Frame
 
 # %% ../../nbs/06_video.ipynb #84aca84a
 import contextlib
+import functools
 import itertools
 import os
 import tempfile
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 import av
 import cv2
 import numpy as np
@@ -24,8 +26,8 @@ from av.stream import Disposition
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
-from ..core import DeepfidError, Face, NoFaceError, check_choice, check_number
-from ..io import _EXIF_TRANSFORMS, write_atomically
+from ..core import DeepfidError, Face, NoFaceError, check_choice, check_image, check_number
+from ..io import _EXIF_TRANSFORMS, FILE_MARK, write_atomically
 from .faces import (CROP_MARGIN, FaceDetection, box_distance, crop_face,
     default_face_finder)
 from .mask import ssim_map
@@ -80,6 +82,7 @@ def _encode(path, size, rate, time_base, crf, frames)->Path:
     def encode_to(tmp):
         with av.open(f'file:{tmp}', 'w', format='mp4',
                 options=dict(movflags='+faststart', fflags='+bitexact')) as out:
+            out.metadata['comment'] = FILE_MARK.decode()
             # the same bytes on every machine
             stream = out.add_stream('libx264', rate=rate,
                 options={'crf': str(crf), 'x264-params': 'threads=1:cpu-independent=1'})
@@ -93,14 +96,14 @@ def _encode(path, size, rate, time_base, crf, frames)->Path:
                 frame.pict_type = PictureType.NONE # the encoder decides on key frames
                 out.mux(stream.encode(frame))
             out.mux(stream.encode(None))
-    try: return write_atomically(path, encode_to)
+    try: return write_atomically(path, encode_to, FILE_MARK)
     except (OSError, FFmpegError) as e:
         raise VideoError(f'{path}: cannot be written ({e})') from e
 
 # %% ../../nbs/06_video.ipynb #f361a364
 def write_video(
     images:Iterable, # uint8 RGB (H,W,3) of one size, `Frame`s or `Face`s
-    path,            # .mp4; a file there is replaced once the new one is complete
+    path,            # .mp4; an earlier video of ours is replaced once the new one is complete
     fps:float=25.,   # frames a second
     crf:int=18,      # constant rate factor: 0 = best, 51 = worst
 )->Path:
@@ -111,9 +114,8 @@ def write_video(
     if first is None: raise VideoError(f'{path}: no images to write')
     def frames():
         for k, image in enumerate(itertools.chain([first], pixels)):
-            if image.shape!=first.shape or image.dtype!=np.uint8:
-                raise VideoError(f'{path}: image {k} is {image.dtype} {image.shape}, the first is '
-                    f'{first.dtype} {first.shape}')
+            if check_image(f'{path}: image {k}', image).shape!=first.shape:
+                raise VideoError(f'{path}: image {k} is {image.shape}, the first is {first.shape}')
             frame = av.VideoFrame.from_ndarray(image, 'rgb24')
             frame.pts, frame.time_base = k, 1/rate
             yield frame
@@ -165,13 +167,15 @@ def _stream_problem(container, streams, max_pixels)->str|None:
             f'max_pixels={max_pixels:,}; refused before decoding')
 
 # %% ../../nbs/06_video.ipynb #72a367a5
+_NO_MEMORY = 'not enough memory to decode it; shrink it'
+
 @contextlib.contextmanager
 def _video_errors(path):
     "Turn whatever reading a video raises into one line that names the file"
     try: yield
     except DeepfidError: raise
     except Exception as e: # decoders of broken files raise anything
-        reason = ('not enough memory to decode it; shrink it' if isinstance(e, MemoryError)
+        reason = (_NO_MEMORY if isinstance(e, MemoryError)
             else f'cannot be decoded ({str(e) or type(e).__name__}); copy or download it again')
         raise VideoError(f'{path}: {reason}') from e
 
@@ -182,10 +186,9 @@ def _open_container(path, max_pixels):
         try: # the options reach every stream's decoder too
             return av.open(f'file:{path}', metadata_errors='ignore',
                 options=dict(format_whitelist=VIDEO_CONTAINERS, max_pixels=str(max_pixels)))
-        except MemoryError: raise
-        except Exception: # FFmpeg's PermissionError may be about the content
-            problem = (_format_problem(path) if os.access(path, os.R_OK)
-                else 'permission denied; make the file readable')
+        except Exception as e: # FFmpeg's PermissionError may be about the content
+            problem = ('permission denied; make the file readable' if not os.access(path, os.R_OK)
+                else _NO_MEMORY if isinstance(e, MemoryError) else _format_problem(path))
     raise VideoError(f'{path}: {problem}')
 
 # %% ../../nbs/06_video.ipynb #72a367x1
@@ -195,6 +198,7 @@ def _open(
     max_pixels:int, # of one frame
 ): # container, its video stream
     "Open a video; whatever goes wrong while it is open becomes one line"
+    check_number('max_pixels', max_pixels, 1, integer=True)
     with _video_errors(path), _open_container(Path(path), max_pixels) as container:
         streams = [s for s in container.streams.video
             if not s.disposition & Disposition.attached_pic]
@@ -268,24 +272,30 @@ def _read_index(container, stream, path, max_pixels)->_PacketIndex|_DecodedIndex
             and len(np.unique(stamps))==len(stamps)):
         starts[0] = True
         return _PacketIndex(stamps, starts, seeks, float(stream.time_base), truncated)
-    return _count_frames(path, max_pixels, stamps, truncated)
+    return _count_frames(container, stream, Path(path), max_pixels, stamps, truncated)
 
 # %% ../../nbs/06_video.ipynb #3c81dax1
-def _count_frames(path, max_pixels, stamps, truncated)->_DecodedIndex:
-    "Count the frames by decoding all; times are their own stamps, the packets' or the rate's"
+@functools.lru_cache(64)
+def _decoded_stamps(path, max_pixels, version)->tuple:
+    "Decode a file: (time stamp of each frame, number of packets that cannot be decoded)"
+    failed = []
     with _open(path, max_pixels) as (container, stream):
-        failed = []
-        shown = [f.pts for f, _ in _decode_in_order(container, stream, failed)]
-        if not shown:
-            raise VideoError(f'{path}: its video stream holds no frames; copy or download it again')
-        times = np.arange(len(shown))/float(stream.average_rate or 25)
-        candidates = [np.sort(stamps), np.array(shown) if None not in shown else []]
-        if container.format.name in _DECODING_ORDER: candidates.reverse()
-        for candidate in candidates: # the last that fits
-            if len(candidate)==len(shown) and (np.diff(candidate)>0).all():
-                times = (candidate-candidate[0])*float(stream.time_base or 1)
-    if failed: truncated = truncated or f'has {len(failed)} packets that cannot be decoded'
-    return _DecodedIndex(times, truncated, Path(path), max_pixels)
+        return [f.pts for f, _ in _decode_in_order(container, stream, failed)], len(failed)
+
+def _count_frames(container, stream, path, max_pixels, stamps, truncated)->_DecodedIndex:
+    "Count the frames by decoding all; times are their own stamps, the packets' or the rate's"
+    state = os.stat(path)
+    shown, failed = _decoded_stamps(path, max_pixels, (state.st_size, state.st_mtime_ns))
+    if not shown:
+        raise VideoError(f'{path}: its video stream holds no frames; copy or download it again')
+    times = np.arange(len(shown))/float(stream.average_rate or 25)
+    candidates = [np.sort(stamps), np.array(shown) if None not in shown else []]
+    if container.format.name in _DECODING_ORDER: candidates.reverse()
+    for candidate in candidates: # the last that fits
+        if len(candidate)==len(shown) and (np.diff(candidate)>0).all():
+            times = (candidate-candidate[0])*float(stream.time_base or 1)
+    if failed: truncated = truncated or f'has {failed} packets that cannot be decoded'
+    return _DecodedIndex(times, truncated, path, max_pixels)
 
 # %% ../../nbs/06_video.ipynb #52f1a091
 _EXIF_ORIENTATIONS = { # display matrix -> EXIF's number of it
@@ -306,6 +316,7 @@ def upright_image(
     aspect:float|Fraction=1, # width of its pixels over their height
 )->np.ndarray: # uint8 RGB (H,W,3)
     "Convert a decoded frame to an upright image with square pixels"
+    check_number('aspect', float(aspect), 0, above=True)
     untagged = frame.colorspace==_UNTAGGED
     image = frame.to_ndarray(format='rgb24', width=max(1, round(frame.width*aspect)),
         src_colorspace=_colorspace(frame.width, frame.height) if untagged else None)
@@ -420,7 +431,7 @@ class VideoInfo:
     seconds: float
     rotation: int     # degrees clockwise by which the stored frames are turned
     codec: str
-    truncated: str='' # where the file breaks off, if it does
+    truncated: str='' # where the file breaks off, or what of it cannot be decoded
 
 def probe_video(
     path, # video file
@@ -518,18 +529,6 @@ def _make_track(found, index, times, sigma)->Track:
     boxes, points = values[:, :4], values[:, 4:].reshape(-1, 5, 2)
     return Track(index[span], t, boxes, points, scores, detections)
 
-def _last(track)->int: return next(reversed(track))
-
-def _assign(tracks, detections, max_distance):
-    "Pairs (track, detection), nearest first, each used once"
-    pairs = sorted((box_distance(t[_last(t)].box, d.box), i, j)
-        for i, t in enumerate(tracks) for j, d in enumerate(detections))
-    used_i, used_j = set(), set()
-    for distance, i, j in pairs:
-        if distance>max_distance or i in used_i or j in used_j: continue
-        used_i.add(i); used_j.add(j)
-        yield i, j
-
 # %% ../../nbs/06_video.ipynb #cut00001
 # two frames are of different shots where their colours overlap less and their layout differs more
 CUT_COLOUR_OVERLAP, CUT_DISSIMILARITY = .75, .5
@@ -538,7 +537,7 @@ def shot_signature(
     image:np.ndarray, # uint8 RGB (H,W,3)
 )->tuple: # smoothed histograms of L, a, b, float (3,64), each adding up to 1; thumbnail (32,32,3)
     "Summarise the colours and the layout of a frame"
-    small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(check_image('image', image), (64, 64), interpolation=cv2.INTER_AREA)
     lab = cv2.cvtColor(small, cv2.COLOR_RGB2LAB)
     colours = np.stack([cv2.calcHist([lab], [c], None, [64], [0, 256]).ravel()
         for c in range(3)])
@@ -553,6 +552,69 @@ def is_cut(
     if np.minimum(before[0], after[0]).sum(1).min()>=CUT_COLOUR_OVERLAP: return False
     return float(ssim_map(before[1], after[1]).mean())>CUT_DISSIMILARITY
 
+# %% ../../nbs/06_video.ipynb #trk00001
+@dataclass(eq=False)
+class _OpenTrack:
+    "A face while the clip is read"
+    found: dict # position in the clip: FaceDetection
+    shot: tuple # signature of the frame in which it was last seen
+    look: Any   # sum of its embeddings; None where nobody else was there to confuse it with
+    @property
+    def last(self)->int: return next(reversed(self.found))
+
+def _assign(tracks, detections, max_distance)->dict:
+    "{track: detection} by their numbers, nearest first, each used once"
+    pairs = sorted((box_distance(t.found[t.last].box, d.box), i, j)
+        for i, t in enumerate(tracks) for j, d in enumerate(detections))
+    assigned = {}
+    for distance, i, j in pairs:
+        if distance<=max_distance and i not in assigned and j not in assigned.values():
+            assigned[i] = j
+    return assigned
+
+def _exchange(assigned, similarity, gain=.2):
+    "Exchange detections between tracks where faces are then more alike by at least `gain`"
+    for i, p in itertools.permutations(range(len(similarity)), 2):
+        if i not in assigned: continue
+        j, q = assigned[i], assigned.get(p)
+        better = similarity[p, j]-similarity[i, j]
+        if q is not None: better += similarity[i, q]-similarity[p, q]
+        if better>gain: # False where a look is unknown, NaN
+            assigned[p] = j
+            if q is None: del assigned[i]
+            else: assigned[i] = q
+
+# %% ../../nbs/06_video.ipynb #trk00002
+class _Tracker:
+    "The faces of a clip, frame by frame"
+    def __init__(self, max_distance, max_gap, embed):
+        self.max_distance, self.max_gap, self.embed = max_distance, max_gap, embed
+        self.active, self.done = [], [] # of `_OpenTrack`
+
+    def add(self, k, image, found):
+        "Assign the detections of frame `k` to the tracks of its shot, or begin new ones"
+        shot = shot_signature(image)
+        self.done += [t for t in self.active if k-t.last>self.max_gap+1]
+        self.active = [t for t in self.active if k-t.last<=self.max_gap+1]
+        tracks = [t for t in self.active if not is_cut(t.shot, shot)]
+        assigned, looks = _assign(tracks, found, self.max_distance), [None]*len(found)
+        if self.embed and found and len(found)+len(tracks)>2:
+            looks = np.asarray(self.embed(image, found), np.float64)
+            _exchange(assigned, self._similarity(tracks, looks))
+        for i, j in assigned.items():
+            t = tracks[i]
+            t.found[k], t.shot = found[j], shot
+            if looks[j] is not None: t.look = looks[j]+(0 if t.look is None else t.look)
+        self.active += [_OpenTrack({k: d}, shot, looks[j]) for j, d in enumerate(found)
+            if j not in assigned.values()]
+
+    def _similarity(self, tracks, looks)->np.ndarray:
+        "Cosines of the tracks' mean embeddings with those of detections, NaN where one is unknown"
+        unit = lambda v: v/np.linalg.norm(v, axis=-1, keepdims=True).clip(1e-9)
+        unknown = np.full(looks.shape[1], np.nan)
+        known = [unknown if t.look is None else unit(t.look) for t in tracks]
+        return np.reshape(known, (-1, looks.shape[1]))@unit(looks).T
+
 # %% ../../nbs/06_video.ipynb #affb04d9
 def track_faces(
     frames:Iterable,        # `Frame`s, or images that are numbered from 0 at 25 a second
@@ -560,25 +622,21 @@ def track_faces(
     sigma:float=.12,        # window of the smoothing, seconds; 0 = the finder's own boxes
     max_distance:float=1.,  # how far a face may move between frames, see `box_distance`
     max_gap:int=5,          # frames for which a face may be out of sight
+    # function of an image and its detections that returns an embedding of each face, (n,D):
+    # people who change places keep their tracks
+    embed:Callable|None=None,
 )->list: # of `Track`, the main face first
     "Track every face through the frames, which are looked at once and not kept; not across cuts"
-    finder, done, active, index, times = finder or default_face_finder(), [], [], [], []
-    shots = {} # signatures of the frames in which the active tracks were last seen
+    for name, value in dict(sigma=sigma, max_distance=max_distance, max_gap=max_gap).items():
+        check_number(name, value, 0)
+    finder, index, times = finder or default_face_finder(), [], []
+    tracker = _Tracker(max_distance, max_gap, embed)
     for k, frame in enumerate(frames):
         if not isinstance(frame, Frame): frame = Frame(k, k/25, getattr(frame, 'image', frame))
         index.append(frame.index); times.append(frame.time)
-        found = finder.find(frame.image)
-        done += [t for t in active if k-_last(t)>max_gap+1]
-        active = [t for t in active if k-_last(t)<=max_gap+1]
-        shot = shot_signature(frame.image)
-        cuts = {last for last in map(_last, active) if is_cut(shots[last], shot)}
-        same_shot = [t for t in active if _last(t) not in cuts]
-        assigned = dict(_assign(same_shot, found, max_distance))
-        for i, j in assigned.items(): same_shot[i][k] = found[j]
-        active += [{k: d} for j, d in enumerate(found) if j not in assigned.values()]
-        shots = {last: (shots|{k: shot})[last] for last in map(_last, active)}
+        tracker.add(k, frame.image, finder.find(frame.image))
     index, times = np.array(index), np.array(times, np.float64)
-    tracks = [_make_track(t, index, times, sigma) for t in done+active]
+    tracks = [_make_track(t.found, index, times, sigma) for t in tracker.done+tracker.active]
     return sorted(tracks, key=lambda t: -t.total_area)
 
 # %% ../../nbs/06_video.ipynb #5d3c1e13

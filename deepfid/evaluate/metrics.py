@@ -45,7 +45,7 @@ def confusion_matrix(
 )->np.ndarray: # int (2,2), [[TN, FP], [FN, TP]] with fake as the positive class
     "Count predictions: rows are real and fake faces, columns predicted real and predicted fake"
     fid, lab = validate_scores(fidelity, label, need_both=False)
-    fake = fid<threshold
+    fake = fid<check_number('threshold', threshold)
     return np.array([[(~fake&(lab==c)).sum(), (fake&(lab==c)).sum()] for c in (1,0)])
 
 # %% ../../nbs/50_metrics.ipynb #c3d86a6e
@@ -220,7 +220,7 @@ def video_scores(
     mixed = np.flatnonzero((real>0)&(real<1))
     if len(mixed): raise MetricError(f'video {key[mixed[0]]} has real and fake frames')
     if aggregate=='window': score = _lowest_window_mean(fid, code, window)
-    else: score = mean(fid if aggregate=='mean' else fid>=threshold)
+    else: score = mean(fid if aggregate=='mean' else fid>=check_number('threshold', threshold))
     return VideoScores(score, real.astype(int), key, n, code)
 
 # %% ../../nbs/50_metrics.ipynb #e6e804ef
@@ -237,6 +237,8 @@ def bootstrap_counts(
     seed:int=0,
 ): # yields float (b,n) blocks, n_boot lines in all: how often each row was drawn
     "Resample groups with replacement, separately among groups with reals only, fakes only, or both"
+    check_number('n_boot', n_boot, 0, integer=True)
+    check_number('seed', seed, 0, integer=True)
     label = np.asarray(label); n = len(label)
     code = np.arange(n) if groups is None else _group_codes(groups, n, 'groups')[0]
     has_real, has_fake = (np.bincount(code, weights=label==c)>0 for c in (1,0))
@@ -262,6 +264,7 @@ class Interval(NamedTuple):
 
 def _interval(value, resampled, level):
     "The middle `level` of the values of the resamples, a list of arrays"
+    check_number('level', level, 0, 1, above=True, below=True)
     if not len(resampled): return Interval(float(value), float('nan'), float('nan'))
     low, high = np.quantile(np.concatenate(resampled), [(1-level)/2, (1+level)/2])
     return Interval(float(value), float(low), float(high))
@@ -357,6 +360,7 @@ def evaluate(
 )->Metrics:
     "Compute all metrics with bootstrap intervals, per frame and per video; fake is positive"
     fid, lab = validate_scores(fidelity, label)
+    check_number('threshold', threshold)
     by_video = None if video is None else video_scores(fid, lab, video)
     units = by_video.video_index if groups is None and by_video is not None else groups
     code = np.arange(len(fid)) if units is None else _group_codes(units, len(fid), 'groups')[0]
@@ -392,6 +396,7 @@ _RANKING_METRICS = {'auc': _auc, 'ap': _ap, 'eer': _eer}
 
 def _metric_values(metric, fid, lab, w, threshold):
     "One metric of each line of counts `w`"
+    check_number('threshold', threshold, optional=metric!='accuracy')
     if metric=='accuracy': return (w@((fid>=threshold)==(lab==1)))/w.sum(1)
     if metric=='mean': return (w@fid)/w.sum(1)
     return _RANKING_METRICS[metric](*_weighted_counts(fid, lab, w))
@@ -399,8 +404,7 @@ def _metric_values(metric, fid, lab, w, threshold):
 def average_over_seeds(
     runs,         # [(fidelity (n,), threshold)], one for each seed, all on the same faces
     label,        # (n,) 1 = real, 0 = fake; one class is enough for 'accuracy' and 'mean'
-    # 'auc', 'ap', 'eer', 'accuracy' (at each run's own threshold), or 'mean' of whatever number is
-    # given for each face
+    # 'auc', 'ap', 'eer', 'accuracy' (at each run's own threshold), or 'mean' of any numbers
     metric:str='auc',
     groups=None,  # (n,) clusters to resample; None: rows
     baseline=None,# runs of something else on the same faces: the interval is of the difference
@@ -447,7 +451,7 @@ def auc_per_method(
 def _masks(pred, target):
     "Both as finite float arrays of one shape (..., H, W)"
     p = check_array('predicted mask', pred, dtype=float)
-    return p, check_array('true mask', target, p.shape, float)
+    return p, check_array('true mask', target, p.shape, float, 0, 1)
 
 def mask_iou(
     pred,   # (..., H, W) predicted, 1 = forged
@@ -455,6 +459,8 @@ def mask_iou(
     threshold:float=.5, # pixels above it count as forged, in both
 ): # IoU of each mask, float or float64 (...); 1 where both are empty
     "Compute intersection over union of the predicted and the forged pixels"
+    check_array('predicted mask', pred, low=0, high=1)
+    check_number('threshold', threshold, 0, 1)
     p, t = (m>threshold for m in _masks(pred, target))
     intersection, union = (p&t).sum((-1,-2)), (p|t).sum((-1,-2))
     iou = np.where(union, intersection/np.maximum(union,1), 1.)

@@ -16,7 +16,7 @@ import deepfid
 from ..core import DeepfidError, check_choice
 from ..data.manifest import Manifest
 from ..data.pairs import build_pairs, synthetic_sources
-from .runner import describe_run
+from .provenance import describe_run
 from ..io import MARKER_FILE, mark_folder, read_json, save_safetensors, write_atomically, write_json
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #a1757a86

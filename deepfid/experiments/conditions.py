@@ -83,8 +83,8 @@ def transfer_matrix(
 )->str:          # Markdown
     "Format AUC as a matrix for each set and row: trained on the line's variant, tested on the column's"
     found, parts = pd.DataFrame([r for r in record['results'] if r['metric']=='auc']), []
-    found[['set', 'pair']] = found['column'].str.split(': ', expand=True)
-    found[['train', 'test']] = found['pair'].str.split(' to ', expand=True)
+    found[['set', 'variants']] = found['column'].str.split(': ', expand=True)
+    found[['train', 'test']] = found['variants'].str.split(' to ', expand=True)
     for (name, row), f in found.groupby(['set', 'row'], sort=False): # pyright: ignore[reportGeneralTypeIssues]
         auc = 100*f.pivot(index='train', columns='test', values='value')
         others = [auc.loc[t].drop(t).mean() for t in auc.index]

@@ -10,7 +10,6 @@ __all__ = ['DEMO_SETS', 'demo_sources', 'demo_pairs', 'timed_stage', 'peak_memor
 import json, os, sys, time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 import numpy as np
 from ..core import check_choice

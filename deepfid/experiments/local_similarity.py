@@ -74,9 +74,8 @@ def _transfer(names): return transfer_columns(names, ('auc',))
 
 similarity_forgers_table = Table('similarity-forgers',
     'Table III: trained on one forger, tested on each',
-    # the backbone's weights have
+    # not pretrained: the backbone's weights have seen fakes by all forgers
     [_row('Xception', use_llsm=False, use_flm=False, pretrained=False),
-    # seen fakes by all forgers
     _row('LLSM and FLM', pretrained=False)], _transfer, _PAPER_TABLE_III,
     derive_manifests=forger_manifests, notes=transfer_matrix)
 

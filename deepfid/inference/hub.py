@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BUNDLED_DIR', 'CHECKSUM_FILE', 'DEFAULT_DETECTOR', 'write_checksums', 'verify_checksums', 'list_bundled',
-           'find_detector', 'saved_detector_name', 'load', 'load_detectors']
+           'find_detector', 'saved_detector_name', 'measured_accuracy', 'load', 'check_device', 'load_detectors']
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0004
 from pathlib import Path
+from typing import Any
 import deepfid
-from ..core import Detector, WeightsError, check_choice
+from ..core import DeepfidError, Detector, WeightsError, check_choice
 from ..io import MARKER_FILE, file_hash, read_json, write_atomically
 from ..models.registry import get_detector_class, list_detectors
 
@@ -36,8 +37,8 @@ def verify_checksums(
     listed = Path(folder)/CHECKSUM_FILE
     expected = {CHECKSUM_FILE: ''}
     if listed.is_file():
-        expected = {name: digest for digest, name in (line.split(maxsplit=1)
-            for line in listed.read_text().splitlines())}
+        lines = listed.read_text(encoding='utf-8', errors='replace').splitlines()
+        expected = {name: digest for digest, _, name in (line.partition('  ') for line in lines)}
     found = _checksums(folder)
     wrong = sorted(name for name in expected|found if expected.get(name)!=found.get(name))
     if wrong: raise WeightsError(f'{Path(folder)/wrong[0]}: is missing or was changed after the weights were released; '
@@ -69,32 +70,65 @@ def find_detector(
         f'and give its folder' if name in [*known, 'all'] else
         f"{name}: neither a detector ({', '.join(known)}) nor a folder that one was saved to")
 
+def _read_saved(path):
+    "Read a JSON file of a saved detector; {} where it holds anything but named values"
+    try: value = read_json(path, WeightsError)
+    except RecursionError: raise WeightsError(f'{path}: is not readable JSON (nested too deeply)') from None
+    return value if isinstance(value, dict) else {}
+
 def saved_detector_name(
     folder:str|Path # that a detector was saved to
 )->str: # one of `list_detectors()`
     "Read the name of the detector that was saved to a folder"
     path = Path(folder)/'detector.json'
-    settings = read_json(path, WeightsError)
-    name = settings.get('detector') if isinstance(settings, dict) else None
-    return check_choice(f'{path}: detector', name, list_detectors())
+    return check_choice(f'{path}: detector', _read_saved(path).get('detector'), list_detectors())
+
+def measured_accuracy(
+    folder:str|Path # that a detector was saved to
+)->dict[str, tuple[float, float, float]]: # test set -> accuracy and its interval; empty where none was recorded
+    "Read from a detector's record how often it was right on faces of people who were in no training"
+    path, found = Path(folder)/'record.json', {}
+    if not path.is_file(): return found
+    metrics = _read_saved(path).get('metrics')
+    for name, interval in metrics.items() if isinstance(metrics, dict) else ():
+        test_set, _, metric = name.partition(' | ')
+        if metric!='accuracy' or not isinstance(interval, dict): continue
+        value, low, high = (interval.get(k) for k in ('value', 'low', 'high'))
+        if any(not isinstance(v, int|float) or not 0<=v<=1 for v in (value, low, high)):
+            raise WeightsError(f'{path}: {name} is not an interval of shares; train or install the detector again')
+        found[test_set] = value, low, high
+    return found
 
 def load(
-    name:str|Path=DEFAULT_DETECTOR # of a bundled detector, or a folder that a detector was saved to
+    name:str|Path=DEFAULT_DETECTOR, # of a bundled detector, or a folder that a detector was saved to
+    device=None # on which it computes: 'cpu', 'cuda', 'cuda:1', ...; default: a GPU where there is one
 )->Detector: # trained
     "Load a bundled detector, or one of your own"
     folder = find_detector(name)
-    return get_detector_class(saved_detector_name(folder)).load(folder)
+    options = {} if device is None else dict(device=check_device(device))
+    return get_detector_class(saved_detector_name(folder)).load(folder, **options)
+
+def check_device(
+    name:Any # such as 'cpu', 'cuda' or 'cuda:1', or a `torch.device`
+): # `torch.device`
+    "Return a device of PyTorch, or raise a `DeepfidError` if this machine does not have it"
+    import torch
+    try: return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError):
+        there = 'cpu, cuda' if torch.cuda.is_available() else 'cpu'
+        raise DeepfidError(f'device={str(name)!r}: PyTorch finds no such device here; there is {there}') from None
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0012
 def load_detectors(
-    which:str|Path|Detector|list='all' # name, folder, trained `Detector`, 'all' bundled ones, or a list of these
+    which:str|Path|Detector|list='all', # name, folder, trained `Detector`, 'all' bundled ones, or a list of these
+    device=None # on which those given by name or folder compute, see `load`
 )->dict[str, Detector]: # by name; a second detector of one name is called name#2
     "Load several detectors"
     requested = list(which) if isinstance(which, (list, tuple)) else [which]
     expanded = [d for r in requested for d in (isinstance(r, str) and r=='all' and list_bundled() or [r])]
     found = {}
     for d in expanded:
-        detector = d if isinstance(d, Detector) else load(d)
+        detector = d if isinstance(d, Detector) else load(d, device)
         number = 1+sum(name.split('#')[0]==detector.name for name in found)
         found[detector.name if number==1 else f'{detector.name}#{number}'] = detector
     return found

@@ -7,7 +7,7 @@ __all__ = ['setting', 'DetectorConfig', 'read_settings', 'weight_differences', '
            'NetworkDetector']
 
 # %% ../../nbs/lib/models.base.ipynb #3ce56867
-import warnings
+import json
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Self
 import numpy as np, torch
 from torch import nn
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
-    default_device, get_preset, platt_scaling, set_seed)
+    default_device, get_preset, set_seed)
 from ..data.loaders import faces_to_batch
-from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, write_json
+from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, to_json, write_json
 
 # %% ../../nbs/lib/models.base.ipynb #02c0c50f
 def setting(
@@ -59,7 +59,7 @@ class DetectorConfig:
         self.check()
 
     def _check_field(self, name, value, kind, rule):
-        if kind is bool and not isinstance(value, bool): raise DeepfidError(f'{name}={value!r}: give True or False')
+        if kind in (bool, 'bool') and not isinstance(value, bool): raise DeepfidError(f'{name}={value!r}: give True or False')
         if rule.get('choices'): check_choice(name, value, rule['choices'])
         elif rule and (rule['low'] is not None or rule['high'] is not None):
             limits = {k: rule[k] for k in ('low', 'high', 'integer', 'above', 'below', 'optional')}
@@ -74,17 +74,29 @@ class DetectorConfig:
 # %% ../../nbs/lib/models.base.ipynb #f590b53a
 _SAVED_KEYS = ('detector', 'config', 'threshold', 'calibration', 'sha256', 'history')
 
+def _is_number(value): return isinstance(value, int|float) and not isinstance(value, bool) and abs(value)<1e30
+def _is_pair(value): return isinstance(value, list) and len(value)==2 and all(map(_is_number, value))
+def _is_ranges(value): return isinstance(value, dict) and all(map(_is_pair, value.values()))
+
+# what the values of detector.json must be
+_SAVED_TYPES = dict(config=lambda v: isinstance(v, dict), threshold=_is_number,
+    calibration=lambda v: v is None or _is_pair(v), sha256=lambda v: isinstance(v, str), validated_ranges=_is_ranges, trust=_is_ranges,
+    history=lambda v: isinstance(v, list) and all(isinstance(h, dict) for h in v))
+
 def read_settings(
     path:Path,               # detector.json
     name:str,                # of the detector that is wanted
     required_keys:tuple=(),  # what must stand in it besides what every detector writes
 )->dict:
     "Read the settings of a saved detector; refuse incomplete ones and those of another detector"
-    about = read_json(path, WeightsError)
+    try: about = read_json(path, WeightsError)
+    except RecursionError: raise WeightsError(f'{path}: is not readable JSON (nested too deeply)') from None
     missing = [k for k in (*_SAVED_KEYS, *required_keys) if not isinstance(about, dict) or k not in about]
     if missing:
         raise WeightsError(f'{path}: has no {missing[0]!r}; it was not written by {name}.save, or not completely')
     if about['detector']!=name: raise WeightsError(f"{path}: is a {about['detector']!r} detector, not {name!r}")
+    wrong = [k for k, is_kind in _SAVED_TYPES.items() if k in about and not is_kind(about[k])]
+    if wrong: raise WeightsError(f'{path}: {wrong[0]}={str(about[wrong[0]])[:60]} is not what {name}.save writes')
     return about
 
 def weight_differences(
@@ -104,7 +116,7 @@ def check_weights(
     path:str|Path,  # named in the error
     shown:int=3,    # differences that are named
 ):
-    "Refuse weights of another architecture; all differences are in the error's `weight_differences`"
+    "Refuse weights of another architecture; all differences are in the error's `differences`"
     if not (wrong := weight_differences(wanted, found)): return
     more = f' (and {len(wrong)-shown} more)' if len(wrong)>shown else ''
     raise WeightsError(f"{path}: weights of another network: {'; '.join(wrong[:shown])}{more}", wrong)
@@ -120,12 +132,12 @@ class TrainingPhase:
 class NetworkDetector(Detector):
     "A detector around one network: a subclass says how to build it, train it and read its output"
     config_class:ClassVar[type[DetectorConfig]] = DetectorConfig
-    presets:ClassVar[dict] = {}         # 'tiny' | 'full' -> settings
-    recipes:ClassVar[dict] = {}         # name -> settings
+    presets:ClassVar[dict] = dict(tiny={}, full={}) # name -> settings
+    recipes:ClassVar[dict] = dict(ours={}) # name -> settings
     default_recipe:ClassVar[dict] = {}  # preset -> recipe where none is named; 'ours' elsewhere
     required_keys:ClassVar[tuple] = ()  # what `extra_state` adds to detector.json
     legacy_settings:ClassVar[dict] = {} # name of a setting in earlier versions -> name today
-    explain_layer:ClassVar[str] = ''    # module whose output is a map with the most meaning, for Grad-CAM
+    explain_layer:ClassVar[str] = ''    # target layer of Grad-CAM
     config:Any                          # `config_class`, once configured
     model:Any                           # the network, once configured
 
@@ -171,11 +183,18 @@ class NetworkDetector(Detector):
         preset:str|None=None, # 'tiny' | 'full'; default: by what the machine has
         recipe:str|None=None, # one of `recipes`; default: the preset's usual one
     )->DetectorConfig:
-        "Combine the preset's settings, the recipe's and those given by name, later ones first, and check them"
+        "Combine the settings of preset and recipe with those given by name, which override them, and check all"
         preset = get_preset(preset)
         recipe = check_choice('recipe', recipe or self.default_recipe.get(preset, 'ours'), tuple(self.recipes))
         named = dict(preset=preset, recipe=recipe)
         return self.config_class(**named|self.presets[preset]|self.recipes[recipe]|self.settings)
+
+    def changed_settings(self)->dict: # name -> value
+        "Return the settings in which the configuration differs from those of its preset and recipe"
+        c = self.config
+        usual = self.config_class(**dict(preset=c.preset, recipe=c.recipe)|self.presets[c.preset]|self.recipes[c.recipe])
+        usual, now = json.loads(to_json(usual.to_dict())), json.loads(to_json(c.to_dict())) # tuples as lists
+        return {k: getattr(c, k) for k in now if now[k]!=usual[k]}
 
     def configure(self, preset:str|None=None, recipe:str|None=None)->Self:
         "Resolve the settings and make fresh weights"
@@ -207,6 +226,7 @@ class NetworkDetector(Detector):
         resume:str|Path|None=None, # folder that keeps the state after each epoch; an interrupted training is resumed
     )->Self: # itself, trained
         "Train the network phase by phase, then calibrate on the validation split"
+        import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
         from deepfid.models.callbacks import Checkpoint, broadcast_weights, history
         self.configure(preset, recipe)
         self.check_classes(manifest)
@@ -217,6 +237,7 @@ class NetworkDetector(Detector):
             if resume:
                 folder = Path(resume)/f'phase-{k+1}' if len(phases)>1 else Path(resume)
                 extra.append(Checkpoint(folder, self.config.to_dict()|dict(faces=manifest.key()), done))
+            dls.train.epoch = done # each phase goes on in the loader's order of faces, also in several processes
             learn = self.learner(dls, extra, k)
             with learn.no_bar(), learn.no_logging(): self.train_phase(learn, phase)
             broadcast_weights(self.model)
@@ -229,15 +250,8 @@ class NetworkDetector(Detector):
         dl, # loader of validation faces
     )->Self:
         "Set `predict_proba`, the threshold and the range of scores seen in validation"
-        labels, scores = dl.dataset.label.numpy(), self.score_batches(x for x, _ in dl)
-        slope, offset = self.calibration = platt_scaling(scores, labels)
-        rises = slope>0 and np.ptp(scores)>1e-6
-        self.threshold = -offset/slope if rises else float(np.median(scores))
-        self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
-        if not rises:
-            self.calibration = (0., 0.)
-            warnings.warn('on validation faces the scores do not rise from fake to real: the threshold is their median '
-                'and every probability one half', stacklevel=2)
+        scores = self.score_batches(x for x, _ in dl)
+        self.calibrate_on_scores(scores, dl.dataset.label.numpy())
         return self
 
     def ensure_configured(self):
@@ -328,16 +342,21 @@ class NetworkDetector(Detector):
     )->Self:
         "Read a saved detector; every file is checked before anything is used"
         folder, self = Path(folder), cls(device=device)
-        about = read_settings(folder/'detector.json', cls.name, cls.required_keys)
-        self.config, self.history = cls.load_config(about['config']), about['history']
-        self.settings = {k: v for k, v in self.config.to_dict().items() if k not in ('preset', 'recipe')}
-        weights = read_safetensors(folder/'network.safetensors', about['sha256'])
-        self.model = self.build_model().to(self.device)
-        check_weights(self.model.state_dict(), weights, folder/'network.safetensors')
-        self.model.load_state_dict(weights)
-        self.threshold, self.calibration = about['threshold'], about['calibration']
+        path = folder/'detector.json'
+        about = read_settings(path, cls.name, cls.required_keys)
+        self.threshold, self.calibration, self.history = (about[k] for k in ('threshold', 'calibration', 'history'))
         self.validated_ranges = about.get('validated_ranges', about.get('trust', {})) # 'trust': before version 0.2
-        self.load_extra(folder, about)
+        weights = read_safetensors(folder/'network.safetensors', about['sha256'])
+        try:
+            self.config = cls.load_config(about['config'])
+            self.settings = self.changed_settings()
+            self.model = self.build_model().to(self.device)
+            check_weights(self.model.state_dict(), weights, folder/'network.safetensors')
+            self.model.load_state_dict(weights)
+            self.load_extra(folder, about)
+        except WeightsError: raise
+        except Exception as e: # settings that no `save` wrote break anything: the network's shapes, the regression
+            raise WeightsError(f'{path}: does not describe a {cls.name} detector ({type(e).__name__}: {e})') from e
         return self
 
     def push_to_hub(self,

@@ -41,19 +41,19 @@ class EMA(TypedCallback):
         warmup:bool=True,  # a shorter memory in the first steps
     ):
         self.decay, self.warmup, self.own_weights, self.steps = decay, warmup, None, 0
-        self.ema:Any = None
+        self.averaged_model:Any = None
 
     def before_fit(self):
         from timm.utils.model_ema import ModelEmaV3
         model = unwrap_model(self.learn.model)
-        self.ema, self.steps = ModelEmaV3(model, self.decay, use_warmup=self.warmup), 0
+        self.averaged_model, self.steps = ModelEmaV3(model, self.decay, use_warmup=self.warmup), 0
 
     def after_step(self):
         self.steps += 1
-        self.ema.update(unwrap_model(self.learn.model), self.steps+1 if self.warmup else None)
+        self.averaged_model.update(unwrap_model(self.learn.model), self.steps+1 if self.warmup else None)
 
     def before_validate(self):
-        if self.ema is None: return
+        if self.averaged_model is None: return
         model = unwrap_model(self.learn.model)
         self.own_weights = deepcopy(model.state_dict())
         model.load_state_dict(self.average)
@@ -65,15 +65,15 @@ class EMA(TypedCallback):
     def after_cancel_validate(self): self.after_validate()
 
     def after_fit(self):
-        if self.ema is not None: unwrap_model(self.learn.model).load_state_dict(self.average)
-        self.ema = None
+        if self.averaged_model is not None: unwrap_model(self.learn.model).load_state_dict(self.average)
+        self.averaged_model = None
 
     @property
-    def average(self)->dict: return self.ema.module.state_dict() # name -> tensor
+    def average(self)->dict: return self.averaged_model.module.state_dict() # name -> tensor
 
     def state_dict(self)->dict: return dict(average=self.average, steps=self.steps)
     def load_state_dict(self, state:dict):
-        self.ema.module.load_state_dict(state['average'])
+        self.averaged_model.module.load_state_dict(state['average'])
         self.steps = state['steps']
 
 # %% ../../nbs/lib/models.callbacks.ipynb #optim001
@@ -86,14 +86,14 @@ def optimizer(
 
 # %% ../../nbs/lib/models.callbacks.ipynb #1b8cf38b
 class LossTerm(Metric):
-    "Mean over an epoch of one term of a loss that keeps its terms in `parts`"
+    "Mean over an epoch of one term of a loss that keeps its terms in `terms`"
     def __init__(self,
-        term:str, # key of `parts`
+        term:str, # key of `terms`
     ): self.term = term
     def reset(self): self.total, self.n = 0., 0
     def accumulate(self, learn):
-        if self.term not in learn.loss_func.parts: return
-        self.total += learn.loss_func.parts[self.term].item()*len(learn.xb[0])
+        if self.term not in learn.loss_func.terms: return
+        self.total += learn.loss_func.terms[self.term].item()*len(learn.xb[0])
         self.n += len(learn.xb[0])
     @property
     def value(self): return self.total/self.n if self.n else None
@@ -132,12 +132,13 @@ class BestWeights(TypedCallback):
 
     def current_value(self)->float|None:
         "Return the metric of this epoch; a subclass may measure something else"
-        return next(m.value for m in self.recorder.metrics if m.name==self.metric)
+        values = {m.name: m.value for m in self.recorder.metrics}
+        return values[check_choice('metric', self.metric, tuple(values))]
 
     def validated_weights(self)->dict:
         "Return the averaged weights where there are any, else the network's own"
         ema = getattr(self.learn, 'ema', None)
-        return ema.average if ema is not None and ema.ema is not None else unwrap_model(self.learn.model).state_dict()
+        return ema.average if ema is not None and ema.averaged_model is not None else unwrap_model(self.learn.model).state_dict()
 
     def after_validate(self):
         if not hasattr(self.learn, 'n_epoch') or self.training: return
@@ -158,7 +159,7 @@ class EpochSeed(TypedCallback):
     def __init__(self,
         seed:int, # of the training
     ): self.seed = seed
-    def before_epoch(self): set_seed(self.seed*1009+self.epoch)
+    def before_epoch(self): set_seed(self.seed*1_000_003+self.epoch)
 
 def read_checkpoint(
     path:Path,   # `training.pt`
@@ -166,7 +167,11 @@ def read_checkpoint(
 )->dict|None: # None where there is none
     "Read the state of an interrupted training; refuse one of other settings or a damaged file"
     if not path.is_file(): return None
-    saved = read_json(path.with_suffix('.json'))
+    about = path.with_suffix('.json')
+    try: saved = read_json(about)
+    except RecursionError: saved = None
+    if not isinstance(saved, dict):
+        raise DeepfidError(f'{about}: does not hold the settings of a training; delete the folder and begin again')
     if different := [k for k in sorted(saved|config) if saved.get(k)!=config.get(k)]:
         k = different[0]
         raise DeepfidError(f'{path.parent}: holds a training with {k}={saved.get(k)!r}, not {config.get(k)!r}; '

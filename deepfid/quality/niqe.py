@@ -288,7 +288,7 @@ class NIQE:
             about=self.provenance) # the file's names of `min_sharpness` and `provenance`
         note = json.dumps(dict(config, sha256=_digest(config, mean, cov)), sort_keys=True)
         data = safetensors.numpy.save(dict(mean=mean, cov=cov), metadata=dict(niqe=note))
-        return write_atomically(path, data)
+        return write_atomically(path, data, b'"niqe"')
 
     @classmethod
     def load(cls,

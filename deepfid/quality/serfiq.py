@@ -193,7 +193,7 @@ def save_embedder(
         v in net.state_dict().items()}
     note = json.dumps(dict(provenance, sha256=_digest(weights)))
     data = safetensors.torch.save(weights, metadata=dict(embedder=note))
-    return write_atomically(path, data)
+    return write_atomically(path, data, b'"embedder"')
 
 # %% ../../nbs/11_serfiq.ipynb #a9fb597b
 def load_embedder(

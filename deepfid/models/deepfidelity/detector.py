@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
-from ...core import DeepfidError, ManifestError, Prediction
+from ...core import DeepfidError, ManifestError, Prediction, check_number
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from . import ssaaformer
 from .regressor import ApproxRegressor, FidelityRegressor, load_regressor
@@ -44,53 +44,47 @@ def _serfiq():
     from deepfid.quality.serfiq import load_serfiq
     return load_serfiq()
 
-# name -> function that gives the measure
-QUALITY_MEASURES = dict(niqe=_niqe, brisque=_brisque, serfiq=_serfiq)
+QUALITY_MEASURES = dict(niqe=_niqe, brisque=_brisque, serfiq=_serfiq) # functions: a quality measure
 
 # %% ../../../nbs/23_deepfidelity.ipynb #6cfe330a
 @dataclass(kw_only=True)
 class DeepFidelityConfig(DetectorConfig):
     "Settings of `DeepFidelity`"
     size:int = setting(112, low=32, integer=True) # side of the faces, pixels
-    # with SSAA; None: stage 1, 0: UniFormer
-    ssaa_blocks:int|None = setting(None, low=0, integer=True, optional=True)
-    # quality to target; None: the head's P(real)
-    mapping:str|None = setting('minmax', choices=(None, 'minmax', 'rank'))
+    ssaa_blocks:int|None = setting(None, low=0, integer=True, optional=True) # None: of stage 1
+    mapping:str|None = setting('minmax', choices=(None, 'minmax', 'rank')) # None: head's P(real)
     bands:tuple = ((0., .4), (.6, 1.)) # fidelity bands of fake and of real
-    # None: the manifest's column, else NIQE
-    quality:str|None = setting(None, choices=(None, *QUALITY_MEASURES))
-    # what the network learns: two classes, or the targets
-    target:str = setting('label', choices=('label', 'fidelity'))
+    quality:str|None = setting(None, choices=(None, *QUALITY_MEASURES)) # None: the column, or NIQE
+    target:str = setting('label', choices=('label', 'fidelity')) # what the network learns
     regression:str = setting('svr', choices=('svr', 'head')) # 'head': the network's own score
     by_forger:bool = False # map the quality of each manipulation method's fakes by itself
     arch:str = setting('ssaaformer_tiny', choices=tuple(SSAAFORMER_CONFIGS)) # network
     weights:str|None = None # file of pretrained weights
     checkpointing:bool = False # save memory by computing activations twice
-    # of the learning rate
-    schedule:str = setting('one-cycle', choices=('one-cycle', 'cosine', 'warm-up of five'))
+    schedule:str = setting('one-cycle', choices=('one-cycle', 'cosine', 'warm-up of five')) # of lr
     decay:str = setting('matrices', choices=('matrices', 'timm')) # which parameters decay
     smoothing:float = setting(.1, low=0, high=1, below=True) # label smoothing
     mix_labels:bool = True # mixed images have mixed labels
     ema_warmup:bool = True # a shorter memory of the averaged weights in the first steps
     augment:str = setting('face', choices=('face', 'imagenet')) # augmentation
-    # which epoch is kept; 'test': as released
-    select:str = setting('last', choices=('last', 'valid', 'test'))
+    select:str = setting('last', choices=('last', 'valid', 'test')) # epoch; 'test': as released
     crop:float = setting(1., low=0, high=1, above=True) # share of the side that the network sees
     pool:str = setting('mean', choices=('mean', 'mean+max')) # how tokens become features
     svr:dict = setting({}) # settings of `FidelityRegressor`
     network:dict = setting({}) # further settings of the network
 
     def check(self):
+        check_number('epochs', self.epochs, 1, integer=True) # there is one phase
         mapped, as_class = self.mapping is not None, self.target=='label'
         on = {k for k, v in self.network.items() if v}
         rules = { # what must hold -> what to say
-            "target='fidelity' needs a mapping: there are no targets without one": as_class
-            or mapped,
+            "target='fidelity' needs a mapping: there are no targets without one":
+                as_class or mapped,
             "target='fidelity' goes with select='last' and without mix_token and aux_head: those "
             "work on classes":
                 as_class or (self.select=='last' and not on&{'mix_token', 'aux_head'}),
-            "by_forger=True goes with a mapping and target='label'": not self.by_forger
-            or (mapped and as_class),
+            "by_forger=True goes with a mapping and target='label'":
+                not self.by_forger or (mapped and as_class),
             "regression='head' would leave the mapping unused: give mapping=None as well":
                 not (as_class and mapped and self.regression=='head')}
         if broken := [message for message, holds in rules.items() if not holds]:
@@ -128,8 +122,7 @@ class DeepFidelity(NetworkDetector):
         from deepfid.models.deepfidelity.checkpoint import load_checkpoint
         if self.config.weights: load_checkpoint(self.model, self.config.weights, heads=False)
 
-    # -- quality and targets
-    # --------------------------------------------------------------------------------
+    # -- quality and targets ----------------------------------------------------------------------
     def required_splits(self)->tuple:
         return ('train', 'valid')+(('test',) if self.config.select=='test' else ())
 
@@ -142,13 +135,14 @@ class DeepFidelity(NetworkDetector):
             raise DeepfidError(f"svr={self.config.svr!r}: {str(e).split(') ')[-1]}") from None
         return manifest
 
-    # the same one where nothing is missing
-    def measure_quality(self, manifest:'Manifest')->'Manifest':
+    def measure_quality(self,
+        manifest:'Manifest',
+    )->'Manifest': # the same one where nothing is missing
         "Return the manifest with the quality that the targets need"
         c, table = self.config, manifest.table
         known = table['quality'].notna().to_numpy()
-        need = table['split'].isin(['train'] if c.target=='label'
-            else ['train', 'valid']).to_numpy()
+        splits = ['train'] if c.target=='label' else ['train', 'valid']
+        need = table['split'].isin(splits).to_numpy()
         if c.mapping is None: return manifest
         if c.quality is None and known[need].any():
             if missing := int((~known[need]).sum()):
@@ -157,12 +151,13 @@ class DeepFidelity(NetworkDetector):
                     'measure all of them, or leave the whole column empty')
             return manifest
         measure, table = QUALITY_MEASURES[c.quality or 'niqe'](), table.copy()
-        table.loc[need, 'quality'] = measure.score(manifest.image(i)
-            for i in np.flatnonzero(need).tolist())
+        images = (manifest.image(i) for i in np.flatnonzero(need).tolist())
+        table.loc[need, 'quality'] = measure.score(images)
         return type(manifest)(table, manifest.folder, manifest.name)
 
-    # (N,) of the training faces; None without a mapping
-    def fit_targets(self, manifest:'Manifest')->np.ndarray|None:
+    def fit_targets(self,
+        manifest:'Manifest',
+    )->np.ndarray|None: # (N,) of the training faces; None without a mapping
         "Map the quality of the training faces onto the band of their class"
         c = self.config
         if c.mapping is None: return None
@@ -173,12 +168,10 @@ class DeepFidelity(NetworkDetector):
         if not targets.min()<.5<targets.max():
             raise DeepfidError(
                 f'bands={c.bands}: the targets ({targets.min():g} to {targets.max():g}) lie on one '
-                f'side '
-                'of 0.5, which tells real from fake')
+                'side of 0.5, which tells real from fake')
         return targets
 
-    # -- training
-    # -------------------------------------------------------------------------------------------
+    # -- training ---------------------------------------------------------------------------------
     def callbacks(self)->list:
         "Return what the recipe adds to a plain training"
         from fastai.callback.channelslast import ChannelsLast
@@ -195,14 +188,14 @@ class DeepFidelity(NetworkDetector):
         return cbs
 
     def selection_callbacks(self, manifest, dls)->list:
-        "Return what chooses the epoch: nothing, the validation faces, or (as released) the test faces"
+        "Return what chooses the epoch: nothing, validation faces, or (as released) test faces"
         from deepfid.data.loaders import FaceDataset, FaceLoader
         from deepfid.models.deepfidelity.callbacks import BestAccuracyWeights
         c = self.config
         if c.select=='last': return []
-        test = lambda: FaceLoader(FaceDataset(manifest.of('test'), 'label', c.size), 64,
-            device=self.device)
-        return [BestAccuracyWeights(dls.valid if c.select=='valid' else test(), c.crop)]
+        if c.select=='valid': return [BestAccuracyWeights(dls.valid, c.crop)]
+        test = FaceDataset(manifest.of('test'), 'label', c.size)
+        return [BestAccuracyWeights(FaceLoader(test, 64, device=self.device), c.crop)]
 
     def learner(self,
         dls,           # image -> label `DataLoaders`; image -> fidelity for target='fidelity'
@@ -214,13 +207,12 @@ class DeepFidelity(NetworkDetector):
         from fastai.learner import Learner
         from fastai.metrics import RocAucBinary, accuracy
         from deepfid.models.callbacks import optimizer
-        from deepfid.models.deepfidelity.recipes import (TokenLoss, fidelity_loss,
-            weight_decay_groups)
+        from deepfid.models.deepfidelity.recipes import TokenLoss, fidelity_loss, weight_decay_groups
         self.ensure_configured()
         c = self.config
         loss = TokenLoss(c.smoothing, c.mix_labels) if c.target=='label' else fidelity_loss
         metrics = [accuracy, RocAucBinary()] if c.target=='label' else []
-        return Learner(dls, self.model, loss, optimizer(torch.optim.AdamW), lr=c.lr,
+        return Learner(dls, self.model, loss, opt_func=optimizer(torch.optim.AdamW), lr=c.lr,
             splitter=partial(weight_decay_groups, how=c.decay), metrics=metrics,
             cbs=[*self.callbacks(), *(cbs or [])])
 
@@ -228,11 +220,9 @@ class DeepFidelity(NetworkDetector):
         "Return training and validation batches of what the network learns"
         from deepfid.data.loaders import dataloaders
         c, as_class = self.config, self.config.target=='label'
-        # the ImageNet augmentation flips and shifts by itself
-        plain = as_class and c.augment!='face'
+        plain = as_class and c.augment!='face' # the ImageNet augmentation flips and shifts by itself
         return dataloaders(manifest, 'label' if as_class else 'fidelity', size=c.size, bs=c.bs,
-            flip=not plain,
-            shift=0 if plain else 2, seed=c.seed, device=self.device, steps=c.steps,
+            flip=not plain, shift=0 if plain else 2, seed=c.seed, device=self.device, steps=c.steps,
             targets=None if as_class else self.mapping.transform)
 
     def train_phase(self, learn, phase:TrainingPhase):
@@ -253,8 +243,7 @@ class DeepFidelity(NetworkDetector):
 
     def fit_regressor(self,
         dl,                      # loader of the training faces
-        # (N,) fidelity targets in the order of the manifest; None: no regression
-        targets:np.ndarray|None,
+        targets:np.ndarray|None, # (N,) fidelity, in the manifest's order; None: no regression
     ):
         "Fit the support vector regression from features to targets"
         if targets is None or self.config.regression=='head': return
@@ -262,19 +251,18 @@ class DeepFidelity(NetworkDetector):
 
     def features_of(self, dl)->np.ndarray: # (N,D)
         "Compute the features of every face of a loader, in order"
-        return self.run_batches((x for x, _ in dl.new(shuffle=False, drop_last=False,
-            part=(0, 1))), self.embed)
+        in_order = dl.new(shuffle=False, drop_last=False, rank=0, world_size=1)
+        return self.run_batches((x for x, _ in in_order), self.embed)
 
     def refit(self,
         manifest:'Manifest',  # that it was trained on
-        # any unfitted scikit-learn regressor; default: the support vector regression
-        regressor:Any=None,
+        regressor:Any=None,   # of scikit-learn, unfitted; default: the support vector regression
         measure:Any=None,     # object with `score(images)`: a quality measure of one's own
         **changes,            # to mapping, bands, by_forger, quality, svr, pool or regression
     )->Self: # another detector; the network is shared
         "Fit mapping and regression again with something changed"
-        if unknown := set(changes)-{'mapping', 'bands', 'by_forger', 'quality', 'svr', 'pool',
-            'regression'}:
+        known = {'mapping', 'bands', 'by_forger', 'quality', 'svr', 'pool', 'regression'}
+        if unknown := set(changes)-known:
             raise DeepfidError(f'refit cannot change {min(unknown)!r}: that needs another training')
         other = copy(self)
         if measure is not None:
@@ -291,8 +279,7 @@ class DeepFidelity(NetworkDetector):
                 other.features_of(dls.train), targets)
         return other.calibrate_on(dls.valid)
 
-    # -- scores and files
-    # -----------------------------------------------------------------------------------
+    # -- scores and files -------------------------------------------------------------------------
     def preprocess(self, x:torch.Tensor)->torch.Tensor: return centre_crop(x, self.config.crop)
     def fake_logit(self, output)->torch.Tensor: return output[:, 0]
     def embed(self, x:torch.Tensor)->torch.Tensor: return self.model.embed(x, pool=self.config.pool)
@@ -320,8 +307,7 @@ class DeepFidelity(NetworkDetector):
         if not isinstance(self.regressor, FidelityRegressor|ApproxRegressor|None):
             raise DeepfidError(
                 f'a {type(self.regressor).__name__} has no form without pickle: only '
-                f'FidelityRegressor '
-                'and ApproxRegressor can be saved')
+                'FidelityRegressor and ApproxRegressor can be saved')
         return dict(mapping=self.mapping and self.mapping.to_dict(),
             regressor=self.regressor is not None)
 
@@ -340,6 +326,6 @@ def with_quality(
     "Return the manifest with the quality of its training faces by another measure"
     table, need = manifest.table.copy(), (manifest.table['split']=='train').to_numpy()
     table['quality'] = table['quality'].where(~need)
-    table.loc[need, 'quality'] = measure.score(manifest.image(i)
-        for i in np.flatnonzero(need).tolist())
+    images = (manifest.image(i) for i in np.flatnonzero(need).tolist())
+    table.loc[need, 'quality'] = measure.score(images)
     return type(manifest)(table, manifest.folder, manifest.name)

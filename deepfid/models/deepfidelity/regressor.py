@@ -44,7 +44,7 @@ def check_targets(
     elif (X==X[0]).all(): problem = f"all {len(X)} feature rows are equal (constant features)"
     elif two_classes and not y.min()<.5<y.max():
         problem = (f"the targets ({y.min():g} to {y.max():g}) lie on one side of 0.5: real and "
-            f"fake faces are both needed")
+            "fake faces are both needed")
     else: return
     raise RegressorError(problem)
 
@@ -158,10 +158,10 @@ class _KernelRegressor:
         self._check_fitted()
         check_choice('dtype', dtype, ('float64','float32'))
         arrays = {k: np.array(getattr(self, k), dtype) for k in self._axes()}
-        digest = save_safetensors(Path(folder)/'regressor.safetensors', arrays)
+        digest = save_safetensors(Path(folder)/'regressor.safetensors', arrays, b'"mean_"')
         write_json(Path(folder)/'regressor.json', dict(format=self._format(),
             version=_FORMAT_VERSION, config=self.get_params(), sha256=digest, dtype=dtype,
-            shapes={k: list(a.shape) for k,a in arrays.items()}))
+            shapes={k: list(a.shape) for k,a in arrays.items()}), b'"shapes"')
 
     @classmethod
     def load(cls,

@@ -380,7 +380,7 @@ def checkpoint_filter_fn(
     if mirrors and not any(k in have for k in mirrors) and any(k in have for k in want):
         warnings.warn(
             f'weights of a plain UniFormer: {", ".join(mirrors)} are missing and keep their '
-            f'initial values, one half each, which changes what stage 1 computes', stacklevel=2)
+            'initial values, one half each, which changes what stage 1 computes', stacklevel=2)
         have |= {k: want[k] for k in mirrors}
     elif mirrors and model.ssaa_weights=='free':
         warnings.warn(
@@ -393,7 +393,7 @@ def _create(name, pretrained, kwargs):
     if pretrained and not (kwargs.get('pretrained_cfg_overlay') or {}).get('file'):
         raise DeepfidError(
             f"{name}: there are no pretrained weights of this name; pass pretrained=False, or a "
-            f"file of your own as pretrained_cfg_overlay=dict(file=...)")
+            "file of your own as pretrained_cfg_overlay=dict(file=...)")
     settings = SSAAFORMER_CONFIGS[name]|kwargs
     if not pretrained and set(settings)<=set(inspect.signature(SSAAFormer).parameters):
         return SSAAFormer(**settings)

@@ -119,10 +119,9 @@ class DegradeBatch:
         base:int=299,       # pixels
         seed:int|None=None, # the same seed gives the same sequence
         order='random',     # or a tuple such as ('blur','jpeg'): that order, those operations
-        # 'exact': libjpeg on the host; 'torch': the same steps on the batch's device
-        jpeg:str='exact',
+        jpeg:str='exact',   # 'exact': libjpeg on the host; 'torch': the same on the batch's device
         # of `RELEASED_QUIRKS`: 'nearest': downsample only so; 'bgr': JPEG takes red for blue;
-        # 'shuffle': see `pair`
+        # 'shuffle': see `make_branches`
         released_quirks=()
     ):
         for quirk in released_quirks: check_choice('released_quirks', quirk, RELEASED_QUIRKS)
@@ -135,7 +134,7 @@ class DegradeBatch:
     )->torch.Tensor:   # same shape and device, 8-bit levels where something was done
         "Sample a recipe for each image and apply it; the recipes are kept in `last_recipes`"
         if x.ndim!=4 or x.shape[1]!=3 or not x.is_floating_point():
-            raise DeepfidError(f'DegradeBatch: give a batch of images (B,3,H,W) in [-1,1], not '
+            raise DeepfidError('DegradeBatch: give a batch of images (B,3,H,W) in [-1,1], not '
                 f'{x.dtype} {tuple(x.shape)}')
         self.last_recipes, out = [self.sampler.sample_steps() for _ in x], x.clone()
         for i, steps in enumerate(self.last_recipes):
@@ -146,7 +145,7 @@ class DegradeBatch:
             out[i] = image/127.5-1
         return out
 
-    def pair(self,
+    def make_branches(self,
         x:torch.Tensor,   # (B,3,H,W) in [-1,1]
         mask:torch.Tensor # (B,1,H,W)
     )->tuple: # clean and degraded images, and the mask for both

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
-from ...core import DeepfidError, Prediction, check_choice
+from ...core import DeepfidError, Prediction, check_choice, check_number
 from ..backbones import MIN_INPUT_SIZE, load_pretrained
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from .degradation import RELEASED_QUIRKS, DegradeBatch
@@ -24,8 +24,7 @@ LISIAM_PRESETS = {
     'full': dict(size=299, epochs=(811, 90, 1800), steps=180, pretrained=True, amp='bf16'),
 }
 LISIAM_SHARED = dict(bs=32, p=.5, shift=2, li_on='logits', seg_loss_at='input', w_aux=.4,
-    released_quirks=(),
-    freeze_bn=True)
+    released_quirks=(), freeze_bn=True)
 LISIAM_RECIPES = {
     'ours': LISIAM_SHARED|dict(opt='AdamW', lr=2e-3, momentum=.9, wd=.01, clip=1., ema=.99,
         scu='separable'),
@@ -37,14 +36,17 @@ LISIAM_RECIPES = {
 
 # %% ../../../nbs/41_lisiam.ipynb #352222f9
 def split_epochs(
-    epochs # one number, or three
-)->tuple:  # of three
+    epochs # one number from 3, or one for each phase
+)->tuple[int, int, int]:
     "Split epochs among the three phases: 30, 3 and 67 per cent, at least one each"
-    if not isinstance(epochs, int):
-        if len(tuple(epochs))==3: return tuple(epochs)
-        raise DeepfidError(f'epochs={epochs}: give one number, or one for each of the three phases')
-    first, second = max(1, round(.3*epochs)), max(1, round(.03*epochs))
-    return first, second, max(1, epochs-first-second)
+    if isinstance(epochs, (list, tuple)):
+        if len(epochs)!=3:
+            raise DeepfidError(f'epochs={epochs}: give one number, or one for each of three phases')
+        first, second, third = (int(check_number('epochs', n, 1, integer=True)) for n in epochs)
+        return first, second, third
+    n = int(check_number('epochs', epochs, low=3, integer=True)) # one for each phase, at least
+    first, second = max(1, round(.3*n)), max(1, round(.03*n))
+    return first, second, n-first-second
 
 def polynomial_decay(
     lr:float,       # learning rate at the start
@@ -55,34 +57,27 @@ def polynomial_decay(
     return lambda done: lr*((1-floor)*(1-min(done, 1.))**power+floor)
 
 # %% ../../../nbs/41_lisiam.ipynb #ce0c4711
-# children of `LiSiamNet` that the first phase trains, and those that the second trains
-SEGMENTATION_MODULES, CLASSIFICATION_MODULES = ('backbone', 'ocr', 'decoder'), ('scu', 'mt', 'mlp',
-    'last')
+SEGMENTATION_MODULES = ('backbone', 'ocr', 'decoder')    # children of `LiSiamNet`: of phase 1
+CLASSIFICATION_MODULES = ('scu', 'mt', 'mlp', 'last')    # of phase 2
 
 @dataclass(kw_only=True)
 class LiSiamConfig(DetectorConfig):
     "Settings of `LiSiam`"
     size:int = setting(128, low=MIN_INPUT_SIZE, integer=True) # side of the faces, pixels
-    # 'A': the whole method; 'B' to 'G': Table VI
-    ablation:str = setting('A', choices=tuple(LISIAM_ABLATIONS))
+    ablation:str = setting('A', choices=tuple(LISIAM_ABLATIONS)) # 'A': full method, Table VI
     ocr_fuse:int = setting(3, choices=(1, 3)) # kernel of OCR's last convolution, pixels
-    # of the three phases; or one number, split among them
-    epochs:Any = setting((3, 1, 4), low=1, integer=True)
+    epochs:Any = setting((3, 1, 4), low=1, integer=True) # of the phases, or one to split
     pretrained:bool = True # begin with weights that have seen images
     p:float = setting(.5, low=0, high=1) # probability of each degradation of the second branch
     shift:int = setting(2, low=0, integer=True) # random shift of training faces, pixels
-    # what must agree: logits, or probabilities
-    li_on:str = setting('logits', choices=('logits', 'prob'))
-    # resolution of the segmentation loss
-    seg_loss_at:str = setting('input', choices=('input', 'feature'))
+    li_on:str = setting('logits', choices=('logits', 'prob')) # what must agree in both branches
+    seg_loss_at:str = setting('input', choices=('input', 'feature')) # where masks are compared
     w_aux:float = setting(.4, low=0) # weight of OCR's auxiliary loss
-    # of `RELEASED_QUIRKS`: what the released code does and the paper does not say
-    released_quirks:tuple = ()
+    released_quirks:tuple = () # of `RELEASED_QUIRKS`: done by the released code, not in the paper
     freeze_bn:bool = True # frozen modules keep their batch-norm statistics; False: as released
     opt:str = setting('AdamW', choices=('SGD', 'AdamW')) # optimiser
     momentum:float = setting(.9, low=0) # of SGD
-    # kind of the separable convolution unit
-    scu:str = setting('separable', choices=tuple(SCU_KINDS))
+    scu:str = setting('separable', choices=tuple(SCU_KINDS)) # separable convolution unit
 
     def check(self):
         self.epochs, self.released_quirks = split_epochs(self.epochs), tuple(self.released_quirks)
@@ -96,8 +91,8 @@ class LiSiam(NetworkDetector):
     config:LiSiamConfig
 
     @property
-    def ablation(self)->dict: # of `LISIAM_ABLATIONS`: terms, mt, input
-        "What the chosen variant of Table VI uses"
+    def variant(self)->dict: # terms, mt, input
+        "Losses, transformer and input of the chosen ablation, of `LISIAM_ABLATIONS`"
         return LISIAM_ABLATIONS[self.config.ablation]
 
     def batch_degradation(self)->DegradeBatch:
@@ -108,7 +103,7 @@ class LiSiam(NetworkDetector):
     def build_model(self)->LiSiamNet:
         "Build a fresh network"
         c = self.config
-        return LiSiamNet(c.preset, c.scu, mt=self.ablation['mt'], ocr_fuse=c.ocr_fuse)
+        return LiSiamNet(preset=c.preset, scu=c.scu, mt=self.variant['mt'], ocr_fuse=c.ocr_fuse)
 
     def initialise_weights(self):
         "Begin with weights that have seen images, where the preset says so"
@@ -116,10 +111,10 @@ class LiSiam(NetworkDetector):
 
     def maps(self, output)->tuple:
         "Return fidelities (B,), and masks (B,H,W) or None where no segmentation was learned"
-        if not any(t.startswith('seg') for t in self.ablation['terms']):
+        if not any(t.startswith('seg') for t in self.variant['terms']):
             return output.fidelity, None
-        seg = F.interpolate(output.seg.float(), (self.size,)*2, mode='bilinear',
-            align_corners=False)
+        size = (self.size, self.size)
+        seg = F.interpolate(output.seg.float(), size, mode='bilinear', align_corners=False)
         return output.fidelity, seg.softmax(1)[:, 1]
 
     def to_predictions(self, output)->list[Prediction]:
@@ -128,12 +123,17 @@ class LiSiam(NetworkDetector):
         masks = [None]*len(fidelity) if masks is None else masks.cpu().numpy()
         return [Prediction(*p) for p in zip(fidelity.tolist(), masks)]
 
-    def fake_logit(self, output)->torch.Tensor: return output.logits[:, 1]-output.logits[:, 0]
-    def embed(self, x:torch.Tensor)->torch.Tensor: return self.model(x).features
+    def fake_logit(self, output)->torch.Tensor:
+        "Return the logit of fake (B,)"
+        return output.logits[:, 1]-output.logits[:, 0]
+
+    def embed(self, x:torch.Tensor)->torch.Tensor:
+        "Return what the last linear layer reads (B,D)"
+        return self.model(x).features
 
     def phases(self)->list[TrainingPhase]:
         "Return what each phase trains; there is one phase where no mask anchors the segmentation"
-        terms, epochs = self.ablation['terms'], self.config.epochs
+        terms, epochs = self.variant['terms'], self.config.epochs
         segmentation = tuple(t for t in terms if not t.startswith('cls'))
         classification = tuple(t for t in terms if t.startswith('cls'))
         everything = SEGMENTATION_MODULES+CLASSIFICATION_MODULES
@@ -149,11 +149,11 @@ class LiSiam(NetworkDetector):
         from deepfid.models import callbacks as C
         from deepfid.models.lisiam.training import AddDegradedBranch, FreezeExcept
         c = self.config
+        mixed = self.variant['input']=='mixed'
         cbs = [ChannelsLast(), C.EpochSeed(c.seed*3+phase),
-            FreezeExcept(self.phases()[phase].modules, c.freeze_bn),
+            FreezeExcept(self.phases()[phase].modules, freeze_bn=c.freeze_bn),
             *C.precision_callbacks(c.amp), *C.distributed_callbacks(self.device),
-            AddDegradedBranch(self.batch_degradation(), (c.seed, phase),
-                self.ablation['input']=='mixed')]
+            AddDegradedBranch(self.batch_degradation(), seed=(c.seed, phase), mixed=mixed)]
         if c.clip: cbs.append(GradientClip(c.clip))
         if c.ema: cbs.append(C.EMA(c.ema))
         return cbs
@@ -164,19 +164,18 @@ class LiSiam(NetworkDetector):
         phase:int=-1,  # of `phases`: the last one trains everything
     )->'Learner':
         "Return the network's `Learner` for one phase"
-        # both add methods to Learner
-        import fastai.callback.progress
-        import fastai.callback.schedule # noqa: F401
+        import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
         from fastai.learner import Learner
         from deepfid.models.callbacks import FidelityAUC, LossTerm, optimizer
         from deepfid.models.lisiam.training import SiameseBranches, SiameseLoss
         self.ensure_configured()
         c, phase = self.config, phase%len(self.phases())
         terms = self.phases()[phase].terms
-        opt = optimizer(torch.optim.SGD,
-            momentum=c.momentum) if c.opt=='SGD' else optimizer(torch.optim.AdamW)
+        if c.opt=='SGD': opt = optimizer(torch.optim.SGD, momentum=c.momentum)
+        else: opt = optimizer(torch.optim.AdamW)
         loss = SiameseLoss(terms, li_on=c.li_on, w_aux=c.w_aux, seg_loss_at=c.seg_loss_at)
-        learn = Learner(dls, SiameseBranches(self.model, terms), loss, opt, lr=c.lr, wd=c.wd,
+        branches = SiameseBranches(self.model, terms)
+        learn = Learner(dls, branches, loss, opt_func=opt, lr=c.lr, wd=c.wd,
             metrics=[*map(LossTerm, terms), FidelityAUC()],
             cbs=[*self.callbacks(phase), *(cbs or [])])
         learn.recorder.train_metrics = True
@@ -187,8 +186,7 @@ class LiSiam(NetworkDetector):
         from deepfid.data.loaders import dataloaders
         c = self.config
         return dataloaders(manifest, 'label+mask', size=c.size, bs=c.bs, shift=c.shift,
-            seed=c.seed, steps=c.steps,
-            device=self.device)
+            seed=c.seed, steps=c.steps, device=self.device)
 
     def train_phase(self, learn, phase:TrainingPhase):
         "Run the `Learner` with polynomial decay"

@@ -10,7 +10,7 @@ import numpy as np, torch
 from torch import nn
 from ..callbacks import TypedCallback, unwrap_model
 from .degradation import DegradeBatch
-from .network import LiSiamNet, LiSiamOutput, siamese_losses
+from .network import LiSiamNet, LiSiamOutput, check_loss_terms, siamese_losses
 
 # %% ../../../nbs/41_lisiam.ipynb #da06bb64
 class SiameseBranches(nn.Module):
@@ -45,20 +45,21 @@ class AddDegradedBranch(TypedCallback):
     def before_batch(self):
         if not self.training: return
         label, mask = self.y
-        clean, degraded, mask = self.degrade.pair(self.x, mask)
+        clean, degraded, mask = self.degrade.make_branches(self.x, mask)
         if self.mixed:
             keep_clean = torch.rand(len(clean), 1, 1, 1, device=clean.device)<.5
             clean = torch.where(keep_clean, clean, degraded)
         self.learn.xb, self.learn.yb = (clean, degraded), ((label, mask),)
 
 class SiameseLoss:
-    "Weighted sum of the losses (eq. 15 to 19); `parts` holds those of the last batch"
+    "Weighted sum of the losses (eq. 15 to 19); `terms` holds those of the last batch"
     def __init__(self,
-        terms,    # names of losses
+        names,    # of losses, of `KNOWN_LOSS_TERMS`
         **options # of `siamese_losses`
     ):
-        self.terms, self.options = tuple(terms), options
-        self.parts:dict[str, torch.Tensor] = {}
+        check_loss_terms(names)
+        self.names, self.options = tuple(names), options
+        self.terms:dict[str, torch.Tensor] = {}
 
     def __call__(self,
         out, # both branches, in training; one `LiSiamOutput`, in validation
@@ -66,13 +67,13 @@ class SiameseLoss:
     )->torch.Tensor:
         "Compute the weighted sum; in validation, of the clean branch's losses"
         if isinstance(out, LiSiamOutput):
-            segmented = 'seg1' in self.terms or 'seg2' in self.terms
-            clean, degraded, terms = out, None, ('cls1', 'seg1') if segmented else ('cls1',)
-        else: (clean, degraded), terms = out, self.terms
+            segmented = 'seg1' in self.names or 'seg2' in self.names
+            clean, degraded, names = out, None, ('cls1', 'seg1') if segmented else ('cls1',)
+        else: (clean, degraded), names = out, self.names
         label, mask = y
-        losses = siamese_losses(clean, degraded, label, mask, terms, **self.options)
+        losses = siamese_losses(clean, degraded, label, mask, names, **self.options)
         total = losses.pop('total')
-        self.parts = {k: v.detach() for k, v in losses.items()}
+        self.terms = {k: v.detach() for k, v in losses.items()}
         return total
 
 # %% ../../../nbs/41_lisiam.ipynb #4ca5a980
@@ -80,9 +81,8 @@ class FreezeExcept(TypedCallback):
     "Train only some modules of the network during one `fit`"
     order = 2
     def __init__(self,
-        modules, # names of the network's children that are trained
-        # the others are in evaluation mode; False: they update BatchNorm statistics, as released
-        freeze_bn:bool=True
+        modules,            # names of the network's children that are trained
+        freeze_bn:bool=True # others in evaluation mode; False: their BatchNorms go on, as released
     ): self.modules, self.freeze_bn = set(modules), freeze_bn
 
     def frozen_modules(self)->list: # of `nn.Module`
@@ -92,8 +92,9 @@ class FreezeExcept(TypedCallback):
 
     def before_fit(self):
         for m in self.frozen_modules(): m.requires_grad_(False)
+
     def before_train(self):
         if self.freeze_bn:
             for m in self.frozen_modules(): m.eval()
+
     def after_fit(self): unwrap_model(self.learn.model).requires_grad_(True)
-    def after_cancel_fit(self): self.after_fit()

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ...core import DeepfidError, check_choice
+from ...core import check_choice
 from ..backbones import XCEPTION_STAGES, xception
 from ..layers import round_channels
-from .llsm import LLSM, check_mask, pair_target
+from .llsm import LLSM, pair_target
 
 # %% ../../../nbs/32_local_similarity.ipynb #f7ec69e8
 # skip connection from the backbone, channels out; coarsest first
@@ -83,15 +83,12 @@ class MaskDecoder(nn.Module):
 
 # %% ../../../nbs/32_local_similarity.ipynb #3d75d190
 class SimilarityOutput(NamedTuple):
-    "Output of `SimilarityNet` for a batch"
+    "Output of `SimilarityNet` for a batch; the paper's similarity matrix: 1 = dissimilar"
     logit: torch.Tensor        # (B,): above 0 = real
     mask: torch.Tensor|None    # (B,1,H,W) logits: above 0 = forged; None without the decoder
-    # (B,N,N) logits: above 0 = the two positions differ; None without the matrix
-    pairs: torch.Tensor|None
+    similarity_logits: torch.Tensor|None # (B,N,N): above 0 = dissimilar; None without the LLSM
     map_size: tuple|None = None # (h,w) of the feature map whose N = h*w positions were compared
-    # (B,k): the positions compared, where only some were; pairs is then (B,k,k)
-    positions: torch.Tensor|None = None
-    image_size: tuple|None = None # (H,W)
+    positions: torch.Tensor|None = None # (B,k) compared, where not all were; logits then (B,k,k)
 
     @property
     def fidelity(self)->torch.Tensor: # (B,) 1 = real
@@ -102,14 +99,12 @@ class SimilarityOutput(NamedTuple):
 class SimilarityNet(nn.Module):
     "Xception with a pairwise similarity matrix at a middle stage and a mask decoder at its end"
     def __init__(self,
-        # 'full': 224 pixels, published widths; 'tiny': 128 pixels, a quarter of them
-        preset:str='full',
+        preset:str='full',       # 'full': as published, 224 pixels; 'tiny': a quarter as wide, 128
         tap:str='block7',        # stage whose positions are compared
         use_llsm:bool=True,      # pairwise similarity matrix
         use_flm:bool=True,       # mask decoder
         gates:bool=True,         # CLAFFM in the decoder
-        # classifier reads 'last': the decoder's last level; 'concat': all of its levels
-        cls_feat:str='last',
+        cls_feat:str='last',     # classifier reads the decoder's 'last' level; 'concat': all levels
         **llsm                   # options of `LLSM`: hidden, metric, symmetric, chunk
     ):
         super().__init__()
@@ -130,12 +125,12 @@ class SimilarityNet(nn.Module):
     )->SimilarityOutput:
         "Compute score, mask and pairwise similarity matrix"
         maps, mask, features = self._features(x)
-        logit, image_size = self.head(features)[:, 0], tuple(x.shape[-2:])
-        if self.llsm is None: return SimilarityOutput(logit, mask, None, image_size=image_size)
+        logit = self.head(features)[:, 0]
+        if self.llsm is None: return SimilarityOutput(logit, mask, None)
         map_size = tuple(maps[self.tap].shape[-2:])
         positions = sampler(map_size) if sampler else None
-        pairs = self.llsm(maps[self.tap], positions)
-        return SimilarityOutput(logit, mask, pairs, map_size, positions, image_size)
+        similarity = self.llsm(maps[self.tap], positions)
+        return SimilarityOutput(logit, mask, similarity, map_size, positions)
 
     def embed(self,
         x:torch.Tensor # (B,3,H,W)
@@ -158,22 +153,15 @@ class SimilarityNet(nn.Module):
 def similarity_losses(
     out:SimilarityOutput,
     label:torch.Tensor, # (B,) 1 = real
-    mask:torch.Tensor   # (B,H,W) or (B,1,H,W), 0 real to 1 forged; all zero for real faces
+    mask:torch.Tensor   # (B,1,H,W) of the images' size, 0 real to 1 forged, of `FaceDataset`
 )->dict: # cls, ls, loc: those that the network has
     "Compute the three losses (eq. 5 to 7)"
-    m = check_mask(mask)
-    wanted = (len(out.logit), 1, *(out.image_size or m.shape[-2:]))
-    if m.shape!=wanted:
-        raise DeepfidError(f'mask: shape {tuple(m.shape)} for a batch of images that need {wanted}')
-    if (wrong := (m.flatten(1).amax(1)>0)&(label==1)).any():
-        raise DeepfidError(f'{int(wrong.sum())} real faces have a mask that is not empty: correct '
-            f'their label or their mask')
     losses = dict(cls=F.binary_cross_entropy_with_logits(out.logit, label.float()))
-    if out.pairs is not None:
-        target = pair_target(m, out.map_size, positions=out.positions)
-        losses['ls'] = F.binary_cross_entropy_with_logits(out.pairs, target)
+    if out.similarity_logits is not None:
+        target = pair_target(mask, out.map_size, positions=out.positions)
+        losses['ls'] = F.binary_cross_entropy_with_logits(out.similarity_logits, target)
     if out.mask is not None:
-        losses['loc'] = F.binary_cross_entropy_with_logits(out.mask, m)
+        losses['loc'] = F.binary_cross_entropy_with_logits(out.mask, mask.float())
     return losses
 
 def total_loss(

@@ -14,13 +14,13 @@ from .llsm import sample_positions
 
 # %% ../../../nbs/32_local_similarity.ipynb #92b51691
 class SimilarityLoss:
-    "Weighted sum of the three losses (eq. 5 to 8); `parts` holds those of the last batch"
+    "Weighted sum of the three losses (eq. 5 to 8); `terms` holds those of the last batch"
     def __init__(self,
         alpha:float=.5, # weight of the similarity loss, 0 to 1
         beta:float=.5   # weight of the localisation loss, 0 to 1
     ):
         self.alpha, self.beta = alpha, beta
-        self.parts:dict[str, torch.Tensor] = {}
+        self.terms:dict[str, torch.Tensor] = {}
 
     def __call__(self,
         out, # `SimilarityOutput`
@@ -28,7 +28,7 @@ class SimilarityLoss:
     )->torch.Tensor:
         "Compute the weighted sum"
         losses = similarity_losses(out, *y)
-        self.parts = {k: v.detach() for k, v in losses.items()}
+        self.terms = {k: v.detach() for k, v in losses.items()}
         return total_loss(losses, self.alpha, self.beta)
 
 # %% ../../../nbs/32_local_similarity.ipynb #b564b03c
