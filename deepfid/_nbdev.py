@@ -19,7 +19,7 @@ class FreshModules:
 
     def end(self):
         from nbdev.config import get_config
-        library, notebook = Path(get_config().lib_path).resolve(), Path(self.nb.path_).resolve()
+        library, notebook = Path(str(get_config().lib_path)).resolve(), Path(self.nb.path_).resolve()
         for module, docstring in self.modules.items():
             path = library/(module.replace('.', '/') + '.py')
             path.parent.mkdir(parents=True, exist_ok=True)

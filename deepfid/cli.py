@@ -37,6 +37,7 @@ def parse_setting(
     try: return name, ast.literal_eval(value)
     except (ValueError, SyntaxError): return name, value
 
+# %% ../nbs/lib/cli.ipynb #cli0n07
 _count = number_type(1)
 
 def _seed_option(p, what='random seed'):

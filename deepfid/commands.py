@@ -395,6 +395,7 @@ def _manifests(names, folder, pairs=None, size=112):
             'two manifests lie in folders of the same name: rename one, since columns are named after them')
     return {short: _manifest(n, folder, pairs, size) for short, n in zip(short_names, names)}
 
+# %% ../nbs/lib/commands.ipynb #com0n27
 # what earlier files of a table hold
 TABLE_MARKS = {'.json': b'"versions"', '.md': b'Trained and tested on', '.svg': b'written by deepfid'}
 

@@ -10,6 +10,7 @@ __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MA
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -109,29 +110,28 @@ _PROFILE_MODES = {'RGB ': ('RGB', 'RGBA', 'P', 'PA', 'L', 'LA', '1', 'YCbCr'), '
     'CMYK': ('CMYK',)}
 _SRGB_TOLERANCE = 2 # levels, of 255: what different makers' profiles of sRGB differ by
 
-def _srgb_transform(profile, mode):
-    "Build the transform from a profile to sRGB; None where it changes nothing that can be seen"
+@functools.lru_cache(maxsize=8) # an album has few cameras
+def _srgb_transform(data):
+    "Build, of a profile's bytes, (colour space, mode of its input, transform to sRGB or None where it changes nothing)"
+    profile:Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
+    space = profile.profile.xcolor_space
+    mode = {'RGB ': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}[space]
     intent = ImageCms.Intent.PERCEPTUAL if mode == 'CMYK' else ImageCms.Intent.RELATIVE_COLORIMETRIC
     transform = ImageCms.buildTransform(profile, ImageCms.createProfile('sRGB'), mode, 'RGB', intent)
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     grid = np.stack(np.meshgrid(*[levels]*3), -1).reshape(27, 27, 3)
-    probe = Image.fromarray(grid if mode == 'RGB' else grid[..., 0]) if mode != 'CMYK' else None
-    if probe is None: return transform
+    probe = Image.fromarray(grid[..., 0] if mode == 'L' else grid).convert(mode)
     seen = ImageCms.applyTransform(probe, transform)
     change = np.abs(np.asarray(seen, int) - np.asarray(probe.convert('RGB'), int)).max() if seen else 0
-    return transform if change > _SRGB_TOLERANCE else None
+    return space, mode, transform if change > _SRGB_TOLERANCE else None
 
 def _profile_to_srgb(image):
     "Convert an 8-bit image with an embedded ICC profile to sRGB; one that is broken or of another mode is ignored"
     data = image.info.get('icc_profile')
     if not data: return image
     try:
-        profile:Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        space = profile.profile.xcolor_space
-        if image.mode not in _PROFILE_MODES[space]: return image
-        mode = {'RGB ': 'RGB', 'GRAY': 'L', 'CMYK': 'CMYK'}[space]
-        transform = _srgb_transform(profile, mode)
-        if transform is None: return image
+        space, mode, transform = _srgb_transform(data)
+        if transform is None or image.mode not in _PROFILE_MODES[space]: return image
         transparent = image.mode in ('LA', 'PA', 'RGBA') or 'transparency' in image.info
         colours = image.convert('RGBA') if transparent and mode == 'RGB' else image
         converted = ImageCms.applyTransform(colours.convert(mode), transform)

@@ -61,6 +61,19 @@ def test_help_and_cheap_errors_are_quick():
     out, seconds = process(code.format(argvs=wrong, heavy=['torch', 'pandas', 'fastai', 'timm', 'matplotlib']))
     assert out.split()==['1', '1', '1', '1', '1', '1', '2', '2', '1', '1', '[]'] and seconds<2
 
+@pytest.mark.parametrize('seconds', [0, .05, .15, .3])
+def test_an_interruption_is_one_line_from_the_beginning(seconds):
+    "Also while the options are looked up and libraries are imported"
+    code = "import sys; from deepfid.cli import main; print('up', flush=True); sys.exit(main(['table', 'ablation', '--manifest', 'synthetic', '--out', sys.argv[1]]))"
+    import signal, tempfile, time
+    with tempfile.TemporaryDirectory() as tmp:
+        p = subprocess.Popen([sys.executable, '-c', code, tmp], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        p.stdout.readline()
+        time.sleep(seconds)
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=60)
+    assert (p.returncode, err)==(130, 'deepfid: interrupted\n')
+
 def test_every_command_has_help_with_an_example(capsys):
     for command in COMMANDS:
         status, out, _ = run(capsys, command, '--help')

@@ -354,5 +354,5 @@ def test_one_class_is_refused_first(manifest, monkeypatch, keep, recipe, says):
 
 def test_resuming_into_a_file_is_refused(manifest, tmp_path):
     (tmp_path/'f').write_text('x')
-    with pytest.raises(DeepfidError, match='needs a folder'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path/'f')
+    with pytest.raises(DeepfidError, match='is a file'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path/'f')
     assert (tmp_path/'f').read_text()=='x'

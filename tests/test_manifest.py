@@ -1,7 +1,7 @@
 "Manifests and their checks, pairs forged in parallel, data loaders"
 import filecmp, os
 import cv2, numpy as np, pandas as pd, pytest, torch
-from deepfid.core import ManifestError
+from deepfid.core import DeepfidError, ManifestError
 from deepfid.data.loaders import FaceDataset, dataloaders
 from deepfid.data import manifest
 from deepfid.data.manifest import Manifest, equal_files, split_identities
@@ -230,4 +230,4 @@ def test_degraded_batches_follow_from_seed_and_epoch():
     first, again = loader(), loader()
     list(first.batches(0)) # an epoch before, which the other loader does not run
     for (a, _), (b, _) in zip(first.batches(1), again.batches(1)): assert (a==b).all()
-    with pytest.raises(DeepfidError, match='part'): first.new(part=(0, 1))
+    with pytest.raises(DeepfidError, match="part"): first.new(part=(0, 1))

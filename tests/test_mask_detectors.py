@@ -1,8 +1,7 @@
 "The two detectors with masks: what they are made of, what they keep, what they refuse"
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
-from deepfid.core import DeepfidError, ManifestError, Prediction, WeightsError
-from deepfid.io import read_json, write_json
+from deepfid.core import DeepfidError, ManifestError, WeightsError
 from deepfid.data.manifest import Manifest
 from deepfid.data.pairs import map_images
 from deepfid.data.loaders import dataloaders

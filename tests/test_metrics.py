@@ -1,5 +1,5 @@
 "deepfid.evaluate.metrics against scikit-learn, and every bad input"
-import json, warnings
+import json
 import numpy as np, pandas as pd, pytest
 from sklearn import metrics as sk
 from deepfid.core import DeepfidError

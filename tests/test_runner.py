@@ -132,6 +132,13 @@ def test_key_changes_with_the_code(monkeypatch, tmp_path):
         assert before!=key()
     finally: source_hash.cache_clear()
 
+def test_change_of_the_code_during_a_run_leaves_its_keys(manifests, tmp_path, monkeypatch):
+    "Worker processes start later than the run, and must find its cells"
+    r = TableRun(TABLE, manifests, 1, 'tiny', tmp_path, silent)
+    before = r.key(A, ('x',), 0)
+    monkeypatch.setattr('deepfid.experiments.runner.source_hash', lambda: 'of other code')
+    assert r.key(A, ('x',), 0)==before!=TableRun(TABLE, manifests, 1, 'tiny', tmp_path, silent).key(A, ('x',), 0)
+
 # -- refused before training --
 @pytest.mark.parametrize('table, message', [
     (Table('t', '', [A, A], columns), 'same name'), (Table('t', '', [A, Row('b', after='z')], columns), 'no row'),

@@ -5,11 +5,11 @@ from torch.nn import functional as F
 from deepfid.core import DeepfidError
 from deepfid.data import degrade as stills
 from deepfid.models.lisiam import degradation as batches
-from deepfid.models.lisiam.degradation import RELEASED_QUIRKS, DegradeBatch, shuffle_patches, patch_permutation
+from deepfid.models.lisiam.degradation import DegradeBatch, shuffle_patches, patch_permutation
 from deepfid.models.lisiam.network import LISIAM_ABLATIONS, IGNORE_INDEX, FULL_METHOD_TERMS, LiSiamNet, LiSiamOutput, invariance_loss, segmentation_loss, feature_map_size, siamese_losses
-from deepfid.models.lisiam.ocr import OCR, ObjectAttention, gather_regions
+from deepfid.models.lisiam.ocr import gather_regions
 from deepfid.models.lisiam.training import SiameseLoss
-from deepfid.models.lisiam.transformer import SCU_KINDS, MaskGuidedTransformer, SqueezeExcite, attention_weights, separable_conv_unit, split_by_mask
+from deepfid.models.lisiam.transformer import SCU_KINDS, MaskGuidedTransformer, SqueezeExcite, attention_weights, separable_conv_unit
 
 def n_weights(m): return sum(p.numel() for p in m.parameters())
 def still(net): # no dropout, stored statistics, gradients

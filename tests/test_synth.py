@@ -53,7 +53,7 @@ def test_camera_is_seeded_and_varied():
 def test_seeds_and_images_are_checked():
     image = synthetic_face(1, size=64).image
     for seed in (-1, 1.5, 'x'):
-        for make in (lambda: synthetic_face(seed, 64), lambda: synthetic_face(1, 64, seed), lambda: camera_settings(seed), lambda: camera_jpeg(image, seed)):
-            with pytest.raises(DeepfidError, match='^(seed|identity)='): make()
+        for make, args in ((synthetic_face, (seed, 64)), (synthetic_face, (1, 64, seed)), (camera_settings, (seed,)), (camera_jpeg, (image, seed))):
+            with pytest.raises(DeepfidError, match='^(seed|identity)='): make(*args)
     for bad in (image/255, image[..., 0], image[:0], np.zeros((2000, 8, 3), np.uint8)):
         with pytest.raises(DeepfidError, match='^image: |^longer side='): simulate_camera(bad, 1)

@@ -104,9 +104,9 @@ def transfer_columns(
     metrics:tuple = SCORE_METRICS,
 )->list[Column]:
     "Train on each variant of a data set, test on each variant of the same set"
-    pairs = [n.split(', ') for n in names if ', ' in n]
+    variants = [n.split(', ') for n in names if ', ' in n]
     return [Column(f'{a}: {train} to {test}', f'{a}, {train}', f'{b}, {test}', metrics=metrics)
-        for a, train in pairs for b, test in pairs if a==b]
+        for a, train in variants for b, test in variants if a==b]
 
 # %% ../../nbs/lib/experiments.runner.ipynb #552d1dc3
 def resolve_settings(
@@ -133,6 +133,7 @@ def cache_key(
     rows:dict,      # name -> `Row`, all rows of the table
     data:list,      # keys of the manifests trained on and, for scores, tested on
     seed:int, preset:str, overrides:dict,
+    code:str='',    # hash of the package's sources; default: as they are now
 )->str: # 24 hexadecimal digits
     "Hash everything that a trained detector, or its scores, depend on"
     refits = []
@@ -140,7 +141,7 @@ def cache_key(
         refits.append(dict(settings=row.settings, refit=_identity(row.refit)))
         row = rows[row.after]
     about = dict(detector=_identity(row.detector), config=resolve_settings(row, preset, overrides), refits=refits,
-        seed=seed, data=data, version=deepfid.__version__, code=source_hash())
+        seed=seed, data=data, version=deepfid.__version__, code=code or source_hash())
     return hashlib.sha256(to_json(about).encode()).hexdigest()[:24]
 
 # %% ../../nbs/lib/experiments.runner.ipynb #dc993ed3
@@ -224,7 +225,7 @@ class TableRun:
         self.table, self.rows = table, {r.name: r for r in table.rows}
         self.columns = table.columns(list(self.manifests))
         self.data = ', '.join(manifests)
-        self.keys = {name: m.key() for name, m in self.manifests.items()}
+        self.keys, self.code = {name: m.key() for name, m in self.manifests.items()}, source_hash() # workers keep these
         self.cells, self.trained, self.provenance = {}, {}, {}
         self.check()
         self.baseline = self.rows[table.baseline or table.rows[0].name]
@@ -285,7 +286,8 @@ class TableRun:
         seed:int,
     )->str:
         "Return the cache key of a trained detector or of its scores"
-        return cache_key(row, self.rows, [self.keys[n] for n in names], seed, self.preset, self.overrides)
+        data = [self.keys[n] for n in names]
+        return cache_key(row, self.rows, data, seed, self.preset, self.overrides, self.code)
 
     def base_row(self, row:Row)->Row:
         "Return the row whose network a row uses: itself, unless it has `after`"

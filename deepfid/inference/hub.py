@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUNDLED_DIR', 'CHECKSUM_FILE', 'DEFAULT_DETECTOR', 'write_checksums', 'verify_checksums', 'list_bundled',
-           'find_detector', 'saved_detector_name', 'measured_accuracy', 'load', 'check_device', 'load_detectors']
+           'find_detector', 'saved_detector_name', 'measured_accuracy', 'load', 'resolve_device', 'load_detectors']
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0004
 from pathlib import Path
@@ -99,16 +99,17 @@ def measured_accuracy(
         found[test_set] = value, low, high
     return found
 
+# %% ../../nbs/lib/inference.hub.ipynb #hub0n10
 def load(
     name:str|Path=DEFAULT_DETECTOR, # of a bundled detector, or a folder that a detector was saved to
     device=None # on which it computes: 'cpu', 'cuda', 'cuda:1', ...; default: a GPU where there is one
 )->Detector: # trained
     "Load a bundled detector, or one of your own"
     folder = find_detector(name)
-    options = {} if device is None else dict(device=check_device(device))
+    options = {} if device is None else dict(device=resolve_device(device))
     return get_detector_class(saved_detector_name(folder)).load(folder, **options)
 
-def check_device(
+def resolve_device(
     name:Any # such as 'cpu', 'cuda' or 'cuda:1', or a `torch.device`
 ): # `torch.device`
     "Return a device of PyTorch, or raise a `DeepfidError` if this machine does not have it"

@@ -84,8 +84,10 @@ def face_card_html(
         f'<figure><img src="{escape(address)}" alt="{escape(name)}">'
         f'{escape(name if name=="face" or ": " in name else f"{name}: mask")}</figure>'
         for name, address in face.images.items())
-    details = [f'face {face.number} of {len(file.faces)}', f'{face.box[2]:.0f} x {face.box[3]:.0f} pixels',
-        f'quality {face.quality:.1f}', *([f'{len(face.times)} frames'] if face.times else [])]
+    details = [f'face {face.number} of {len(file.faces)}',
+        *([f'{face.box[2]:.0f} x {face.box[3]:.0f} pixels'] if face.box else []),
+        *([f'quality {face.quality:.1f}'] if face.quality is not None else []),
+        *([f'{len(face.times)} frames'] if face.times else [])]
     scores = ''.join(face_score_html(s, face.times) for s in face.scores)
     return (
         f'<div class="card"><div>{figures}</div><div class="words"><p><b>{escape(file.source)}</b><br>'

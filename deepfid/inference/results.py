@@ -114,7 +114,8 @@ def _or_none(is_kind): return lambda value: value is None or is_kind(value)
 # what the values of a results row must be, by the class that they restore
 _ROW_TYPES = {
     ScoredFile: dict(source=_is_text, kind=_is_text, error=_is_text, note=_is_text, sha256=_is_text, path=_is_text),
-    ScoredFace: dict(number=_is_number, box=_is_list(_is_number), quality=_or_none(_is_number),
+    ScoredFace: dict(number=_is_number, quality=_or_none(_is_number),
+        box=lambda v: _is_list(_is_number)(v) and len(v) in (0, 4),
         flags=_is_list(_is_text), times=_or_none(_is_list(_is_number)),
         images=lambda v: isinstance(v, dict) and all(map(_is_text, v.values()))),
     FaceScore: dict(detector=_is_text, fidelity=_or_none(_is_number), threshold=_is_number, warnings=_is_list(_is_text),

@@ -59,7 +59,8 @@ class DetectorConfig:
         self.check()
 
     def _check_field(self, name, value, kind, rule):
-        if kind in (bool, 'bool') and not isinstance(value, bool): raise DeepfidError(f'{name}={value!r}: give True or False')
+        if kind in (bool, 'bool') and not isinstance(value, bool):
+            raise DeepfidError(f'{name}={value!r}: give True or False')
         if rule.get('choices'): check_choice(name, value, rule['choices'])
         elif rule and (rule['low'] is not None or rule['high'] is not None):
             limits = {k: rule[k] for k in ('low', 'high', 'integer', 'above', 'below', 'optional')}
@@ -79,8 +80,8 @@ def _is_pair(value): return isinstance(value, list) and len(value)==2 and all(ma
 def _is_ranges(value): return isinstance(value, dict) and all(map(_is_pair, value.values()))
 
 # what the values of detector.json must be
-_SAVED_TYPES = dict(config=lambda v: isinstance(v, dict), threshold=_is_number,
-    calibration=lambda v: v is None or _is_pair(v), sha256=lambda v: isinstance(v, str), validated_ranges=_is_ranges, trust=_is_ranges,
+_SAVED_TYPES = dict(config=lambda v: isinstance(v, dict), threshold=_is_number, sha256=lambda v: isinstance(v, str),
+    calibration=lambda v: v is None or _is_pair(v), validated_ranges=_is_ranges, trust=_is_ranges,
     history=lambda v: isinstance(v, list) and all(isinstance(h, dict) for h in v))
 
 def read_settings(
@@ -192,9 +193,10 @@ class NetworkDetector(Detector):
     def changed_settings(self)->dict: # name -> value
         "Return the settings in which the configuration differs from those of its preset and recipe"
         c = self.config
-        usual = self.config_class(**dict(preset=c.preset, recipe=c.recipe)|self.presets[c.preset]|self.recipes[c.recipe])
-        usual, now = json.loads(to_json(usual.to_dict())), json.loads(to_json(c.to_dict())) # tuples as lists
-        return {k: getattr(c, k) for k in now if now[k]!=usual[k]}
+        named = dict(preset=c.preset, recipe=c.recipe)
+        default = self.config_class(**named|self.presets[c.preset]|self.recipes[c.recipe])
+        default, now = json.loads(to_json(default.to_dict())), json.loads(to_json(c.to_dict())) # tuples as lists
+        return {k: getattr(c, k) for k in now if now[k]!=default[k]}
 
     def configure(self, preset:str|None=None, recipe:str|None=None)->Self:
         "Resolve the settings and make fresh weights"

@@ -138,7 +138,8 @@ class BestWeights(TypedCallback):
     def validated_weights(self)->dict:
         "Return the averaged weights where there are any, else the network's own"
         ema = getattr(self.learn, 'ema', None)
-        return ema.average if ema is not None and ema.averaged_model is not None else unwrap_model(self.learn.model).state_dict()
+        if ema is not None and ema.averaged_model is not None: return ema.average
+        return unwrap_model(self.learn.model).state_dict()
 
     def after_validate(self):
         if not hasattr(self.learn, 'n_epoch') or self.training: return

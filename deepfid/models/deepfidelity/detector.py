@@ -207,7 +207,8 @@ class DeepFidelity(NetworkDetector):
         from fastai.learner import Learner
         from fastai.metrics import RocAucBinary, accuracy
         from deepfid.models.callbacks import optimizer
-        from deepfid.models.deepfidelity.recipes import TokenLoss, fidelity_loss, weight_decay_groups
+        from deepfid.models.deepfidelity.recipes import TokenLoss, fidelity_loss
+        from deepfid.models.deepfidelity.recipes import weight_decay_groups
         self.ensure_configured()
         c = self.config
         loss = TokenLoss(c.smoothing, c.mix_labels) if c.target=='label' else fidelity_loss
@@ -220,7 +221,7 @@ class DeepFidelity(NetworkDetector):
         "Return training and validation batches of what the network learns"
         from deepfid.data.loaders import dataloaders
         c, as_class = self.config, self.config.target=='label'
-        plain = as_class and c.augment!='face' # the ImageNet augmentation flips and shifts by itself
+        plain = as_class and c.augment!='face' # the ImageNet augmentation shifts and flips itself
         return dataloaders(manifest, 'label' if as_class else 'fidelity', size=c.size, bs=c.bs,
             flip=not plain, shift=0 if plain else 2, seed=c.seed, device=self.device, steps=c.steps,
             targets=None if as_class else self.mapping.transform)
