@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
-import notebooks as keeper
+import notebooks as keeper # noqa: E402 - lies beside this file
 
 SOURCE, SITE = ROOT/'out/site-source', ROOT/'out/site'
 MAX_OPEN_LINES = 40 # a longer cell is folded, and so is one of imports

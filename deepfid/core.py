@@ -77,7 +77,7 @@ def check_number(
     "Return `value` if it is a finite number in the given range, else raise a `DeepfidError` that states the range"
     if optional and value is None: return value
     types = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    good = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, types) and not isinstance(value, bool) and -math.inf < value < math.inf
     if good and low is not None: good = value > low if above else value >= low
     if good and high is not None: good = value < high if below else value <= high
     if good: return value

@@ -384,7 +384,7 @@ def read_json(
 )->Any:
     "Read a JSON file, or raise one line that names it"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         problem = 'no such file' if isinstance(e, FileNotFoundError) else f'is not readable JSON ({e})'
         raise error(f'{path}: {problem}') from e
 

@@ -43,7 +43,7 @@ def test_weights_of_both_kinds():
     f = SSAA(4, 'free'); f.w.data = torch.tensor([2.,-1.]); a = torch.randn(1,4,3,5)
     assert torch.equal(f.mix(a), 2*a - a.flip(-1))
 
-def test_unknown_weights(): 
+def test_unknown_weights():
     with pytest.raises(DeepfidError, match='softmax'): SSAA(4, 'hard')
 
 # SSAAFormer

@@ -171,7 +171,7 @@ def wrong_imports(source, module):
     "What `source` of `module` imports against the order, or of a detector from outside it"
     part = module.split('.')[1]
     own = '.'.join(module.split('.')[1:3])
-    for name, at_import in imports(source, module):
+    for name, _ in imports(source, module):
         top, _, rest = name.partition('.')
         if top != 'deepfid' or not (other := rest.split('.')[0]) or other not in LEVEL: continue
         detector = next((d for d in DETECTORS if f'{rest}.'.startswith(f'{d}.')), None)

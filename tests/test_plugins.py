@@ -1,7 +1,7 @@
 "A detector in a package of its own, installed beside deepfid, works everywhere without a line changed in deepfid"
 import json, os, subprocess, sys
 from pathlib import Path
-import cv2, numpy as np, pytest
+import cv2, pytest
 from deepfid.testing import tiny_manifest
 
 PYPROJECT = '''[build-system]

@@ -46,7 +46,7 @@ def test_cosine():
 
 def test_less_memory_in_training_with_chunks():
     x = torch.randn(1, 16, 24, 24, requires_grad=True)
-    small, whole = (peak_memory(lambda: LLSM(16, chunk=c)(x).sum()) for c in (16, 576))
+    small, whole = (peak_memory(lambda c=c: LLSM(16, chunk=c)(x).sum()) for c in (16, 576))
     assert small<whole/4
 
 # -- the target --

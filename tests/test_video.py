@@ -192,7 +192,7 @@ def test_colours_by_tag_or_by_size(tmp_path, width, height, tag, written):
         s = out.add_stream('libx264', rate=25, options=dict(crf='1'))
         s.width, s.height, s.pix_fmt = image.shape[1], height, 'yuv444p'
         if tag: s.codec_context.colorspace = tag
-        for i in range(2): out.mux(s.encode(av.VideoFrame.from_ndarray(image, 'rgb24').reformat(format='yuv444p', dst_colorspace=matrix)))
+        for _ in range(2): out.mux(s.encode(av.VideoFrame.from_ndarray(image, 'rgb24').reformat(format='yuv444p', dst_colorspace=matrix)))
         out.mux(s.encode(None))
     for p in (path, compress_video(path, tmp_path/'again.mp4', 1), write_video([image, image], tmp_path/'w.mp4', crf=1)):
         got = next(sample_frames(p, 1)).image
@@ -322,8 +322,9 @@ def test_mutated_clips_give_one_line_or_frames(tmp_path, seconds):
     while time.monotonic()<end:
         path = tmp_path/f'broken {names[seen%len(names)]}'
         path.write_bytes(mutate(clips[names[seen%len(names)]], rng))
-        for what in (lambda: probe_video(path), lambda: list(sample_frames(path, 4)), lambda: list(sample_frames(path, None, 'time', on_error=lambda e: None)), lambda: compress_video(path, tmp_path/'out.mp4', 40)):
-            try: what()
+        for what in (probe_video, lambda p: list(sample_frames(p, 4)), lambda p: list(sample_frames(p, None, 'time', on_error=lambda e: None)),
+                     lambda p: compress_video(p, tmp_path/'out.mp4', 40)):
+            try: what(path)
             except VideoError as e: assert str(e).startswith((str(path), str(tmp_path/'out.mp4'))) and '\n' not in str(e)
         seen += 1
     assert seen>=20
