@@ -64,7 +64,7 @@ class DetectorConfig:
         if rule.get('choices'): check_choice(name, value, rule['choices'])
         elif rule and (rule['low'] is not None or rule['high'] is not None):
             limits = {k: rule[k] for k in ('low', 'high', 'integer', 'above', 'below', 'optional')}
-            numbers = tuple(value) if kind is Any and isinstance(value, (tuple, list)) else (value,) # one for each phase
+            numbers = tuple(value) if kind is Any and isinstance(value, (tuple, list)) else (value,) # of each phase
             for v in numbers or (value,): check_number(name, v, **limits)
 
     def check(self): "Refuse settings that do not go together"
