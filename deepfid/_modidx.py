@@ -2193,8 +2193,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'deepfid/models/lisiam/detector.py'),
                                                 'deepfid.models.lisiam.detector.LiSiam.phases': ( 'lisiam.html#lisiam.phases',
                                                                                                   'deepfid/models/lisiam/detector.py'),
-                                                'deepfid.models.lisiam.detector.LiSiam.to_predictions': ( 'lisiam.html#lisiam.to_predictions',
-                                                                                                          'deepfid/models/lisiam/detector.py'),
                                                 'deepfid.models.lisiam.detector.LiSiam.train_phase': ( 'lisiam.html#lisiam.train_phase',
                                                                                                        'deepfid/models/lisiam/detector.py'),
                                                 'deepfid.models.lisiam.detector.LiSiam.variant': ( 'lisiam.html#lisiam.variant',

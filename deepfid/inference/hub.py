@@ -72,8 +72,7 @@ def find_detector(
 
 def _read_saved(path):
     "Read a JSON file of a saved detector; {} where it holds anything but named values"
-    try: value = read_json(path, WeightsError)
-    except RecursionError: raise WeightsError(f'{path}: is not readable JSON (nested too deeply)') from None
+    value = read_json(path, WeightsError)
     return value if isinstance(value, dict) else {}
 
 def saved_detector_name(

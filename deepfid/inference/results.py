@@ -138,13 +138,12 @@ def _parse_row(line, path, number):
 
 def _parse_header(line, path):
     "Read the first line of a results file"
-    problem = DeepfidError(f'{path}: is no results file of deepfid; name another file')
-    if not b'{"deepfid"'.startswith(line[:10]): raise problem
-    if not line.endswith(b'\n'): return {}
+    ours = b'{"deepfid"'.startswith(line[:10])
+    if ours and not line.endswith(b'\n'): return {} # a run was killed while it began
     try: header = json.loads(line)
-    except (ValueError, RecursionError): raise problem from None
-    if not isinstance(header, dict) or 'settings' not in header: raise problem
-    return header
+    except (ValueError, RecursionError): header = None
+    if ours and isinstance(header, dict) and 'settings' in header: return header
+    raise DeepfidError(f'{path}: is no results file of deepfid; name another file')
 
 # %% ../../nbs/lib/inference.results.ipynb #res0013
 @contextmanager
@@ -231,14 +230,10 @@ class ResultsFile:
         line = self._file.readline()
         header = _parse_header(line, self.path)
         if not header: self._file.truncate(0); return False
-        if header['settings']!=settings:
-            raise DeepfidError(
-                f'{self.path}: was written with other detectors or settings; name another file, or delete it to start '
-                f'again')
-        if header.get('key')!='sha256':
-            raise DeepfidError(f'{self.path}: was written by an earlier version, which knew files by their names only; '
-                'name another file')
-        return True
+        if header['settings']!=settings: reason = 'with other detectors or settings'
+        elif header.get('key')!='sha256': reason = 'by an earlier version, which knew files by their names only'
+        else: return True
+        raise DeepfidError(f'{self.path}: was written {reason}; name another file, or delete it to start again')
 
     def _read_new(self):
         "Read what was appended since, by this or another process; cut off what a killed one left incomplete"

@@ -8,6 +8,7 @@ __all__ = ['setting', 'DetectorConfig', 'read_settings', 'weight_differences', '
 
 # %% ../../nbs/lib/models.base.ipynb #3ce56867
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -91,15 +92,14 @@ def read_settings(
     required_keys:tuple=(),  # what must stand in it besides what every detector writes
 )->dict:
     "Read the settings of a saved detector; refuse incomplete ones and those of another detector"
-    try: about = read_json(path, WeightsError)
-    except RecursionError: raise WeightsError(f'{path}: is not readable JSON (nested too deeply)') from None
+    about = read_json(path, WeightsError)
     missing = [k for k in (*_SAVED_KEYS, *required_keys) if not isinstance(about, dict) or k not in about]
-    if missing:
-        raise WeightsError(f'{path}: has no {missing[0]!r}; it was not written by {name}.save, or not completely')
-    if about['detector']!=name: raise WeightsError(f"{path}: is a {about['detector']!r} detector, not {name!r}")
-    wrong = [k for k, is_kind in _SAVED_TYPES.items() if k in about and not is_kind(about[k])]
-    if wrong: raise WeightsError(f'{path}: {wrong[0]}={str(about[wrong[0]])[:60]} is not what {name}.save writes')
-    return about
+    wrong = [k for k, is_kind in _SAVED_TYPES.items() if not missing and k in about and not is_kind(about[k])]
+    if missing: problem = f'has no {missing[0]!r}; it was not written by {name}.save, or not completely'
+    elif about['detector']!=name: problem = f"is a {about['detector']!r} detector, not {name!r}"
+    elif wrong: problem = f'{wrong[0]}={str(about[wrong[0]])[:60]} is not what {name}.save writes'
+    else: return about
+    raise WeightsError(f'{path}: {problem}')
 
 def weight_differences(
     wanted:dict, # name -> tensor, of the network
@@ -131,7 +131,7 @@ class TrainingPhase:
     modules:tuple|None = None # names of the network's children that are trained; None: all
     terms:tuple = ()         # names of the loss terms that are used
 
-class NetworkDetector(Detector):
+class NetworkDetector(Detector, ABC):
     "A detector around one network: a subclass says how to build it, train it and read its output"
     config_class:ClassVar[type[DetectorConfig]] = DetectorConfig
     presets:ClassVar[dict] = dict(tiny={}, full={}) # name -> settings
@@ -154,19 +154,34 @@ class NetworkDetector(Detector):
         self.settings, self.device = settings, device or default_device()
         self.model, self.config, self.history, self.threshold, self.validated_ranges = None, None, [], .5, {}
 
-    # -- what a subclass says -------------------------------------------------------------------------------
-    def build_model(self)->nn.Module: raise NotImplementedError # a fresh network, by `self.config`
+    # -- what a subclass must define ------------------------------------------------------------------------
+    @abstractmethod
+    def build_model(self)->nn.Module: "Build a fresh network, by `self.config`"
+
+    @abstractmethod
+    def loaders(self, manifest)->Any: "Return fastai `DataLoaders` with `train` and `valid`"
+
+    @abstractmethod
+    def learner(self, dls, cbs=None, phase:int=-1)->Any: "Return the fastai `Learner` of one of `phases`"
+
+    # -- what it may define ---------------------------------------------------------------------------------
     def initialise_weights(self): "Begin with other weights than the fresh ones"
+
     def phases(self)->list[TrainingPhase]: return [TrainingPhase(self.config.epochs)]
-    def loaders(self, manifest): raise NotImplementedError      # fastai `DataLoaders` with `train` and `valid`
-    def learner(self, dls, cbs=None, phase:int=-1): raise NotImplementedError # the `Learner` of one of `phases`
     def train_phase(self, learn, phase:TrainingPhase): learn.fit_one_cycle(phase.epochs, self.config.lr)
     def before_training(self, manifest): return manifest        # the manifest as the loaders are to see it
     def selection_callbacks(self, manifest, dls)->list: return [] # what chooses the epoch
     def after_training(self, manifest, dls): "Fit what comes after the network"
     def preprocess(self, x:torch.Tensor)->torch.Tensor: return x # a batch (B,3,H,W) as the network is to see it
-    def to_predictions(self, output)->list[Prediction]: raise NotImplementedError # the network's output for a batch
-    def maps(self, output): raise NotImplementedError # as tensors: (B,) fidelities, and (B,H,W) masks or None
+    def maps(self, output)->tuple: # as tensors: (B,) fidelities, and (B,H,W) masks or None
+        raise NotImplementedError
+
+    def to_predictions(self, output)->list[Prediction]:
+        "Return the predictions in the network's output for a batch"
+        fidelity, masks = self.maps(output)
+        masks = [None]*len(fidelity) if masks is None else masks.cpu().numpy()
+        return [Prediction(*p) for p in zip(fidelity.tolist(), masks)]
+
     def fake_logit(self, output)->torch.Tensor: # (B,), larger = more like a fake; what Grad-CAM explains
         return torch.logit(1-self.maps(output)[0], eps=1e-6)
     def embed(self, x:torch.Tensor)->torch.Tensor: raise NotImplementedError # a batch -> (B,D), behind the score

@@ -179,12 +179,12 @@ class FidelityMapping:
         "Raise for an unknown method, and for bands outside [0,1], upside down or overlapping"
         check_choice('FidelityMapping: method', self.method, MAPPING_METHODS)
         fake, real = check_array('FidelityMapping: bands', self.bands, (2, 2), np.float64, 0, 1)
+        problem = ''
         if fake[0] > fake[1] or real[0] > real[1] or (real < fake).any():
-            raise DeepfidError(f'FidelityMapping: bands={self.bands!r}: give two pairs with low <= '
-                'high, of fake and of real; fake lies below')
-        if fake[1] > real[0] and not self.overlap:
-            raise DeepfidError(f'FidelityMapping: bands={self.bands!r} overlap; if this is what '
-                'you want to study, set overlap=True')
+            problem = ': give two pairs with low <= high, of fake and of real; fake lies below'
+        elif fake[1] > real[0] and not self.overlap:
+            problem = ' overlap; if this is what you want to study, set overlap=True'
+        if problem: raise DeepfidError(f'FidelityMapping: bands={self.bands!r}{problem}')
 
 def _read_knots(state):
     "Knots from lists: for each name as many positions as qualities, both rising"

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
-from ...core import DeepfidError, ManifestError, Prediction, check_number
+from ...core import DeepfidError, ManifestError, Prediction, check_number, check_choice
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from . import ssaaformer
 from .regressor import ApproxRegressor, FidelityRegressor, load_regressor
@@ -262,9 +262,8 @@ class DeepFidelity(NetworkDetector):
         **changes,            # to mapping, bands, by_forger, quality, svr, pool or regression
     )->Self: # another detector; the network is shared
         "Fit mapping and regression again with something changed"
-        known = {'mapping', 'bands', 'by_forger', 'quality', 'svr', 'pool', 'regression'}
-        if unknown := set(changes)-known:
-            raise DeepfidError(f'refit cannot change {min(unknown)!r}: that needs another training')
+        known = ('mapping', 'bands', 'by_forger', 'quality', 'svr', 'pool', 'regression')
+        for name in changes: check_choice('refit: change', name, known)
         other = copy(self)
         if measure is not None:
             changes, manifest = changes|dict(quality=None), with_quality(manifest, measure)

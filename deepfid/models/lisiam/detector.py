@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
-from ...core import DeepfidError, Prediction, check_choice, check_number
+from ...core import DeepfidError, check_choice, check_number
 from ..backbones import MIN_INPUT_SIZE, load_pretrained
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from .degradation import RELEASED_QUIRKS, DegradeBatch
@@ -116,12 +116,6 @@ class LiSiam(NetworkDetector):
         size = (self.size, self.size)
         seg = F.interpolate(output.seg.float(), size, mode='bilinear', align_corners=False)
         return output.fidelity, seg.softmax(1)[:, 1]
-
-    def to_predictions(self, output)->list[Prediction]:
-        "Return fidelity and mask of each face"
-        fidelity, masks = self.maps(output)
-        masks = [None]*len(fidelity) if masks is None else masks.cpu().numpy()
-        return [Prediction(*p) for p in zip(fidelity.tolist(), masks)]
 
     def fake_logit(self, output)->torch.Tensor:
         "Return the logit of fake (B,)"
