@@ -2,8 +2,8 @@
 __version__ = "0.2.0"
 
 # Modules and packages in the order in which they may use each other: imports go from later to earlier only.
-IMPORT_ORDER = ('core', 'io', 'parallel', 'plotting', 'data', 'quality', 'models', 'evaluate', 'explain', 'export', 'inference',
-                'experiments', 'explore', 'doctor', 'commands', 'cli', 'testing')
+IMPORT_ORDER = ('core', 'io', 'parallel', 'plotting', 'data', 'quality', 'models', 'evaluate', 'explain', 'export',
+                'inference', 'experiments', 'explore', 'doctor', 'commands', 'cli', 'testing')
 
 _LAZY = {'load': 'inference.hub', 'score': 'inference.scorer', 'score_stream': 'inference.scorer',
          'list_detectors': 'models.registry',
