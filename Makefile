@@ -49,7 +49,7 @@ test-notebooks: $(READY) ## Only the notebooks (NB=nbs/02_forge.ipynb: one of th
 	@$(NBENV) $(BIN)/nbdev-test $(NB) --n-workers $(NB_WORKERS) --do-print --timing
 
 test-python: $(READY) ## Only pytest (PYTEST_FLAGS="-k house": some of it)
-	@$(QUIET) OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest tests -n $(PY_WORKERS) --durations 10 $(PYTEST_FLAGS)
+	@$(QUIET) OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest tests -n $(PY_WORKERS) --dist loadfile --durations 10 $(PYTEST_FLAGS)
 
 bundle: $(READY) ## Train the bundled detectors from nothing, and put them into the package (hours on a CPU)
 	@$(BIN)/python -m deepfid.experiments.bundle --install

@@ -32,7 +32,7 @@ def print_error(
 
 def check_input(
     path:str|Path # of a file or folder that is to be read
-):
+)->None:
     "Raise a `DeepfidError` if nothing has this path"
     from deepfid.core import DeepfidError
     if not os.path.lexists(path): raise DeepfidError(f'{path}: no such file; check the path')
@@ -40,7 +40,7 @@ def check_input(
 def check_output_folder(
     path:str|Path,    # that will be written to; it is not made yet
     kind:str='folder' # what to call it in the error
-):
+)->None:
     "Raise a `DeepfidError` if nothing can be written to a folder"
     from deepfid.io import report_write_errors
     existing = Path(path).resolve()
@@ -52,7 +52,7 @@ def check_output_file(
     suffixes:tuple[str, ...], # that it may have; an existing file of another kind is never replaced
     taken:Iterable[str|Path]=(), # files and folders that are read, or written by something else
     mark:bytes|None=None  # what an existing file must hold to be replaced; default: see `check_overwrite`
-):
+)->None:
     "Raise a `DeepfidError` if a file cannot be written, or would replace something else"
     from deepfid.core import DeepfidError
     from deepfid.io import FILE_MARK, check_overwrite
@@ -183,7 +183,7 @@ def check_score_outputs(
     csv:str|Path|None=None,     # .csv file
     report:str|Path|None=None,  # .html file
     inputs:Iterable[str|Path]=()
-):
+)->None:
     "Check the files that `deepfid score` is to write"
     taken = list(inputs)
     csv_mark = b'source,kind,face,' # the beginning of its header
@@ -228,7 +228,7 @@ def format_error_rate(
 def print_scored_file(
     file:Any,    # `ScoredFile`
     as_json:bool # one JSON object instead of lines of text
-):
+)->None:
     "Print the scores of a file, and its error and note on standard error"
     from deepfid.core import printable
     if as_json: print(json.dumps(file.to_dict(images=False)), flush=True)
@@ -402,7 +402,7 @@ TABLE_MARKS = {'.json': b'"versions"', '.md': b'Trained and tested on', '.svg': 
 def save_figure(
     figure:Any,    # matplotlib figure
     path:str|Path  # .jpg, .png, .svg or .pdf file; only one that this function wrote is replaced
-):
+)->None:
     "Write a figure, with the mark by which it is known in its metadata"
     from deepfid.io import FILE_MARK, write_atomically
     suffix, mark = Path(path).suffix.lower(), FILE_MARK.decode()
@@ -450,7 +450,7 @@ FIGURE_SUFFIXES = (*IMAGE_FILE_SUFFIXES, '.svg', '.pdf')
 def save_image(
     image:Any,     # uint8 RGB (H,W,3)
     path:str|Path  # .jpg or .png file; only one that this function wrote is replaced
-):
+)->None:
     "Write an image in the format that its name ends in, with the mark by which it is known in its metadata"
     from deepfid.core import check_choice
     from deepfid.io import FILE_MARK, InlineImage, write_atomically

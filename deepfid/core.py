@@ -9,12 +9,16 @@ import os
 import random
 import re
 import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 
-if TYPE_CHECKING: import torch
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import ArrayLike
+    from deepfid.data.manifest import Manifest
 
 # %% auto #0
 __all__ = ['printable', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
@@ -57,7 +61,7 @@ class DataMissingError(DeepfidError): "Data or a model that has to be downloaded
 def check_choice(
     name:str, # argument, as the error calls it
     value:Any, # its value
-    choices, # collection of the values that it may have
+    choices:Collection, # collection of the values that it may have
 )->Any: # the value
     "Return `value` if it is one of `choices`, else raise a `DeepfidError` that lists them"
     if any(value is c or value == c for c in choices): return value
@@ -150,7 +154,7 @@ def get_preset(
 # %% ../nbs/lib/core.ipynb #26764659
 def set_seed(
     seed:int, # any whole number; taken modulo 2**32, the range of NumPy
-):
+)->None:
     "Seed the global generators of Python, NumPy and torch"
     import torch
     seed = int(check_number('seed', seed, integer=True)) % 2**32
@@ -282,39 +286,39 @@ class Detector:
         if cls.__dict__.get('name'): Detector.registered[cls.name] = cls
 
     # What each detector implements itself:
-    def fit(self, manifest, preset=None, recipe=None, cbs=None)->Detector:
+    def fit(self, manifest:Manifest, preset:str|None=None, recipe:str|None=None, cbs:list|None=None)->Detector:
         "Train on a manifest; return the detector itself"
         raise NotImplementedError
 
-    def learner(self, dls, cbs=None):
+    def learner(self, dls:Any, cbs:list|None=None)->Any:
         "Build the fastai `Learner` that `fit` runs"
         raise NotImplementedError
 
-    def predict(self, faces, batch_size:int=32)->list:
+    def predict(self, faces:Iterable, batch_size:int=32)->list:
         "Return one `Prediction` for each face, a `Face` or a uint8 RGB array (H,W,3)"
         raise NotImplementedError
 
-    def features(self, faces, batch_size:int=32)->np.ndarray: # (N,D)
+    def features(self, faces:Iterable, batch_size:int=32)->np.ndarray: # (N,D)
         "Compute the feature vector on which the score is based, for each face"
         raise NotImplementedError
 
-    def save(self, folder):
+    def save(self, folder:str|Path)->Path:
         "Write settings (JSON) and weights (safetensors), all files or none"
         raise NotImplementedError
 
     @classmethod
-    def load(cls, folder)->Detector:
+    def load(cls, folder:str|Path)->Detector:
         "Read a detector that `save` wrote"
         raise NotImplementedError
 
     @classmethod
     def register_networks(cls)->None: "Make networks of its own known to `timm.create_model`, where it has any"
 
-    def calibrate(self, faces, labels, batch_size:int=32)->Detector:
+    def calibrate(self, faces:Iterable, labels:ArrayLike, batch_size:int=32)->Detector:
         "Set probability, threshold and range of scores on validation faces and labels (1 = real); return the detector"
         return self.calibrate_on_scores([p.fidelity for p in self.predict(faces, batch_size)], labels)
 
-    def calibrate_on_scores(self, scores, labels)->Detector:
+    def calibrate_on_scores(self, scores:ArrayLike, labels:ArrayLike)->Detector:
         "Set probability, threshold and range of scores from validation scores (N,) and labels (N,), 1 = real"
         scores = np.asarray(scores, float)
         slope, offset = self.calibration = platt_scaling(scores, labels)
@@ -326,7 +330,7 @@ class Detector:
                 'and every probability one half', stacklevel=2)
         return self
 
-    def predict_proba(self, faces, batch_size:int=32)->np.ndarray: # (N,) probability of being real
+    def predict_proba(self, faces:Iterable, batch_size:int=32)->np.ndarray: # (N,) probability of being real
         "Compute the probability of being real; `calibrate` has to come first"
         if self.calibration is None:
             raise DeepfidError(
@@ -335,12 +339,12 @@ class Detector:
         a, b = self.calibration
         return 1/(1 + np.exp(-(a*np.array([p.fidelity for p in self.predict(faces, batch_size)], np.float64) + b)))
 
-    def predict_manifest(self, manifest, batch_size:int=64)->list: # of `Prediction`, one a row
+    def predict_manifest(self, manifest:Manifest, batch_size:int=64)->list: # of `Prediction`, one a row
         "Predict every face of a `Manifest`, in the order of its rows, holding one batch of images at a time"
         n = len(manifest)
         chunks = (range(i, min(i+batch_size, n)) for i in range(0, n, batch_size))
         return [p for rows in chunks for p in self.predict([manifest.image(i) for i in rows], batch_size)]
 
-    def score(self, manifest, batch_size:int=64)->np.ndarray: # (N,) float64, raw fidelity
+    def score(self, manifest:Manifest, batch_size:int=64)->np.ndarray: # (N,) float64, raw fidelity
         "Compute the fidelity of every face of a `Manifest`"
         return np.array([p.fidelity for p in self.predict_manifest(manifest, batch_size)], float)

@@ -9,7 +9,7 @@ __all__ = ['CAM_METHODS', 'OCCLUSION_FILLS', 'eval_with_gradients', 'find_layer'
            'TSNEEmbedding', 'knn_accuracy', 'tsne', 'plot_tsne']
 
 # %% ../nbs/51_explain.ipynb #8ead8329
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import DeepfidError, Detector, check_array, check_choice
+from .core import DeepfidError, Detector, Face, check_array, check_choice
 from .data.loaders import faces_to_batch
 from .io import montage
 
@@ -28,7 +28,7 @@ from .io import montage
 @contextmanager
 def eval_with_gradients(
     model:nn.Module # any network
-):
+)->Iterator[None]:
     "Switch to evaluation mode with gradients; restore every module's mode afterwards"
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -73,7 +73,7 @@ def capture_activation(
 
 # %% ../nbs/51_explain.ipynb #ae688568
 def as_feature_map(
-    a,       # activation of a layer
+    a:Any, # activation of a layer
     name:str='' # of the layer, for errors
 )->torch.Tensor: # (B,C,h,w)
     "Return a feature map as it is, tokens (B,N,C) as the square they fill"
@@ -87,7 +87,7 @@ def as_feature_map(
     return a
 
 def select_score(
-    out,     # output of the network
+    out:Any, # output of the network
     score:int|Callable, # a class, or a function from the output to one number for each image
     n:int    # images
 )->torch.Tensor: # (n,)
@@ -115,12 +115,12 @@ CAM_METHODS = {'gradcam': _grad_cam, 'gradcam++': _grad_cam_pp, 'hirescam': _hir
 # %% ../nbs/51_explain.ipynb #17bbce4e
 def grad_cam(
     model:nn.Module,
-    layer,                  # see `capture_activation`
-    x:torch.Tensor,         # (B,3,H,W), as the network reads it
-    score:int|Callable,     # of "forged": its class, or a function from the output to (B,)
-    method:str='gradcam',   # of `CAM_METHODS`
-    upsample:bool=False,    # to the size of the images
-    normalise:bool=True     # divide by each map's maximum
+    layer:str|nn.Module|Callable, # see `capture_activation`
+    x:torch.Tensor,               # (B,3,H,W), as the network reads it
+    score:int|Callable,           # of "forged": its class, or a function from the output to (B,)
+    method:str='gradcam',         # of `CAM_METHODS`
+    upsample:bool=False,          # to the size of the images
+    normalise:bool=True           # divide by each map's maximum
 )->np.ndarray: # (B,h,w), 0 = no evidence for the score; up to 1 when normalised
     "Map the evidence for a score over a layer's positions; the network is left as it was"
     check_choice('method', method, CAM_METHODS)
@@ -143,12 +143,12 @@ def grad_cam(
 
 # %% ../nbs/51_explain.ipynb #3d3282d4
 def detector_grad_cam(
-    detector:Any,     # a trained `Detector` around a network: has `model` and `size`
-    faces,            # `Face`s or uint8 RGB crops, aligned
-    layer,            # see `capture_activation`
+    detector:Any,                 # a trained `Detector` around a network: has `model` and `size`
+    faces:Iterable,               # `Face`s or uint8 RGB crops, aligned
+    layer:str|nn.Module|Callable, # see `capture_activation`
     score:int|Callable, # see `grad_cam`
     batch_size:int=32,
-    **kwargs          # more options of `grad_cam`
+    **kwargs:Any # more options of `grad_cam`
 )->np.ndarray: # (N,h,w)
     "Compute Grad-CAM of faces as a detector reads them"
     if getattr(detector, 'model', None) is None:
@@ -161,17 +161,17 @@ def detector_grad_cam(
 
 # %% ../nbs/51_explain.ipynb #df6a87b6
 def resize_map(
-    cam,        # (h,w)
-    shape:tuple # (H,W)
-)->np.ndarray:  # float32 (H,W)
+    cam:np.ndarray, # (h,w)
+    shape:tuple     # (H,W)
+)->np.ndarray:      # float32 (H,W)
     "Resize a map, bilinearly"
     h, w = shape[:2]
     return cv2.resize(np.asarray(cam, np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
 
 def overlay_heatmap(
-    image,          # uint8 (H,W,3), or a face
-    cam,            # (h,w) in [0,1]
-    alpha:float=.7  # opacity of the colour where the map is 1
+    image:Face|np.ndarray, # uint8 (H,W,3), or a face
+    cam:np.ndarray,        # (h,w) in [0,1]
+    alpha:float=.7         # opacity of the colour where the map is 1
 )->np.ndarray: # uint8 (H,W,3)
     "Blend a map over an image; where the map is 0 the image shows"
     image = np.asarray(getattr(image, 'image', image))
@@ -182,10 +182,10 @@ def overlay_heatmap(
 
 # %% ../nbs/51_explain.ipynb #9421209f
 def cam_grid(
-    images, # of one size
-    cams,   # one (h,w) map in [0,1] for each
-    titles=None,   # one for each image; None: no titles
-    scale:float=1. # size of each image in the grid
+    images:Iterable,          # of one size
+    cams:np.ndarray|Sequence, # one (h,w) map in [0,1] for each
+    titles:Iterable[str]|None=None, # one for each image; None: no titles
+    scale:float=1.                  # size of each image in the grid
 )->np.ndarray: # uint8 (H,W,3)
     "Arrange faces, their maps in grey, and both together in three rows (LiSiam, figure 7)"
     images = [np.asarray(getattr(i, 'image', i)) for i in images]
@@ -201,8 +201,8 @@ OCCLUSION_FILLS = dict(blur=_blur_fill, mean=_mean_fill)
 
 # %% ../nbs/51_explain.ipynb #e6b5fde3
 def occlusion_map(
-    detector:Detector, # trained
-    face,              # `Face` or uint8 RGB crop, aligned
+    detector:Detector,    # trained
+    face:Face|np.ndarray, # `Face` or uint8 RGB crop, aligned
     patch:int|None=None,  # side of the occluding square, pixels; None: a seventh of the face
     stride:int|None=None, # from patch to patch, pixels; None: half a patch
     fill:str='blur',   # content of the patch, of `OCCLUSION_FILLS`
@@ -235,8 +235,8 @@ class LocalizationScores(NamedTuple):
     area: np.ndarray   # share of the image inside the mask: both scores of a constant map
 
 def localization_scores(
-    cams,  # (B,h,w); values below 0 count as 0
-    masks  # (B,H,W) in [0,1], 1 = forged, none empty
+    cams:np.ndarray|Sequence, # (B,h,w); values below 0 count as 0
+    masks:np.ndarray|Sequence # (B,H,W) in [0,1], 1 = forged, none empty
 )->LocalizationScores:
     "Compute the pointing game and the energy inside the true masks"
     masks = check_array('masks', masks, (len(cams), None, None), float)>.5
@@ -250,7 +250,7 @@ def localization_scores(
 # %% ../nbs/51_explain.ipynb #2e5d0790
 def randomize_weights(
     model:nn.Module,
-    layers=None, # names of the layers whose weights are shuffled; None: all
+    layers:Iterable[str]|None=None, # names of the layers whose weights are shuffled; None: all
     seed:int=0
 )->nn.Module: # a copy
     "Copy a network with the numbers of each weight tensor in random order"
@@ -262,8 +262,8 @@ def randomize_weights(
     return other
 
 def map_dissimilarity(
-    a, # (B,h,w)
-    b  # (B,h,w), of the same faces
+    a:np.ndarray, # (B,h,w)
+    b:np.ndarray  # (B,h,w), of the same faces
 )->np.ndarray: # (B,), 0 = the same order of positions, 1 = unrelated or constant, 2 = opposite
     "Compute 1 - Spearman's rank correlation of two maps of each face"
     from scipy.stats import rankdata
@@ -288,10 +288,11 @@ class TSNEEmbedding:
 
 # %% ../nbs/51_explain.ipynb #82f1d543
 def knn_accuracy(
-    features,    # (N,D)
-    labels,      # (N,)
-    k:int=5,     # neighbours
-    groups=None  # (N,) person or video: neighbours of one's own group do not count
+    features:np.ndarray, # (N,D)
+    labels:np.ndarray|Sequence, # (N,)
+    k:int=5, # neighbours
+    # (N,) person or video: neighbours of one's own group do not count
+    groups:np.ndarray|Sequence|None=None
 )->float: # 0 to 1
     "Compute the balanced accuracy of the k nearest neighbours, cross-validated"
     from sklearn.metrics import balanced_accuracy_score
@@ -305,12 +306,13 @@ def knn_accuracy(
 
 # %% ../nbs/51_explain.ipynb #a5ed2780
 def tsne(
-    features,        # (N,D)
-    labels,          # (N,) class of each, at least 5 of each class; not used by t-SNE itself
+    features:np.ndarray, # (N,D)
+    # (N,) class of each, at least 5 of each class; not used by t-SNE itself
+    labels:np.ndarray|Sequence,
     seed:int=0,
     perplexity:float=30., # effective number of neighbours; at most a third of the faces
-    groups=None,     # (N,) person or video, for `knn_accuracy`
-    k:int=5          # neighbours of `knn_accuracy`
+    groups:np.ndarray|Sequence|None=None, # (N,) person or video, for `knn_accuracy`
+    k:int=5                               # neighbours of `knn_accuracy`
 )->TSNEEmbedding:
     "Compute t-SNE after PCA, with the class separation of the original features"
     from sklearn.decomposition import PCA
@@ -336,10 +338,10 @@ _CLASS_MARKERS = 'o^sDvPX*'
 
 def plot_tsne(
     embedding:TSNEEmbedding,
-    ax=None,             # matplotlib axes; None: new ones
-    names:dict|None=None,# label -> name
-    title:str=''         # above the numbers
-): # the axes
+    ax:Any=None,          # matplotlib axes; None: new ones
+    names:dict|None=None, # label -> name
+    title:str=''          # above the numbers
+)->Any: # the axes
     "Plot the points by class, under the numbers of the original space"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.4, 3.4))[1]

@@ -8,17 +8,18 @@ __all__ = ['EXPORT_FORMATS', 'DetectorGraph', 'detector_graph', 'export_graph']
 # %% ../nbs/lib/export.ipynb #ex000002
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from .core import DeepfidError, check_choice, check_number
 from .io import FILE_MARK, check_overwrite, write_atomically
+if TYPE_CHECKING: from deepfid.models.base import NetworkDetector
 
 # %% ../nbs/lib/export.ipynb #ex000004
 class DetectorGraph(nn.Module):
     "Normalised images to fidelities, and to masks where the detector predicts them"
     def __init__(self,
-        detector, # a trained `NetworkDetector` that implements `maps`
+        detector:'NetworkDetector', # a trained `NetworkDetector` that implements `maps`
     ):
         super().__init__()
         self.network, self.maps, self.preprocess = detector.inference_model().cpu(), detector.maps, detector.preprocess
@@ -33,7 +34,7 @@ class DetectorGraph(nn.Module):
         return (fidelity.float(),) if mask is None else (fidelity.float(), mask)
 
 def detector_graph(
-    detector, # a trained detector
+    detector:'NetworkDetector', # a trained detector
 )->nn.Module: # on the CPU, with `output_names`
     "Return a detector as one module: what its `inference_graph` returns where it has one, else a `DetectorGraph`"
     if detector.model is None:
@@ -45,7 +46,7 @@ def detector_graph(
 EXPORT_FORMATS = ('torch', 'onnx')
 
 def export_graph(
-    detector, # a trained detector
+    detector:'NetworkDetector', # a trained detector
     path:str|Path, # file to write
     # 'torch': read it with `torch.export.load(path).module()`; 'onnx': needs `pip install onnx onnxscript`
     format:str='torch',

@@ -20,16 +20,16 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 import cv2
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont
-from .core import DataMissingError, DeepfidError, ImageError, WeightsError, data_dir
+from .core import DataMissingError, DeepfidError, Face, ImageError, WeightsError, data_dir
 
 # %% ../nbs/lib/io.ipynb #io000009
 # formats that are read; none of them runs another program
@@ -174,7 +174,7 @@ def _read_error(e, name):
 
 # %% ../nbs/lib/io.ipynb #io000016
 def read_image(
-    source, # path, bytes or an open binary file
+    source:str|os.PathLike|bytes|BinaryIO, # path, bytes or an open binary file
     max_pixels:int=100_000_000, # refuse larger images before decoding them
     background:tuple=(255, 255, 255), # RGB behind transparent pixels: white, as a page would be
     name:str|None=None, # what an error calls the image (for uploads); default: the path
@@ -220,8 +220,8 @@ def _rescale(a, scale):
 
 # %% ../nbs/lib/io.ipynb #io000023
 def montage(
-    images, # arrays (H,W[,3]) of any sizes, uint8, bool or float in [0,1]; or faces
-    titles=None, # one string for each image, wrapped to its width; None = no titles
+    images:Iterable, # arrays (H,W[,3]) of any sizes, uint8, bool or float in [0,1]; or faces
+    titles:Iterable|None=None, # one string for each image, wrapped to its width; None = no titles
     ncols:int|None=None, # columns; default: all in one row, up to 6
     scale:float=1., # size of each image on the page, relative to its own
     font_size:int=13, # pixels
@@ -250,7 +250,7 @@ def montage(
 class InlineImage:
     "An image that a notebook shows as a small JPEG"
     def __init__(self,
-        image, # array (H,W[,3]), uint8, bool or float in [0,1]; or a face
+        image:np.ndarray|Face, # array (H,W[,3]), uint8, bool or float in [0,1]; or a face
         quality:int=88, # JPEG quality, 1 to 95
     ): self.image, self.quality = _as_rgb(image), quality
 
@@ -267,8 +267,8 @@ class InlineImage:
         return 'data:image/jpeg;base64,' + base64.b64encode(self.jpeg()).decode()
 
     def save(self,
-        path, # file to write, atomically; only a file that this method wrote is replaced
-    ):
+        path:str|os.PathLike, # file to write, atomically; only a file that this method wrote is replaced
+    )->None:
         "Write the JPEG file"
         write_atomically(path, self.jpeg(FILE_MARK), FILE_MARK)
 
@@ -308,9 +308,9 @@ _TEMPORARY = re.compile(r'\.tmp-[0-9a-f]{12}-') # what a process that was killed
 FILE_MARK = b'written by deepfid' # in the metadata of pages, images and exported models, so that they can be replaced
 
 def check_overwrite(
-    path, # file that is to be written
+    path:str|os.PathLike, # file that is to be written
     mark:bytes=FILE_MARK, # what an earlier file of the same kind holds
-):
+)->None:
     "Raise a `DeepfidError` if a file is there already that is not empty and does not hold `mark`"
     path = Path(os.path.realpath(path))
     if not path.is_file() or not path.stat().st_size: return
@@ -319,8 +319,8 @@ def check_overwrite(
     if not known: raise DeepfidError(f'{path}: exists already and was not written by deepfid; name another file')
 
 def write_atomically(
-    path, # final name; its folder is made if missing
-    content, # bytes, str, or a function that writes to the path it is given
+    path:str|os.PathLike, # final name; its folder is made if missing
+    content:bytes|str|Callable[[Path], Any], # bytes, str, or a function that writes to the path it is given
     mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
 )->Path: # the path
     "Write a file so that nothing half-written is ever under its name, with the permissions of any new file"
@@ -345,7 +345,7 @@ def write_atomically(
 def report_write_errors(
     path:str|os.PathLike, # that is written inside the block; named in the message
     advice:str='name another file' # what to do about it
-):
+)->Iterator[None]:
     "Raise an operating system's error while writing a file as one `DeepfidError` line that names it"
     try: yield
     except OSError as e: raise DeepfidError(f'{path}: cannot be written ({e.strerror}); {advice}') from None
@@ -362,7 +362,7 @@ def _jsonable(o):
     return o
 
 def to_json(
-    obj, # anything made of dicts, lists, numbers, strings, NumPy values and paths
+    obj:Any, # anything made of dicts, lists, numbers, strings, NumPy values and paths
     indent:int|None=1, # spaces; None: all on one line
 )->str: # valid JSON (no NaN)
     "Encode ordinary and NumPy values as JSON"
@@ -371,15 +371,15 @@ def to_json(
 
 # %% ../nbs/lib/io.ipynb #io000032
 def write_json(
-    path, # file to write
-    obj, # see `to_json`
+    path:str|os.PathLike, # file to write
+    obj:Any, # see `to_json`
     mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
 )->Path: # the path
     "Write a JSON file atomically"
     return write_atomically(path, to_json(obj) + '\n', mark)
 
 def read_json(
-    path, # JSON file
+    path:str|os.PathLike, # JSON file
     error:type=DeepfidError, # class of the error raised
 )->Any:
     "Read a JSON file, or raise one line that names it"
@@ -389,7 +389,7 @@ def read_json(
         raise error(f'{path}: {problem}') from e
 
 def file_hash(
-    path, # file to read
+    path:str|os.PathLike, # file to read
 )->str: # 64 hexadecimal digits
     "Compute the sha256 of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
@@ -442,26 +442,26 @@ _EMPTY_FILE = hashlib.sha256().hexdigest()
 
 # %% ../nbs/lib/io.ipynb #io000060
 def check_replaceable(
-    path, # folder that is to be written as a whole; a symbolic link stands for its target
+    path:str|os.PathLike, # folder that is to be written as a whole; a symbolic link stands for its target
     kind:str, # one of `FOLDER_KINDS`
-):
+)->None:
     "Raise a `DeepfidError` if a folder would be replaced that holds anything but an earlier result of the same kind"
     path = Path(os.path.realpath(path))
     problem = 'is a file' if path.exists() and not path.is_dir() else _unknown_content(path, kind)
     if problem: raise DeepfidError(f'{path}: {problem}; nothing is replaced, name another folder')
 
 def mark_folder(
-    folder, # that was written just now
+    folder:str|os.PathLike, # that was written just now
     kind:str, # one of `FOLDER_KINDS`
-    names=None, # of files that were added to a marked folder; default: all that it holds
-):
+    names:Collection[str]|None=None, # of files that were added to a marked folder; default: all that it holds
+)->None:
     "List files of a folder as written by deepfid, so that a later result of the same kind may replace them"
     listed = {} if names is None else _read_json_key(Path(folder)/MARKER_FILE, 'files') or {}
     found = {n: d for n, d in _folder_content(Path(folder)) if n != MARKER_FILE and (names is None or n in names)}
     write_json(Path(folder)/MARKER_FILE, dict(kind=kind, files=listed|found))
 
 def claim_folder(
-    path, # folder to which files are written one by one
+    path:str|os.PathLike, # folder to which files are written one by one
     kind:str, # one of `FOLDER_KINDS`
 )->Path: # made, if it is missing
     "Mark a new or empty folder; raise a `DeepfidError` if it holds anything but an earlier result of the same kind"
@@ -475,7 +475,7 @@ def claim_folder(
 
 @contextmanager
 def atomic_folder(
-    path, # final name; see `check_replaceable`
+    path:str|os.PathLike, # final name; see `check_replaceable`
     kind:str, # one of `FOLDER_KINDS`
 )->Iterator[Path]: # temporary folder to write to
     "Provide a temporary folder that gets its final name only if the block succeeds, and a marker of what is in it"
@@ -524,7 +524,7 @@ def fetch_model_file(
 
 # %% ../nbs/lib/io.ipynb #io000051
 def save_safetensors(
-    path, # file to write; its folder is made if missing
+    path:str|os.PathLike, # file to write; its folder is made if missing
     tensors:dict, # name -> NumPy array, or name -> torch tensor
     mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
 )->str: # sha256 of the file, 64 hexadecimal digits
@@ -536,7 +536,7 @@ def save_safetensors(
     return hashlib.sha256(data).hexdigest()
 
 def read_safetensors(
-    path, # file that `save_safetensors` wrote
+    path:str|os.PathLike, # file that `save_safetensors` wrote
     sha256:str|None=None, # digest that the file must have; None: any
     numpy:bool=False, # return NumPy arrays instead of torch tensors
 )->dict: # name -> array or tensor

@@ -18,7 +18,7 @@ from .core import DataMissingError, DeepfidError, check_choice
 # %% ../nbs/lib/parallel.ipynb #1699c795
 def limit_threads(
     n:int, # threads a process
-):
+)->None:
     "Limit the threads of OpenCV and, if it is imported, PyTorch"
     import cv2
     cv2.setNumThreads(n)

@@ -7,6 +7,7 @@ __all__ = ['tiny_manifest', 'tiny_detector', 'record_result', 'peak_memory']
 
 # %% ../nbs/lib/testing.ipynb #73e08525
 import functools, tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 import deepfid
@@ -41,8 +42,8 @@ def tiny_detector(
 # %% ../nbs/lib/testing.ipynb #e4e45b98
 def record_result(
     name:str,         # of the file, without '.json'
-    folder=None,      # default: nbs/results of the checkout
-    **run             # arguments of `describe_run`
+    folder:str|Path|None=None, # default: nbs/results of the checkout
+    **run:Any         # arguments of `describe_run`
 )->Path:
     "Write the record of a run"
     folder = Path(folder or Path(deepfid.__file__).parents[1]/'nbs'/'results')
@@ -50,7 +51,7 @@ def record_result(
 
 # %% ../nbs/lib/testing.ipynb #pkm00001
 def peak_memory(
-    f, # function without arguments
+    f:Callable, # function without arguments
 )->int: # bytes
     "Measure the most memory that tensors made inside a function hold at once, on the CPU"
     from torch.profiler import ProfilerActivity, profile

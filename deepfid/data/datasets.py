@@ -73,7 +73,7 @@ def _require(found, message:str):
 
 def dataset_root(
     name:str, # one of `DATASETS`
-    root=None,# the dataset's folder, or the one above; default: DEEPFID_DATA
+    root:str|os.PathLike|None=None, # the dataset's folder, or the one above; default: DEEPFID_DATA
 )->Path:
     "Find the folder of a dataset"
     info, top = DATASETS[name], Path(root) if root else data_dir()
@@ -93,7 +93,7 @@ _EYES = (18, 19, 21, 22, 30, 28, 23, 24, 26, 27, 33, 31)
 _LIPS = (87, 88, 89, 90, 91, 92, 93, 108, 107, 106, 105, 104, (94, 99), 95, 96, 97, (98, 103), 102, 101, 100)
 
 def read_template(
-    path, # .tem file
+    path:str|Path, # .tem file
 )->np.ndarray: # float (189,2), pixels
     "Read the landmarks of a London template"
     path = Path(path)
@@ -152,7 +152,7 @@ def _photographs(name, root, folder, consent, identity:Callable, template=''):
         f'{folder}: holds no photographs; {sum(DATASETS[name].expected.values())} were expected in {name}')
 
 def london(
-    root=None,         # folder with london/ in it; default: DEEPFID_DATA
+    root:str|os.PathLike|None=None, # folder with london/ in it; default: DEEPFID_DATA
     smiling:bool=True, # also the smiling images, which have no landmarks
 )->list: # of `PhotoSource`
     "List the photographs of the Face Research Lab London Set: 102 consenting adults (CC BY 4.0)"
@@ -160,13 +160,13 @@ def london(
     return photographs('neutral_front', template='.tem')+(photographs('smiling_front') if smiling else [])
 
 def portraits(
-    root=None, # folder with portraits/ in it; default: DEEPFID_DATA
+    root:str|os.PathLike|None=None, # folder with portraits/ in it; default: DEEPFID_DATA
 )->list: # of `PhotoSource`, none of whom consented to altered forms
     "List the official portraits of U.S. representatives (public domain), to be forged only by self-blending"
     return _photographs('portraits', root, '', False, lambda stem: f'portrait-{stem}')
 
 def london_info(
-    root=None, # folder with london/ in it; default: DEEPFID_DATA
+    root:str|os.PathLike|None=None, # folder with london/ in it; default: DEEPFID_DATA
 )->dict: # identity -> dict of age, gender, ethnicity as the people reported them
     "Read what the people of the London set reported about themselves"
     with open(dataset_root('london', root)/'info.csv', newline='') as f:
@@ -205,7 +205,7 @@ def _fetch_file(row, root, url, name)->Path:
 
 def fetch_dataset(
     name:str,            # 'london' or 'portraits'
-    root=None,           # the dataset becomes a folder in it; default: DEEPFID_DATA
+    root:str|os.PathLike|None=None, # the dataset becomes a folder in it; default: DEEPFID_DATA
     base:str=GITHUB_RAW, # where the repositories are served
     progress:bool=True,  # show a progress bar
 )->Path: # the dataset's folder
@@ -317,7 +317,7 @@ def _ffpp_branch(folder, branch, compression, method, scheme, split_of)->Iterato
             f'{scheme}-{compression}', source, donor, str(mask) if mask.is_file() else '')
 
 def ffpp(
-    root=None,             # its folder; default: below DEEPFID_DATA
+    root:str|os.PathLike|None=None, # its folder; default: below DEEPFID_DATA
     compression:str='c23', # 'raw' | 'c23' | 'c40'
     methods:Iterable[str]|None=None, # some of those in `DATASETS['ffpp'].expected`; default: all five
 )->list: # of `Clip`
@@ -330,7 +330,7 @@ def ffpp(
     return _finish(clips)
 
 def dfd(
-    root=None,             # its folder; default: below DEEPFID_DATA
+    root:str|os.PathLike|None=None, # its folder; default: below DEEPFID_DATA
     compression:str='c23', # 'raw' | 'c23' | 'c40'
 )->list: # of `Clip`, all of them 'test': 28 actors swapped with each other cannot be split
     "List the clips of DeepFakeDetection, Google's set, which comes with FaceForensics++"
@@ -355,7 +355,7 @@ def celebdf_test_videos(
     return tests
 
 def celebdf(
-    root=None,        # its folder; default: below DEEPFID_DATA
+    root:str|os.PathLike|None=None, # its folder; default: below DEEPFID_DATA
     version:int=2,    # 1 or 2
     strict:bool=True, # nobody in two splits; False: the papers' protocol, people of the test videos may be trained on
 )->list: # of `Clip`
@@ -372,7 +372,7 @@ def celebdf(
 
 # %% ../../nbs/lib/data.datasets.ipynb #1d9a26f3
 def wilddeepfake(
-    root=None, # its folder, archives unpacked in place; default: below DEEPFID_DATA
+    root:str|os.PathLike|None=None, # its folder, archives unpacked in place; default: below DEEPFID_DATA
 )->list: # of `Clip`, folders of crops
     "List the sequences of face crops of WildDeepfake"
     folder, clips = dataset_root('wilddeepfake', root), []
@@ -386,7 +386,7 @@ def wilddeepfake(
     return clips
 
 def dfdcp(
-    root=None,        # its folder; default: below DEEPFID_DATA
+    root:str|os.PathLike|None=None, # its folder; default: below DEEPFID_DATA
     strict:bool=True, # see `celebdf`
 )->list: # of `Clip`
     "List the clips of the preview of Facebook's Deepfake Detection Challenge"
@@ -453,7 +453,7 @@ def _split_people(clips, seed)->dict:
     return {p: split_of[group[person_key(p)]] for p in people}
 
 def clips_from_folder(
-    root,              # folder with real/ and fake/ in it, or with train/, valid/, test/ that have them
+    root:str|os.PathLike, # folder with real/ and fake/ in it, or with train/, valid/, test/ that have them
     seed:int=0,        # of the splits, where there are none
     consent:bool=False,# whether the people agreed to altered forms of their images
 )->list: # of `Clip`
@@ -504,7 +504,7 @@ DATASET_READERS = {'ffpp': ffpp, 'dfd': dfd, 'celebdf-v1': partial(celebdf, vers
 
 def read_clips(
     name:str,      # one of `DATASET_READERS`
-    root=None,     # folder of the dataset; default: below DEEPFID_DATA
+    root:str|os.PathLike|None=None, # folder of the dataset; default: below DEEPFID_DATA
     **options:Any, # of that reader
 )->list: # of `Clip`
     "List the clips of a dataset by its name"
@@ -551,8 +551,8 @@ def _deepfakebench_clip(name, label, video, split)->Clip:
 
 # %% ../../nbs/lib/data.datasets.ipynb #df85c60c
 def read_deepfakebench(
-    path,                  # JSON file of a dataset
-    root=None,             # folder that its frames' paths are relative to; default: the file's folder
+    path:str|Path,         # JSON file of a dataset
+    root:str|os.PathLike|None=None, # folder that its frames' paths are relative to; default: the file's folder
     compression:str='c23', # where the file has several
     strict:bool=True,      # see `celebdf`
 )->Manifest: # of the crops that it lists
@@ -572,7 +572,7 @@ def read_deepfakebench(
 
 def write_deepfakebench(
     manifest:Manifest,     # crops to list
-    path,                  # JSON file to write
+    path:str|Path,         # JSON file to write
     compression:str='c23', # name under which the videos are listed
 )->Path:
     "Write a manifest as DeepfakeBench reads it"

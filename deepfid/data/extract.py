@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ def _image_files(path, kind, n, on_error:Callable)->list:
 
 # %% ../../nbs/lib/data.extract.ipynb #8d797d53
 def read_clip_frames(
-    path,              # of a `Clip`
+    path:str|Path,     # of a `Clip`
     kind:str,          # of a `Clip`
     n:int|None,        # number of frames, evenly over the clip; None: all
     on_error:Callable, # called with (frame number or -1, one line)
@@ -241,8 +242,8 @@ class OutputError(DeepfidError): "A folder that cannot be written to: the job st
 
 @contextmanager
 def stop_on_write_error(
-    out, # output folder
-):
+    out:str|Path, # output folder
+)->Iterator[None]:
     "Turn an error of writing into one line that stops the job"
     try: yield
     except OSError as e:
@@ -275,7 +276,7 @@ def write_clip(
     config:CropConfig, # names the output folder
     files:dict,        # name -> bytes
     notes:dict,        # written as clip.json
-):
+)->None:
     "Write all files of a clip at once"
     with stop_on_write_error(config.out), atomic_folder(Path(config.out)/clip_folder(clip), 'clip') as tmp:
         for name, data in files.items(): (tmp/name).write_bytes(data)
@@ -386,7 +387,7 @@ def _check_job(clips, config)->list:
 
 def extract_faces(
     clips:list,              # of `Clip`
-    out,                     # folder: faces/, manifest.csv, skipped.csv; one that is half done is resumed
+    out:str|Path,            # folder: faces/, manifest.csv, skipped.csv; one that is half done is resumed
     size:int=224,            # side of the crops, pixels
     margin:float=1.3,        # see `CropConfig`
     frames:int=32,           # of each video
@@ -411,8 +412,8 @@ def extract_faces(
 
 # %% ../../nbs/lib/data.extract.ipynb #1c20a995
 def extract_dataset(
-    source,                  # folder of the dataset
-    out,                     # folder to write to
+    source:str|Path,         # folder of the dataset
+    out:str|Path,            # folder to write to
     dataset:str='folder',    # one of `deepfid.data.datasets.DATASET_READERS`
     size:int=224,            # side of the crops, pixels
     margin:float=1.3,        # see `CropConfig`
@@ -422,7 +423,7 @@ def extract_dataset(
     workers:int|None=None,   # processes; default: one per core
     engine:str='local',      # or 'ray'
     progress:bool=True,      # show a bar with rate and time left
-    **options,               # of the reader: compression, methods, strict, seed, consent
+    **options:Any,           # of the reader: compression, methods, strict, seed, consent
 )->dict: # saved, log, text, counts, and status: 0 = all well, 3 = done but some clips gave no face
     "Read a dataset by name and extract its faces, as `deepfid faces` does"
     started, clips = time.perf_counter(), read_clips(dataset, source, **options)

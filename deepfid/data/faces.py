@@ -35,7 +35,7 @@ CROP_MARGIN = 1.3
 def check_crop_size(
     size:int,    # side of the crop, pixels, 1 to 8192
     margin:float # side of the crop relative to the face, 0.1 to 20
-):
+)->None:
     "Raise a `DeepfidError` unless a crop has a sensible size and margin"
     check_number('size', size, 1, 8192, integer=True)
     check_number('margin', margin, .1, 20)

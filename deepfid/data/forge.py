@@ -31,7 +31,7 @@ class Forgery(NamedTuple):
 def check_consent(
     method:str, # key of `FORGERS`
     *faces:Face # target and donors
-):
+)->None:
     "Raise a `ConsentError` unless everybody agreed to be shown in an altered form"
     for f in faces:
         if not f.consent:

@@ -10,7 +10,7 @@ __all__ = ['TARGET_KINDS', 'resize_square', 'normalise', 'faces_to_batch', 'fide
 import math
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
@@ -44,7 +44,7 @@ def normalise(
     return batch.to(device).float().mul_(2/255).sub_(1)
 
 def faces_to_batch(
-    images,             # faces or uint8 arrays (H,H,3)
+    images:Iterable,    # faces or uint8 arrays (H,H,3)
     size:int|None=None, # side in pixels; default: that of the first image
     device:Any='cpu',   # where the result is
 )->Tensor: # float32 (B,3,size,size) in [-1,1]
@@ -122,7 +122,7 @@ class FaceDataset:
         if mebibytes<=(2048 if cache is True else float(cache)): self.cached = self.decode(range(len(self)))
 
     def decode(self,
-        rows, # row numbers
+        rows:Sequence[int]|np.ndarray|Tensor, # row numbers
     )->Tensor: # uint8 (n,3,size,size), or (n,4,size,size) with the masks
         "Read some rows from disk"
         pixels = torch.empty((len(rows), self.n_channels, self.size, self.size), dtype=torch.uint8)
@@ -176,7 +176,7 @@ def paired_rows(
 
 def flip_and_shift(
     batch:np.ndarray, # uint8 (B,C,H,W)
-    flips,            # bool (B,), True = mirror left and right
+    flips:np.ndarray, # bool (B,), True = mirror left and right
     shifts:np.ndarray,# int (B,2): pixels down and right, edges repeated
 )->np.ndarray: # uint8 (B,C,H,W), a copy
     "Flip and shift each image by whole pixels, so that nothing is resampled"
@@ -219,7 +219,7 @@ class FaceLoader:
         return next(self.batches(self.epoch))
 
     def to(self,
-        device, # torch device or its name
+        device:torch.device|str, # torch device or its name
     )->'FaceLoader':
         "Set the device of the batches"
         self.device = device
@@ -227,7 +227,7 @@ class FaceLoader:
 
     def new(self,
         dataset:FaceDataset|None=None, # default: the same
-        **changes, # attributes: the arguments of the class
+        **changes:Any, # attributes: the arguments of the class
     )->'FaceLoader':
         "Copy the loader with something changed: `dl.new(shuffle=False)`"
         other = copy(self)

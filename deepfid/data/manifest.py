@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from ..core import Face, ManifestError, check_array, check_choice, check_number
 from ..io import file_hash, read_image, write_atomically
 
@@ -33,11 +34,11 @@ BOOLEAN_WORDS = {'true': True, '1': True, 'yes': True, 'false': False, '0': Fals
 # %% ../../nbs/lib/data.manifest.ipynb #fd6e12ee
 def refuse_rows(
     table:pd.DataFrame, # has the columns `path` and `column`
-    bad,                # bool (N,): rows that are wrong
+    bad:ArrayLike,      # bool (N,): rows that are wrong
     name:str,           # what errors call the table
     column:str,         # column whose value is wrong
     hint:str,           # what it should be, or what to do
-):
+)->None:
     "Raise a one-line `ManifestError` about the first row in which `bad` holds"
     rows = np.flatnonzero(np.asarray(bad))
     if not rows.size: return
@@ -99,7 +100,7 @@ def typed_table(
 
 # %% ../../nbs/lib/data.manifest.ipynb #a15b43a0
 def read_manifest_csv(
-    csv, # path of the file
+    csv:str|Path, # path of the file
 )->pd.DataFrame: # its cells as text
     "Read the rows of a manifest file without converting them"
     try: return pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False)
@@ -122,7 +123,7 @@ def person_key(
 def check_rows(
     table:pd.DataFrame, # as `typed_table` returns it
     name:str,           # what errors call it
-):
+)->None:
     "Refuse rows without image or person, with an unknown split, or with a method that contradicts the label"
     path, split, real = table['path'], table['split'], table['label']==1
     rules = [
@@ -139,7 +140,7 @@ def check_rows(
 def check_identities(
     table:pd.DataFrame, # as `typed_table` returns it
     name:str,           # what errors call it
-):
+)->None:
     "Refuse a person who is in two splits, be it as the face shown or as the donor of a swapped one"
     donors = table.loc[table['donor']!=''].assign(identity=lambda t: t['donor'])
     people = pd.concat([table, donors])
@@ -156,7 +157,7 @@ def check_identities(
 def check_pairs(
     table:pd.DataFrame, # as `typed_table` returns it
     name:str,           # what errors call it
-):
+)->None:
     "Refuse a pair that is not one real image and its fakes within one split"
     paired = table.loc[table['pair']!='']
     group = paired.groupby(['dataset', 'pair'])
@@ -192,9 +193,9 @@ def _missing_advice(folder, file)->str:
 
 def check_files(
     table:pd.DataFrame, # as `typed_table` returns it
-    folder,             # folder that the paths are relative to
+    folder:str|Path,    # folder that the paths are relative to
     name:str,           # what errors call the table
-):
+)->None:
     "Refuse a table whose images or masks are not all in the folder"
     folder = Path(folder)
     for column, noun in (('path', 'images'), ('mask', 'masks')):
@@ -227,7 +228,7 @@ def equal_files(
 
 def copies_between_splits(
     table:pd.DataFrame, # has the columns `path` and `split`
-    folder,             # folder that the paths are relative to; all images are there
+    folder:str|Path,    # folder that the paths are relative to; all images are there
 )->tuple: # {row: row of the image that it is a copy of, in a split that goes before}, number of copies within splits
     "Find images of which another split has a copy; test goes before valid, valid before train"
     with _read_errors(): groups = equal_files(Path(folder)/p for p in table['path'])
@@ -241,7 +242,7 @@ def copies_between_splits(
 
 def check_copies(
     table:pd.DataFrame, # as `typed_table` returns it
-    folder,             # folder that the paths are relative to; all images are there
+    folder:str|Path,    # folder that the paths are relative to; all images are there
     name:str,           # what errors call the table
 )->list: # one line about copies within splits, or none
     "Refuse an image of which another split has a copy; report copies within a split"
@@ -265,7 +266,7 @@ class Manifest:
 
     @classmethod
     def read(cls,
-        csv,             # path of the file; the paths in it are relative to its folder
+        csv:str|Path,    # path of the file; the paths in it are relative to its folder
         check:bool=True, # refuse a table that breaks a rule
         files:bool=True, # check that all images and masks exist
     )->'Manifest':
@@ -285,7 +286,7 @@ class Manifest:
         return self
 
     def save(self,
-        csv=None, # path; default: manifest.csv in its folder
+        csv:str|Path|None=None, # path; default: manifest.csv in its folder
     )->Path:
         "Write the table atomically; a file there is replaced if it is a table with labels"
         csv = Path(csv or self.folder/'manifest.csv')
@@ -293,7 +294,7 @@ class Manifest:
         return csv
 
     def where(self,
-        **columns, # column=value, or column=[values]
+        **columns:Any, # column=value, or column=[values]
     )->'Manifest': # the rows for which all of these hold
         "Select rows by the values of columns: `m.where(method=['swap', 'real'], split='test')`"
         keep = np.ones(len(self), bool)
@@ -348,7 +349,7 @@ class Manifest:
 
 # %% ../../nbs/lib/data.manifest.ipynb #caf0b39f
 def split_identities(
-    identities,                     # names; repeats and order do not matter
+    identities:Iterable,            # names; repeats and order do not matter
     fractions:tuple=(.7, .1, .2),   # shares of the people for train, valid and test, adding up to 1
     seed:int=0,                     # of the random assignment
 )->dict: # identity -> 'train', 'valid' or 'test'

@@ -64,7 +64,7 @@ class PairPlan:
     seed: int
 
 def allowed_methods(
-    source,        # a source of faces
+    source:Any,    # a source of faces
     methods:tuple, # manipulation methods that are wanted
 )->list: # those of `methods` that the source permits (consent) and makes possible (landmarks)
     "List the manipulation methods that may be applied to a source"
@@ -101,7 +101,7 @@ def plan_pairs(
 # %% ../../nbs/lib/data.pairs.ipynb #52fa8e97
 def make_pair(
     plan:PairPlan, # what to make
-    folder,        # with the folders faces and masks in it
+    folder:str|Path, # with the folders faces and masks in it
     size:int,      # side of the crops, pixels
     margin:float,  # of the crop, see `deepfid.data.faces`
     quality:Callable|None=None, # function of an image that returns its quality
@@ -132,7 +132,7 @@ def make_pair(
 # %% ../../nbs/lib/data.pairs.ipynb #27d74ae0
 def build_pairs(
     sources:list,              # of faces: each with identity, dataset, consent, landmarks and load(size)
-    folder,                    # a new one, or unchanged pairs, which are replaced once all has gone well
+    folder:str|Path,           # a new one, or unchanged pairs, which are replaced once all has gone well
     methods:tuple|None=None,   # manipulation methods; default: all of `deepfid.data.forge`
     pairs:int|tuple=(700, 100, 200), # of train, valid, test; or their number in all
     size:int=112,              # side of the crops, pixels
@@ -162,7 +162,7 @@ def build_pairs(
 def map_images(
     manifest:Manifest,  # images to transform
     transform:Callable, # function of an image, uint8 RGB (H,W,3), that keeps its size
-    folder,             # for the new manifest; one of the same rows that is there already is read again
+    folder:str|Path,    # for the new manifest; one of the same rows that is there already is read again
 )->Manifest: # its images as PNG, named by row; quality unknown, checksums in the column `content`
     "Copy a manifest with a transform applied to every image; nothing is written outside `folder`"
     folder, content, masks = Path(folder), [], []

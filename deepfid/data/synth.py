@@ -248,7 +248,7 @@ def paint_polygon(
     blur:float=0.,     # sigma of the edge, pixels
     grain:Any=None,    # float (S,S): relative brightness, for texture
     line:float=0       # width of an open line, pixels; 0 = filled polygon
-):
+)->None:
     "Composite a colour over a polygon or along a line"
     box = x0, y0, x1, y1 = bounding_box(points, len(image), 3*blur+2+line)
     if x1<=x0 or y1<=y0: return
@@ -324,7 +324,7 @@ def scalp_outline(
 def paint_behind_face(
     image:np.ndarray, # float32 (S,S,3), changed in place
     c:FaceCanvas
-):
+)->None:
     "Paint long hair, clothes, neck and ears"
     p = c.person
     if p.long_hair:
@@ -381,7 +381,7 @@ def diffuse_shading(
 def paint_head(
     image:np.ndarray, # float32 (S,S,3), changed in place
     c:FaceCanvas
-):
+)->None:
     "Paint shaded skin with pores, blotches, flush, moles, cheeks and beard"
     p, P = c.person, c.landmarks
     head = np.r_[P[:17], c.project(scalp_outline(c), -.05)[::-1][1:-1]]
@@ -407,7 +407,7 @@ def paint_eye(
     image:np.ndarray, # float32 (S,S,3), changed in place
     c:FaceCanvas,
     eye:slice, brow:slice # of the 68 landmarks
-):
+)->None:
     "Paint one eye: socket, iris, pupil, highlight, lashes, crease and brow"
     p, E, B, u = c.person, c.landmarks[eye], c.landmarks[brow], c.unit
     centre, half = E.mean(0), float(np.linalg.norm(E[3]-E[0])/2)
@@ -432,7 +432,7 @@ def paint_eye(
 def paint_nose_and_mouth(
     image:np.ndarray, # float32 (S,S,3), changed in place
     c:FaceCanvas
-):
+)->None:
     "Paint nostrils, the shadow under the nose, lips, teeth and the line between the lips"
     p, P, u = c.person, c.landmarks, c.unit
     for k, side in ((32, -1), (34, 1)):
@@ -452,7 +452,7 @@ def paint_nose_and_mouth(
 def paint_occlusions(
     image:np.ndarray, # float32 (S,S,3), changed in place
     c:FaceCanvas
-):
+)->None:
     "Paint what covers a face: hair over the forehead, a strand, glasses, a medical mask"
     p, P, u = c.person, c.landmarks, c.unit
     if c.shot.medical_mask:
@@ -500,7 +500,7 @@ def synthetic_face(
     seed:int,               # of the image: pose, expression, light, background
     size:int=224,           # side, pixels, 32 to 1024
     identity:int|None=None, # seed of the person; default: `seed`
-    **traits                # any field of `Person` or `Shot`: yaw=.3, smile=1., glasses=True
+    **traits:Any            # any field of `Person` or `Shot`: yaw=.3, smile=1., glasses=True
 )->Face: # uint8 RGB (size,size,3) with exact landmarks, points and region
     "Render a synthetic face, before any camera; the same seed gives the same pixels"
     check_number('size', size, 32, _TEXTURE_SIZE, integer=True)
@@ -547,7 +547,7 @@ def sensor_noise(
 def simulate_sensor(
     image:np.ndarray, # uint8 RGB (H,W,3), sides up to 1024
     seed:int,         # of `camera_settings` and the noise
-    **settings        # any of `camera_settings`, to replace those of the seed
+    **settings:Any    # any of `camera_settings`, to replace those of the seed
 )->np.ndarray: # uint8 (H,W,3), before compression
     "Simulate lens and sensor: blur, then noise that grows with the root of the light"
     s, x = camera_settings(seed)|settings, check_image('image', image).astype(np.float32)
@@ -564,7 +564,7 @@ def simulate_sensor(
 def camera_jpeg(
     image:np.ndarray, # uint8 RGB (H,W,3)
     seed:int,         # of `camera_settings` and the noise
-    **settings        # any of `camera_settings`, to replace those of the seed
+    **settings:Any    # any of `camera_settings`, to replace those of the seed
 )->bytes:
     "Simulate lens, sensor and compression, and return the JPEG file"
     s = camera_settings(seed)|settings
@@ -576,7 +576,7 @@ def camera_jpeg(
 def simulate_camera(
     image:np.ndarray, # uint8 RGB (H,W,3)
     seed:int,         # of `camera_settings` and the noise
-    **settings        # any of `camera_settings`, to replace those of the seed
+    **settings:Any    # any of `camera_settings`, to replace those of the seed
 )->np.ndarray: # uint8 RGB (H,W,3)
     "Simulate lens, sensor and compression, and return the decoded image"
     data = np.frombuffer(camera_jpeg(image, seed, **settings), np.uint8)

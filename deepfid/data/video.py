@@ -49,7 +49,7 @@ def synthetic_clip(
     size:int=224,      # side of the frames, pixels
     seed:int=0,        # of the movement, the light and the background
     motion:float=1.,   # amount of movement; 0 = a still
-    **traits,          # what stays fixed: see `synthetic_face`
+    **traits:Any,      # what stays fixed: see `synthetic_face`
 )->list: # of `Face`, with exact landmarks; `meta` has index and time
     "Render a synthetic person who turns, speaks and blinks"
     rng = np.random.default_rng([29, seed])
@@ -103,7 +103,7 @@ def _encode(path, size, rate, time_base, crf, frames)->Path:
 # %% ../../nbs/06_video.ipynb #f361a364
 def write_video(
     images:Iterable, # uint8 RGB (H,W,3) of one size, `Frame`s or `Face`s
-    path,            # .mp4; an earlier video of ours is replaced once the new one is complete
+    path:str|Path,   # .mp4; an earlier video of ours is replaced once the new one is complete
     fps:float=25.,   # frames a second
     crf:int=18,      # constant rate factor: 0 = best, 51 = worst
 )->Path:
@@ -399,7 +399,7 @@ def _decode(container, stream, index, wanted)->Iterator:
 
 # %% ../../nbs/06_video.ipynb #863e1a3f
 def sample_frames(
-    path,           # video file
+    path:str|Path,  # video file
     n:int|None=32,  # number of frames; None = all
     by:str='index', # 'index': evenly by number; 'time': evenly by the clock
     # called with a `VideoError` for each lost frame; default: one error after the good frames
@@ -434,7 +434,7 @@ class VideoInfo:
     truncated: str='' # where the file breaks off, or what of it cannot be decoded
 
 def probe_video(
-    path, # video file
+    path:str|Path, # video file
     max_pixels:int=40_000_000, # refuse larger frames before decoding them
 )->VideoInfo:
     "Read the properties of a video from its packets and its first frame"
@@ -494,7 +494,8 @@ class Track:
         return FaceDetection(self.boxes[k[0]], self.points[k[0]], float(self.scores[k[0]]))
 
     def crop(self,
-        image,            # `Frame`, or uint8 RGB (H,W,3) of this clip or of another made from it
+        # `Frame`, or uint8 RGB (H,W,3) of this clip or of another made from it
+        image:Frame|Face|np.ndarray,
         i:int|None=None,  # frame number; default: the `Frame`'s own
         size:int=224,     # side of the crop, pixels
         margin:float=CROP_MARGIN, # 1 = tight, see `deepfid.data.faces`
@@ -618,7 +619,7 @@ class _Tracker:
 # %% ../../nbs/06_video.ipynb #affb04d9
 def track_faces(
     frames:Iterable,        # `Frame`s, or images that are numbered from 0 at 25 a second
-    finder=None,            # default: one shared `FaceFinder`
+    finder:Any=None,        # default: one shared `FaceFinder`
     sigma:float=.12,        # window of the smoothing, seconds; 0 = the finder's own boxes
     max_distance:float=1.,  # how far a face may move between frames, see `box_distance`
     max_gap:int=5,          # frames for which a face may be out of sight
@@ -649,8 +650,8 @@ def _keeps_pixels(frame, aspect)->bool:
 
 # %% ../../nbs/06_video.ipynb #5d3c1ex1
 def compress_video(
-    source, # video file
-    target, # .mp4 file to write
+    source:str|Path, # video file
+    target:str|Path, # .mp4 file to write
     crf:int, # constant rate factor; FaceForensics++'s c0, c23, c40 are 0, 23, 40
     max_pixels:int=40_000_000, # refuse larger frames before decoding them
 )->Path:

@@ -5,11 +5,14 @@
 # %% ../../nbs/50_metrics.ipynb #33eca39f
 from __future__ import annotations
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from ..core import DeepfidError, check_array, check_choice, check_number
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import ArrayLike
 
 # %% auto #0
 __all__ = ['MetricError', 'validate_scores', 'confusion_matrix', 'auc', 'average_precision', 'equal_error_rate', 'RocCurve',
@@ -22,8 +25,8 @@ class MetricError(DeepfidError):
     "Scores, labels or groups from which no metric can be computed"
 
 def validate_scores(
-    fidelity, # (n,) raw scores, higher = more real; they may leave [0,1]
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) raw scores, higher = more real; they may leave [0,1]
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
     need_both:bool=True, # raise if there are only real or only fake faces
 )->tuple: # fidelity float64 (n,), label int (n,)
     "Return scores and labels as finite arrays of one length, or raise an error"
@@ -39,8 +42,8 @@ def validate_scores(
 
 # %% ../../nbs/50_metrics.ipynb #7eaaf837
 def confusion_matrix(
-    fidelity, # (n,) scores
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) scores
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
     threshold:float=.5, # fidelity >= threshold is predicted real
 )->np.ndarray: # int (2,2), [[TN, FP], [FN, TP]] with fake as the positive class
     "Count predictions: rows are real and fake faces, columns predicted real and predicted fake"
@@ -86,22 +89,22 @@ def _ranking_metric(fidelity, label, metric):
     return float(metric(*_weighted_counts(fid, lab, np.ones((1,len(fid)))))[0])
 
 def auc(
-    fidelity, # (n,) scores, higher = more real
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) scores, higher = more real
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
 )->float: # 0 to 1; 0.5 = uninformative scores
     "Compute the area under the ROC curve: the probability that a real face outranks a fake one"
     return _ranking_metric(fidelity, label, _auc)
 
 def average_precision(
-    fidelity, # (n,) scores, higher = more real
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) scores, higher = more real
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
 )->float: # 0 to 1
     "Compute the area under precision over recall; fake is the positive class, scored by 1-fidelity"
     return _ranking_metric(fidelity, label, _ap)
 
 def equal_error_rate(
-    fidelity, # (n,) scores, higher = more real
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) scores, higher = more real
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
 )->float: # 0 = perfect, 0.5 = uninformative scores
     "Compute the error at the threshold where false positive and false negative rate are equal"
     return _ranking_metric(fidelity, label, _eer)
@@ -119,8 +122,8 @@ def _thresholds(fid):
     return np.r_[s[0]-1, (s[1:]+s[:-1])/2, s[-1]+1]
 
 def roc_curve(
-    fidelity, # (n,) scores, higher = more real
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) scores, higher = more real
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
 )->RocCurve:
     "Compute false and true positive rate at every threshold; fake is the positive class"
     fid, lab = validate_scores(fidelity, label)
@@ -130,8 +133,8 @@ def roc_curve(
 
 # %% ../../nbs/50_metrics.ipynb #501acd9a
 def choose_threshold(
-    fidelity, # (n,) scores of VALIDATION faces
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) scores of VALIDATION faces
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
     # what it is best by: 'accuracy', 'balanced_accuracy', or 'eer' (FPR nearest to FNR)
     criterion:str='accuracy',
 )->float: # faces with fidelity >= it are predicted real
@@ -149,8 +152,8 @@ def choose_threshold(
 _RELEASED_THRESHOLDS = tuple(round(.4+.01*i, 2) for i in range(21)) # of DeepFidelity's code
 
 def oracle_threshold(
-    fidelity, # (n,) TEST scores: this uses their labels
-    label,    # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) TEST scores: this uses their labels
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
     candidates:tuple=_RELEASED_THRESHOLDS, # thresholds to try
 )->tuple: # (threshold, its accuracy on the same faces)
     "Choose the best threshold on the test set itself: optimistic, to follow published tables only"
@@ -162,7 +165,7 @@ def oracle_threshold(
 _VIDEO_KEY = ('dataset','method','video')
 
 def video_keys(
-    keys, # table with the columns dataset, method, video; or n tuples of the three
+    keys:Any, # table with the columns dataset, method, video; or n tuples of the three
 )->list: # n tuples (dataset, method, video)
     "Return one (dataset, method, video) tuple for each frame"
     if hasattr(keys, 'columns'):
@@ -200,9 +203,9 @@ def _lowest_window_mean(fid, code, window):
         for k in [min(window, len(f))]])
 
 def video_scores(
-    fidelity, # (n,) frame scores
-    label,    # (n,) 1 = real, 0 = fake
-    keys,     # table with dataset, method, video; or n such tuples
+    fidelity:ArrayLike,         # (n,) frame scores
+    label:ArrayLike,            # (n,) 1 = real, 0 = fake
+    keys:pd.DataFrame|Iterable, # table with dataset, method, video; or n such tuples
     # 'mean' of the fidelities; 'majority': the share of frames predicted real; 'window': the
     # lowest mean over some frames in a row
     aggregate:str='mean',
@@ -231,11 +234,11 @@ def _resample_counts(rng, b, k):
     return np.bincount(pick.ravel(), minlength=b*k).reshape(b,k)
 
 def bootstrap_counts(
-    label,       # (n,) 1 = real, 0 = fake
-    groups=None, # (n,) cluster of each row (identity, pair, video); None: each row for itself
+    label:ArrayLike, # (n,) 1 = real, 0 = fake
+    groups:Iterable|None=None, # (n,) cluster of each row (identity, pair, video); None: each row
     n_boot:int=1000, # resamples
     seed:int=0,
-): # yields float (b,n) blocks, n_boot lines in all: how often each row was drawn
+)->Iterator[np.ndarray]: # float (b,n) blocks, n_boot lines in all: how often each row was drawn
     "Resample groups with replacement, separately among groups with reals only, fakes only, or both"
     check_number('n_boot', n_boot, 0, integer=True)
     check_number('seed', seed, 0, integer=True)
@@ -270,9 +273,9 @@ def _interval(value, resampled, level):
     return Interval(float(value), float(low), float(high))
 
 def auc_interval(
-    fidelity, # (n,) scores, higher = more real
-    label,    # (n,) 1 = real, 0 = fake
-    groups=None, # (n,) clusters to resample; None: rows
+    fidelity:ArrayLike, # (n,) scores, higher = more real
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
+    groups:Iterable|None=None, # (n,) clusters to resample; None: rows
     n_boot:int=1000, # resamples; 0 = no interval
     level:float=.95, # confidence level of the interval
     seed:int=0, # of the resampling
@@ -346,14 +349,14 @@ def _group_of_video(video, code):
 
 # %% ../../nbs/50_metrics.ipynb #e7b7f0f2
 def evaluate(
-    fidelity,   # (n,) raw scores of the faces, higher = more real
-    label,      # (n,) 1 = real, 0 = fake
+    fidelity:ArrayLike, # (n,) raw scores of the faces, higher = more real
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
     # chosen on validation data (`choose_threshold`); fidelity >= it is predicted real
     threshold:float=.5,
     # (n,) units of the bootstrap: identity, or pair; default: the video if given, else rows
-    groups=None,
+    groups:Iterable|None=None,
     # table with dataset, method, video, or n such tuples: adds metrics of the videos' mean scores
-    video=None,
+    video:pd.DataFrame|Iterable|None=None,
     n_boot:int=1000, # resamples; 0 = no intervals
     level:float=.95, # confidence level of the intervals
     seed:int=0, # of the resampling
@@ -377,10 +380,10 @@ def evaluate(
 
 # %% ../../nbs/50_metrics.ipynb #9538334d
 def auc_difference(
-    fid_a, # (n,) scores of a detector
-    fid_b, # (n,) scores of another detector on the same faces
-    label, # (n,) 1 = real, 0 = fake
-    groups=None,  # (n,) clusters to resample; None: rows
+    fid_a:ArrayLike, # (n,) scores of a detector
+    fid_b:ArrayLike, # (n,) scores of another detector on the same faces
+    label:ArrayLike, # (n,) 1 = real, 0 = fake
+    groups:Iterable|None=None, # (n,) clusters to resample; None: rows
     n_boot:int=1000, # resamples; 0 = no interval
     level:float=.95, # confidence level of the interval
     seed:int=0, # of the resampling
@@ -402,12 +405,12 @@ def _metric_values(metric, fid, lab, w, threshold):
     return _RANKING_METRICS[metric](*_weighted_counts(fid, lab, w))
 
 def average_over_seeds(
-    runs,         # [(fidelity (n,), threshold)], one for each seed, all on the same faces
-    label,        # (n,) 1 = real, 0 = fake; one class is enough for 'accuracy' and 'mean'
+    runs:Iterable, # [(fidelity (n,), threshold)], one for each seed, all on the same faces
+    label:np.ndarray|Sequence, # (n,) 1 = real, 0 = fake; one class is enough for 'accuracy', 'mean'
     # 'auc', 'ap', 'eer', 'accuracy' (at each run's own threshold), or 'mean' of any numbers
     metric:str='auc',
-    groups=None,  # (n,) clusters to resample; None: rows
-    baseline=None,# runs of something else on the same faces: the interval is of the difference
+    groups:Iterable|None=None, # (n,) clusters to resample; None: rows
+    baseline:Iterable|None=None, # other runs on the same faces: the interval is of the difference
     n_boot:int=1000, # resamples; 0 = no interval
     level:float=.95, # confidence level of the interval
     seed:int=0,   # of the resampling
@@ -424,12 +427,12 @@ def average_over_seeds(
 
 # %% ../../nbs/50_metrics.ipynb #7122571f
 def auc_per_method(
-    fidelity, # (n,) scores, higher = more real
-    label,    # (n,) 1 = real, 0 = fake
-    method,   # (n,) forger (manipulation method) of each fake; ignored for reals
+    fidelity:ArrayLike, # (n,) scores, higher = more real
+    label:ArrayLike,    # (n,) 1 = real, 0 = fake
+    method:Iterable,    # (n,) forger (manipulation method) of each fake; ignored for reals
     # (n,) pair of each face: compare each forger's fakes with their own reals instead of all reals
-    pair=None,
-    groups=None, # (n,) clusters to resample; None: rows
+    pair:Iterable|None=None,
+    groups:Iterable|None=None, # (n,) clusters to resample; None: rows
     n_boot:int=1000, # resamples; 0 = no intervals
     level:float=.95, # confidence level of the intervals
     seed:int=0, # of the resampling
@@ -454,10 +457,10 @@ def _masks(pred, target):
     return p, check_array('true mask', target, p.shape, float, 0, 1)
 
 def mask_iou(
-    pred,   # (..., H, W) predicted, 1 = forged
-    target, # (..., H, W) truth, 1 = forged
+    pred:ArrayLike,   # (..., H, W) predicted, 1 = forged
+    target:ArrayLike, # (..., H, W) truth, 1 = forged
     threshold:float=.5, # pixels above it count as forged, in both
-): # IoU of each mask, float or float64 (...); 1 where both are empty
+)->float|np.ndarray: # IoU of each mask, float or float64 (...); 1 where both are empty
     "Compute intersection over union of the predicted and the forged pixels"
     check_array('predicted mask', pred, low=0, high=1)
     check_number('threshold', threshold, 0, 1)
@@ -468,17 +471,17 @@ def mask_iou(
 
 # %% ../../nbs/50_metrics.ipynb #540a67da
 def mask_f1(
-    pred,   # (..., H, W) predicted, 1 = forged
-    target, # (..., H, W) truth, 1 = forged
+    pred:ArrayLike,   # (..., H, W) predicted, 1 = forged
+    target:ArrayLike, # (..., H, W) truth, 1 = forged
     threshold:float=.5, # pixels above it count as forged, in both
-): # F1 of each mask, float or float64 (...); 1 where both are empty
+)->float|np.ndarray: # F1 of each mask, float or float64 (...); 1 where both are empty
     "Compute the harmonic mean of precision and recall of the pixels; forged is the positive class"
     iou = mask_iou(pred, target, threshold)
     return 2*iou/(1+iou)
 
 def pixel_auc(
-    pred,   # (..., H, W) predicted, higher = more likely forged
-    target, # (..., H, W) truth, 1 = forged
+    pred:ArrayLike,   # (..., H, W) predicted, higher = more likely forged
+    target:ArrayLike, # (..., H, W) truth, 1 = forged
     threshold:float=.5, # pixels of the truth above it count as forged
 )->float: # 0 to 1
     "Compute the probability that a forged pixel outranks a genuine one, over all pixels given"

@@ -6,20 +6,24 @@
 __all__ = ['plot_fidelity', 'plot_fidelity_by_quality', 'plot_roc', 'plot_intervals', 'plot_curves', 'Report', 'html_table']
 
 # %% ../../nbs/lib/evaluate.report.ipynb #a4c738a9
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from .metrics import roc_curve
 from ..io import FILE_MARK, InlineImage, write_atomically
 from ..plotting import FAKE, GRID, INK, REAL, figure_svg, new_figure
+if TYPE_CHECKING: from numpy.typing import ArrayLike
 
 # %% ../../nbs/lib/evaluate.report.ipynb #cc3b462f
 def plot_fidelity(
-    fidelity,             # (N,) raw scores, 1 = real
-    label,                # (N,) 1 = real, 0 = fake
+    fidelity:'ArrayLike', # (N,) raw scores, 1 = real
+    label:'ArrayLike',    # (N,) 1 = real, 0 = fake
     threshold:float|None=None, # drawn as a line: chosen on validation data
-    title:str|None=None,  # above the axes
-    ax=None               # matplotlib axes; None: a new figure
-): # the figure, or `ax` where it was given
+    title:str|None=None, # above the axes
+    ax:Any=None          # matplotlib axes; None: a new figure
+)->Any: # the figure, or `ax` where it was given
     "Plot histograms of the fidelity of real and fake faces, in common bins"
     fidelity, label = np.asarray(fidelity), np.asarray(label)
     fig = None
@@ -36,12 +40,12 @@ def plot_fidelity(
 
 # %% ../../nbs/lib/evaluate.report.ipynb #aebcb1ca
 def plot_fidelity_by_quality(
-    fidelity, # (N,) raw scores, 1 = real
-    label,    # (N,) 1 = real, 0 = fake
-    quality,  # (N,) higher = better
+    fidelity:'ArrayLike', # (N,) raw scores, 1 = real
+    label:'ArrayLike',    # (N,) 1 = real, 0 = fake
+    quality:'ArrayLike',  # (N,) higher = better
     threshold:float|None=None, # drawn as a line
     names:tuple=('worst third', 'middle third', 'best third') # of the bands, lowest quality first
-): # matplotlib Figure
+)->Any: # matplotlib Figure
     "Plot fidelity histograms in equally filled bands of quality"
     fidelity, label, quality = map(np.asarray, (fidelity, label, quality))
     edges = np.quantile(quality, np.linspace(0, 1, len(names)+1))
@@ -55,7 +59,7 @@ def plot_fidelity_by_quality(
 # %% ../../nbs/lib/evaluate.report.ipynb #cf71f8c5
 def plot_roc(
     scores:dict # {name: (fidelity, label)}, up to four
-): # matplotlib Figure
+)->Any: # matplotlib Figure
     "Plot ROC curves with fake as the positive class: true against false positive rate"
     fig, (ax,) = new_figure(3.6, 3.2)
     for (name, (fid, lab)), colour in zip(scores.items(), (REAL, '#8a6fb0', FAKE, INK)):
@@ -72,7 +76,7 @@ def plot_intervals(
     rows:dict,       # {name: (value, low, high)}
     chance:float=.5, # value of an uninformative score, drawn as a line
     xlabel:str='AUC' # name of the metric
-): # matplotlib Figure
+)->Any: # matplotlib Figure
     "Plot one point and its interval per row"
     fig, (ax,) = new_figure(6.4, .5+.34*len(rows))
     for y, (value, low, high) in enumerate(rows.values()):
@@ -89,7 +93,7 @@ def plot_intervals(
 # %% ../../nbs/lib/evaluate.report.ipynb #e891c136
 def plot_curves(
     history:list # dicts, one per epoch, with `train_loss`, `valid_loss` and `auc`
-): # matplotlib Figure
+)->Any: # matplotlib Figure
     "Plot training and validation loss, and validation AUC, by epoch"
     fig, (left, right) = new_figure(7.2, 2.4, 2)
     epochs = np.arange(1, len(history)+1)
@@ -129,41 +133,41 @@ class Report:
     ):
         self.title, self.lead, self.parts = title, lead, []
 
-    def section(self, title:str):
+    def section(self, title:str)->Self:
         "Add a heading"
         return self._add(f'<h2>{escape(title)}</h2>')
 
-    def text(self, text:str):
+    def text(self, text:str)->Self:
         "Add a paragraph"
         return self._add(f'<p>{escape(text)}</p>')
 
     def tiles(self,
-        items # [(number, description)]
-    ):
+        items:Iterable[tuple] # [(number, description)]
+    )->Self:
         "Add a row of headline numbers"
         cells = ''.join(f'<div class="tile"><b>{escape(str(number))}</b><span>{escape(text)}</span></div>'
             for number, text in items)
         return self._add(f'<div class="tiles">{cells}</div>')
 
     def table(self,
-        rows,       # list of sequences, see `html_table`
-        header=None # column names
-    ):
+        rows:Iterable[Iterable],  # list of sequences, see `html_table`
+        header:Sequence|None=None # column names
+    )->Self:
         "Add a table"
         return self._add(html_table(rows, header))
 
     def plot(self,
-        fig,           # matplotlib Figure
+        fig:Any,       # matplotlib Figure
         caption:str='' # shown under it
-    ):
+    )->Self:
         "Add a matplotlib figure as SVG"
         return self._add(_figure(figure_svg(fig), caption))
 
     def image(self,
-        image,          # uint8 RGB (H,W,3)
-        caption:str='', # shown under it: whose faces these are, and under which licence
-        quality:int=85  # JPEG quality
-    ):
+        image:np.ndarray, # uint8 RGB (H,W,3)
+        caption:str='',   # shown under it: whose faces these are, and under which licence
+        quality:int=85    # JPEG quality
+    )->Self:
         "Add an image as an embedded JPEG"
         src = InlineImage(image, quality=quality).data_uri()
         return self._add(_figure(f'<img src="{src}" alt="{escape(caption, quote=True)}">', caption))
@@ -177,7 +181,7 @@ class Report:
             f'<title>{title}</title><style>{_PAGE_STYLE}</style></head><body><main><h1>{title}</h1>'
             f'<p class="lead">{escape(self.lead)}</p>{"".join(self.parts)}</main></body></html>')
 
-    def save(self, path): # the path
+    def save(self, path:str|Path)->str|Path: # the path
         "Write the page atomically"
         write_atomically(path, self.html(), FILE_MARK)
         return path
@@ -195,8 +199,8 @@ def _cell(value, tag='td'):
     return f'<{tag}{" class=num" if number else ""}>{escape(shown)}</{tag}>'
 
 def html_table(
-    rows,        # list of sequences; digits of numbers have equal width
-    header=None  # column names
+    rows:Iterable[Iterable],  # list of sequences; digits of numbers have equal width
+    header:Sequence|None=None # column names
 )->str:
     "Render an HTML table with every cell escaped"
     head = f'<tr>{"".join(_cell(h, "th") for h in header)}</tr>' if header else ''

@@ -43,7 +43,7 @@ def merge_manifests(
     return merged
 
 def bundle_faces(
-    folder,              # gets a folder for each set, and manifest.csv for all
+    folder:str|Path,     # gets a folder for each set, and manifest.csv for all
     sets:dict|None=None, # name -> pairs of train, valid and test; default: `BUNDLE_SETS`
     seed:int=0, workers:int|None=None,
 )->Manifest:
@@ -71,10 +71,10 @@ _BACKBONE_RECIPE:dict = dict(size=BUNDLE_SIZE, epochs=4, amp='bf16', use_llsm=Fa
 def train_bundled(
     name:str,           # one of `BUNDLE_RECIPES`
     faces:Manifest,     # of `bundle_faces`
-    folder,             # gets the detector; and in `training`, the state after each epoch
+    folder:str|Path,    # gets the detector; and in `training`, the state after each epoch
     seed:int=0,
     cbs:list|None=None, # fastai callbacks
-    **changes           # to the recipe
+    **changes:Any       # to the recipe
 )->Any:                 # trained `Detector`, as read back from the folder
     "Train a detector on all faces and save it with weights in 16 bits"
     from deepfid.inference.decisions import validation_ranges
@@ -87,9 +87,9 @@ def train_bundled(
 
 def train_backbone(
     faces:Manifest,     # of `bundle_faces`; only the synthetic ones are used
-    folder,             # gets the whole classifier, and xception_tiny.safetensors: its backbone in 16 bits
+    folder:str|Path,    # gets the whole classifier, and xception_tiny.safetensors: its backbone in 16 bits
     seed:int=0, cbs:list|None=None,
-    **changes           # to the recipe
+    **changes:Any       # to the recipe
 )->Any:                 # the trained classifier
     "Train the slim Xception from which two of the detectors start"
     from deepfid.models.local_similarity.detector import LocalSimilarity
@@ -187,10 +187,10 @@ WEIGHTS_DIR = Path(deepfid.__file__).parent/'weights'
 BUNDLE_PARTS = ('backbone', *BUNDLE_RECIPES)
 
 def make_bundle(
-    name:str, # one of `BUNDLE_PARTS`
-    out,      # folder for faces, training states and results
+    name:str,     # one of `BUNDLE_PARTS`
+    out:str|Path, # folder for faces, training states and results
     seed:int=0, cbs:list|None=None,
-)->Path:      # folder of the result
+)->Path:          # folder of the result
     "Make a part of the bundle, from its faces to its model card"
     check_choice('part of the bundle', name, BUNDLE_PARTS)
     out, sets = Path(out), {k: n for k, n in BUNDLE_SETS.items() if k!='more' or name in _TRAINED_ON_MORE}
@@ -204,9 +204,9 @@ def make_bundle(
     return out/name
 
 def install_bundle(
-    name:str, # one of `BUNDLE_PARTS`
-    out,      # folder in which it was made
-)->Path:      # file or folder in the package
+    name:str,     # one of `BUNDLE_PARTS`
+    out:str|Path, # folder in which it was made
+)->Path:          # file or folder in the package
     "Copy a part of the bundle into the package and write its checksums"
     from deepfid.inference.hub import write_checksums
     made = Path(out)/name

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 import cv2, numpy as np, pandas as pd
 from ..data.degrade import blur, jpeg
 from ..data.faces import alignment_matrix, warp_crop
@@ -112,9 +113,9 @@ def tint(
     return np.clip(image.astype(float)+np.array([shift, 0, -shift]), 0, 255).astype(np.uint8)
 
 def recode(
-    image:np.ndarray, # uint8 RGB (H,W,3)
-    suffix='.webp',   # '.webp' | '.avif'
-    quality:int=20,   # 1 to 100
+    image:np.ndarray,   # uint8 RGB (H,W,3)
+    suffix:str='.webp', # '.webp' | '.avif'
+    quality:int=20,     # 1 to 100
 )->np.ndarray:
     "Encode and decode with another codec than JPEG"
     flag = cv2.IMWRITE_WEBP_QUALITY if suffix=='.webp' else cv2.IMWRITE_AVIF_QUALITY
@@ -214,7 +215,7 @@ def corruption_curves(
 
 def plot_corruption_curves(
     curves:pd.DataFrame, # of `corruption_curves`
-): # matplotlib Figure
+)->Any: # matplotlib Figure
     "Plot a panel for each corruption and a line for each detector; leftmost: original faces"
     from deepfid.plotting import new_figure
     fig, axes = new_figure(12, 2.6, len(CORRUPTION_STRENGTHS))
@@ -234,7 +235,7 @@ def plot_corruption_curves(
 # %% ../../nbs/lib/experiments.conditions.ipynb #dd22e4a3
 def plot_corruption_table(
     record:dict, # of a table with `corruption_columns`
-): # matplotlib Figure
+)->Any: # matplotlib Figure
     "Plot AUC by corruption: a panel for each set, a line with its interval for each row"
     from deepfid.plotting import new_figure
     found = pd.DataFrame([r for r in record['results'] if r['metric']=='auc'])

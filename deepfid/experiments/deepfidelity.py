@@ -10,14 +10,15 @@ __all__ = ['PLAIN_ROW', 'SSAA_ROW', 'MAPPING_ROW', 'SSAA_MAPPING_ROW', 'intra_ta
            'plot_block_counts']
 
 # %% ../../nbs/55_experiments_deepfidelity.ipynb #de8a918e
+from collections.abc import Iterable
 from typing import Any
-import cv2, numpy as np, torch
+import cv2, numpy as np, pandas as pd, torch
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import RidgeCV
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from ..core import DeepfidError, check_choice
+from ..core import DeepfidError, Face, check_choice
 from ..data.loaders import faces_to_batch
 from ..data.manifest import Manifest
 from .figures import example_faces, map_image
@@ -112,7 +113,7 @@ ablation_table = Table('ablation', 'SSAA and quality mapping, one at a time (Tab
 class DifficultyPredictor:
     "Quality measure for the task: by what margin a detector is likely to be right about an image"
     def fit(self,
-        images,           # uint8 RGB (H,W,3) each, which the detector was not trained on
+        images:Iterable,  # uint8 RGB (H,W,3) each, which the detector was not trained on
         # (N,) how far the score lies on the right side of the threshold; negative: wrong
         margin:np.ndarray
     )->'DifficultyPredictor':
@@ -121,12 +122,12 @@ class DifficultyPredictor:
         self.model.fit(self.features(images), margin)
         return self
 
-    def features(self, images)->np.ndarray: # (N,36)
+    def features(self, images:Iterable)->np.ndarray: # (N,36)
         "Compute BRISQUE's features"
         from deepfid.quality.brisque import brisque_features
         return np.nan_to_num([brisque_features(im) for im in images])
 
-    def score(self, images)->np.ndarray: # (N,), higher = easier
+    def score(self, images:Iterable)->np.ndarray: # (N,), higher = easier
         "Predict the margin"
         return self.model.predict(self.features(images))
 
@@ -134,7 +135,7 @@ class DifficultyPredictor:
 def refit_by_difficulty(
     detector:Any,      # trained `DeepFidelity`
     manifest:Manifest, # that it was trained on
-    **settings         # of `DeepFidelity.refit`
+    **settings:Any     # of `DeepFidelity.refit`
 )->Any:                # `DeepFidelity`
     "Refit a detector with a `DifficultyPredictor`, learned from its validation faces"
     valid = manifest.of('valid')
@@ -172,10 +173,11 @@ _PAPER_TABLE_6 = """WildDeepfake, accuracy, per cent, by range of normalised qua
 | real, DeepFidelity | 86.32 | 81.69 | 88.76 | 86.17 |"""
 
 def in_quality_range(
-    table,    # DataFrame of n test rows, with `quality` and `label`
+    table:pd.DataFrame, # DataFrame of n test rows, with `quality` and `label`
     label:int,
-    k:int,    # 0 to 3
-    by:str,   # 'width': ranges of equal width; 'number': quartiles; over both classes together
+    k:int,              # 0 to 3
+    # 'width': ranges of equal width; 'number': quartiles; over both classes together
+    by:str,
 )->np.ndarray: # bool (n,)
     "Select the faces of a class in the k-th of four quality ranges"
     q = table['quality'].to_numpy(float)
@@ -240,10 +242,10 @@ def block_maps(
 
 # %% ../../nbs/55_experiments_deepfidelity.ipynb #1dcf2fab
 def block_maps_image(
-    detector:Any, # trained `DeepFidelity`
-    face,         # uint8 RGB (H,W,3), or a `Face`: an aligned crop
-    n:int=15,     # number of blocks
-)->np.ndarray:    # uint8 RGB
+    detector:Any,         # trained `DeepFidelity`
+    face:np.ndarray|Face, # uint8 RGB (H,W,3), or a `Face`: an aligned crop
+    n:int=15,             # number of blocks
+)->np.ndarray:            # uint8 RGB
     "Show the maps of a face in the first blocks (the paper's Figure 4)"
     face = np.asarray(getattr(face, 'image', face))
     face = cv2.resize(face, (detector.size,)*2, interpolation=cv2.INTER_AREA)

@@ -10,6 +10,7 @@ __all__ = ['DEMO_SETS', 'demo_sources', 'demo_pairs', 'timed_stage', 'peak_memor
 import json, os, sys, time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 import numpy as np
 from ..core import check_choice
@@ -47,7 +48,7 @@ def demo_sources(
 
 def demo_pairs(
     data:str,          # one of `DEMO_SETS`
-    folder,            # for the faces
+    folder:str|Path,   # for the faces
     pairs:int|None=None, # in all; default: as in `DEMO_SETS`
     seed:int=0, workers:int|None=None,
     size:int=112,      # side of the faces, pixels
@@ -237,12 +238,12 @@ def demo_report(
 
 # %% ../../nbs/lib/experiments.demo.ipynb #c042ea3d
 def run_demo(
-    data:str='synthetic',   # one of `DEMO_SETS`
-    out='out/demo',         # folder for report.html, summary.json, faces and the trained detector
-    pairs:int|None=None,    # real/fake pairs in all
-    epochs:int|None=None,   # passes over the training pairs
+    data:str='synthetic',    # one of `DEMO_SETS`
+    out:str|Path='out/demo', # folder for report.html, summary.json, faces and the trained detector
+    pairs:int|None=None,     # real/fake pairs in all
+    epochs:int|None=None,    # passes over the training pairs
     seed:int=0, workers:int|None=None,
-)->dict:                    # report, summary, model: paths; auc
+)->dict:                     # report, summary, model: paths; auc
     "Make pairs, train, test, and write a report"
     from deepfid.data.forge import STRENGTHS
     from deepfid.evaluate.metrics import auc_difference, auc_per_method

@@ -44,7 +44,7 @@ def real_counterpart(
     return test.image(int(same[0]))
 
 def map_image(
-    values,                      # (h,w), 0 to 1
+    values:np.ndarray,           # (h,w), 0 to 1
     size:tuple[int, int],        # (width, height), pixels
     colormap:int=cv2.COLORMAP_MAGMA,
 )->np.ndarray:                   # uint8 RGB (height,width,3)

@@ -9,6 +9,7 @@ __all__ = ['XCEPTION_ROW', 'LLSM_ROW', 'FLM_ROW', 'LLSM_FLM_ROW', 'similarity_ab
            'refit_evidence', 'similarity_matrix_figure']
 
 # %% ../../nbs/56_experiments_local_similarity.ipynb #7a2901ab
+from collections.abc import Iterable
 from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -110,11 +111,12 @@ def prediction_features(
 class EvidenceDetector(Detector):
     "Logistic regression on several outputs of a trained `LocalSimilarity`"
     def __init__(self,
-        detector:Any, # trained `LocalSimilarity`
-        use,          # columns of `prediction_features`
+        detector:Any,      # trained `LocalSimilarity`
+        use:Iterable[int], # columns of `prediction_features`
     ): self.detector, self.use = detector, list(use)
 
-    def fit(self, manifest, preset=None, recipe='ours', cbs=None)->'EvidenceDetector':
+    def fit(self, manifest:Manifest, preset:str|None=None, recipe:str|None='ours',
+        cbs:list|None=None)->'EvidenceDetector':
         "Fit the regression on the validation faces"
         valid = manifest.of('valid')
         features = prediction_features(self.detector.predict_manifest(valid))[:, self.use]
@@ -123,7 +125,7 @@ class EvidenceDetector(Detector):
         self.threshold = .5
         return self
 
-    def predict(self, faces, batch_size:int=32)->list[Prediction]:
+    def predict(self, faces:Iterable, batch_size:int=32)->list[Prediction]:
         predictions = self.detector.predict(faces, batch_size)
         p_real = self.regression.predict_proba(prediction_features(predictions)[:, self.use])[:, 1]
         return [Prediction(f, p.mask, p.similarity) for f, p in zip(p_real, predictions)]
@@ -131,7 +133,7 @@ class EvidenceDetector(Detector):
 def refit_evidence(
     detector:Any,      # trained `LocalSimilarity`
     manifest:Manifest,
-    use,               # columns of `prediction_features`
+    use:Iterable[int], # columns of `prediction_features`
 )->EvidenceDetector:
     "Combine outputs of a trained detector by logistic regression"
     return EvidenceDetector(detector, use).fit(manifest)

@@ -95,9 +95,9 @@ def record_markdown(
 
 # %% ../../nbs/lib/experiments.markdown.ipynb #489e18e5
 def recorded_table_markdown(
-    name:str,         # of a registered table
-    folder='results', # with table-NAME.json
-)->str:               # Markdown
+    name:str,                  # of a registered table
+    folder:str|Path='results', # with table-NAME.json
+)->str:                        # Markdown
     "Format the recorded table of that name; without a record, name the command that makes one"
     path, table = Path(folder)/f'table-{name}.json', get_table(name)
     if not path.is_file():
@@ -105,10 +105,10 @@ def recorded_table_markdown(
     return record_markdown(read_record(path), table)
 
 def summarise_records(
-    names:Iterable[str], # of registered tables; those without a record are left out
-    folder='results',    # with table-NAME.json
-    most:int=6,          # differences that are named for each table
-)->str:                  # Markdown
+    names:Iterable[str],       # of registered tables; those without a record are left out
+    folder:str|Path='results', # with table-NAME.json
+    most:int=6,                # differences that are named for each table
+)->str:                        # Markdown
     "List, for each recorded table, which of its differences are significant"
     lines = ['| table | baseline | significant | which, in points |', '|---|---|---|---|']
     for name in names:

@@ -10,6 +10,7 @@ import hashlib, os, platform, re, subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 import deepfid
 from ..core import default_device
 
@@ -54,10 +55,10 @@ def describe_machine()->dict: # hardware, torch
 def describe_run(
     config:dict,   # settings
     data:str,      # names of the data
-    seed,          # one, or a list
+    seed:int|list, # one, or a list
     seconds:float, # wall time
     metrics:dict,  # name -> dict(value, low, high)
-    **more         # curves, results by forger, ...
+    **more:Any     # curves, results by forger, ...
 )->dict:
     "Describe a run for its JSON record: settings, data, commit, hardware, versions, metrics"
     return dict(config=config, data=data, seed=seed, **describe_code(), hardware=describe_machine()['hardware'],

@@ -58,7 +58,7 @@ def upgrade_record(
             for r in record['results']])
 
 def read_record(
-    path, # JSON file
+    path:str|Path, # JSON file
 )->dict:
     "Read the record of a run, of any version"
     return upgrade_record(read_json(path))
@@ -74,8 +74,8 @@ class RecordReader:
 
     @classmethod
     def read(cls,
-        name:str,         # of the table
-        folder='results', # with table-NAME.json
+        name:str,                  # of the table
+        folder:str|Path='results', # with table-NAME.json
     )->'RecordReader':
         "Read the record of a table"
         return cls(read_record(Path(folder)/f'table-{name}.json'))

@@ -44,7 +44,7 @@ class Row:
     refit:Callable|None = None
     check:Callable|None = None          # called before any training; raises `DeepfidError` if something is missing
 
-    def create(self, **overrides)->Any: # a `Detector`
+    def create(self, **overrides:Any)->Any: # a `Detector`
         "Create the row's detector, untrained"
         assert self.detector is not None, f'row {self.name!r} starts from another row'
         return self.detector(**(self.settings|overrides))
@@ -146,9 +146,9 @@ def cache_key(
 
 # %% ../../nbs/lib/experiments.runner.ipynb #dc993ed3
 def score_mask(
-    predicted, # float (H,W), 1 = manipulated; resized to `true`
-    true,      # float (H,W), 1 = manipulated
-)->dict|None:  # metric -> value; None where no pixel is manipulated, or all are: nothing to localise
+    predicted:np.ndarray, # float (H,W), 1 = manipulated; resized to `true`
+    true:np.ndarray,      # float (H,W), 1 = manipulated
+)->dict|None:             # metric -> value; None where no pixel is manipulated, or all are: nothing to localise
     "Compute `MASK_METRICS` of one face"
     if not 0<(true>.5).mean()<1: return None
     predicted = cv2.resize(np.asarray(predicted, np.float32), true.shape[::-1], interpolation=cv2.INTER_LINEAR)
@@ -209,12 +209,12 @@ class TableRun:
     "Train and test the rows of a table on some manifests, with a cache"
     def __init__(self,
         table:Table,
-        manifests:dict,          # name -> `Manifest`, in the order of the command line
-        seeds:int|list[int] = 3, # how many, or which
-        preset:str|None = None,  # 'tiny' | 'full'; default: 'full' where there is a GPU
-        cache = 'out/tables',    # folder
-        log:Callable = print,    # called with each progress message
-        **overrides              # settings for every row, such as epochs=2
+        manifests:dict,                # name -> `Manifest`, in the order of the command line
+        seeds:int|list[int] = 3,       # how many, or which
+        preset:str|None = None,        # 'tiny' | 'full'; default: 'full' where there is a GPU
+        cache:str|Path = 'out/tables', # folder
+        log:Callable = print,          # called with each progress message
+        **overrides:Any                # settings for every row, such as epochs=2
     ):
         table.require_manifests(len(manifests))
         self.log, self.cache, self.preset, self.overrides = log, Path(cache), get_preset(preset), overrides
@@ -282,7 +282,7 @@ class TableRun:
 
     def key(self,
         row:Row,
-        names, # of manifests: (train,) or (train, test)
+        names:tuple, # of manifests: (train,) or (train, test)
         seed:int,
     )->str:
         "Return the cache key of a trained detector or of its scores"

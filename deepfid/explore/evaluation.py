@@ -8,27 +8,29 @@ __all__ = ['QUALITY_QUARTERS', 'quality_groups', 'GroupErrors', 'group_errors', 
            'mapping_svg', 'MappingExplorer']
 
 # %% ../../nbs/62_explore_evaluation.ipynb #83debee6
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import ipywidgets as w
 import numpy as np
 import pandas as pd
 from ..io import InlineImage
 from ..data.loaders import resize_square
-from ..evaluate.metrics import MetricError, confusion_matrix, roc_curve, validate_scores
+from deepfid.evaluate.metrics import (MetricError, RocCurve, confusion_matrix, roc_curve,
+    validate_scores)
 from deepfid.explore.score import (Explorer, degradation_sliders, degrade_by_sliders, image_widget,
     toggle_buttons)
 from ..inference.decisions import QUALITY_SIZE
 from ..plotting import FAKE, GRID, INK, REAL
 from ..quality.mapping import MAPPING_METHODS, FidelityMapping
+if TYPE_CHECKING: from numpy.typing import ArrayLike
 
 # %% ../../nbs/62_explore_evaluation.ipynb #a14a84df
 QUALITY_QUARTERS = ('worst quarter', 'second', 'third', 'best quarter')
 
 def quality_groups(
-    quality,                 # (n,) higher = better
-    names=QUALITY_QUARTERS   # of equally large groups, worst first
+    quality:np.ndarray,                  # (n,) higher = better
+    names:Sequence[str]=QUALITY_QUARTERS # of equally large groups, worst first
 )->pd.Categorical: # (n,) names, worst first
     "Divide faces into equally large groups by quality"
     edges = np.quantile(quality, np.linspace(0, 1, len(names)+1)[1:-1])
@@ -44,9 +46,9 @@ class GroupErrors(NamedTuple):
     false_negatives: int  # of them called real
 
 def group_errors(
-    fidelity, label,   # (n,) scores; (n,) 1 = real, 0 = fake
-    threshold:float,   # faces with at least this fidelity are called real
-    groups             # (n,) names; a pandas Categorical keeps its order, others are sorted
+    fidelity:np.ndarray, label:np.ndarray, # (n,) scores; (n,) 1 = real, 0 = fake
+    threshold:float, # faces with at least this fidelity are called real
+    groups:Iterable # (n,) names; a pandas Categorical keeps its order, others are sorted
 )->dict[str, GroupErrors]:
     "Count the errors of each group"
     groups, out = pd.Categorical(groups), {}
@@ -87,9 +89,9 @@ def _vertical_line(x, top, bottom, dash='', colour=INK):
 
 # %% ../../nbs/62_explore_evaluation.ipynb #4f209ab5
 def score_histogram_svg(
-    fidelity, label,             # (n,) scores; (n,) 1 = real, 0 = fake
-    threshold:float,             # drawn as a line
-    validation_threshold:float,  # drawn dashed
+    fidelity:np.ndarray, label:np.ndarray, # (n,) scores; (n,) 1 = real, 0 = fake
+    threshold:float,                       # drawn as a line
+    validation_threshold:float,            # drawn dashed
     bins:int=32,
     width:int=420, height:int=120 # pixels
 )->str: # `<svg>`
@@ -108,9 +110,9 @@ def score_histogram_svg(
 
 # %% ../../nbs/62_explore_evaluation.ipynb #10d8db3e
 def roc_curve_svg(
-    curve,          # of `deepfid.evaluate.metrics.roc_curve`
-    confusion,      # (2,2) of `confusion_matrix`
-    side:int=200    # pixels
+    curve:RocCurve,       # of `deepfid.evaluate.metrics.roc_curve`
+    confusion:np.ndarray, # (2,2) of `confusion_matrix`
+    side:int=200          # pixels
 )->str: # `<svg>`
     "Draw a ROC curve (positive class: fake), and the point on it that a threshold gives"
     x, y = _linear_scale(0, 1, 14, side-14), _linear_scale(0, 1, side-14, 14)
@@ -145,7 +147,7 @@ def group_errors_svg(
 
 # %% ../../nbs/62_explore_evaluation.ipynb #3ba47133
 def confusion_html(
-    confusion # (2,2) of `confusion_matrix`
+    confusion:np.ndarray # (2,2) of `confusion_matrix`
 )->str: # `<table>`
     "Format a confusion matrix as a table, the errors in red"
     def cell(n, wrong):
@@ -160,11 +162,11 @@ def confusion_html(
     return f'<table>{header}{"".join(rows)}</table>'
 
 def evaluation_html(
-    fidelity, label,             # (n,) scores; (n,) 1 = real, 0 = fake
-    curve,                       # their ROC curve
+    fidelity:np.ndarray, label:np.ndarray, # (n,) scores; (n,) 1 = real, 0 = fake
+    curve:RocCurve,                        # their ROC curve
     threshold:float,
-    validation_threshold:float,  # shown dashed
-    groups                       # (n,) names
+    validation_threshold:float, # shown dashed
+    groups:Iterable             # (n,) names
 )->str:
     "Lay out everything that a threshold decides on one page"
     confusion = confusion_matrix(fidelity, label, threshold)
@@ -177,9 +179,9 @@ def evaluation_html(
 class EvaluationExplorer(Explorer):
     "Drag the threshold over stored scores"
     def __init__(self,
-        fidelity, label,            # (n,) scores; (n,) 1 = real, 0 = fake
-        threshold:float=.5,         # chosen on validation faces: where the slider begins
-        groups:Mapping|None=None    # {name: (n,) group of each face}, to show the errors by
+        fidelity:'ArrayLike', label:'ArrayLike', # (n,) scores; (n,) 1 = real, 0 = fake
+        threshold:float=.5, # chosen on validation faces: where the slider begins
+        groups:Mapping|None=None # {name: (n,) group of each face}, to show the errors by
     ):
         self.fidelity, self.label = validate_scores(fidelity, label)
         self.validation_threshold, n = float(threshold), len(self.label)
@@ -214,11 +216,11 @@ class EvaluationExplorer(Explorer):
 
 # %% ../../nbs/62_explore_evaluation.ipynb #e7958003
 def fit_mapping_with_outlier(
-    quality, is_real,     # (n,) higher = better; (n,) 1 = real, 0 = fake
-    method:str='minmax',  # of `deepfid.quality.mapping.MAPPING_METHODS`
-    fake=(0., .4),        # band of fidelity of the fakes
-    real=(.6, 1.),        # band of fidelity of the real faces
-    outlier:float=0.      # add a face to each class, so many ranges worse than the worst; 0: none
+    quality:'ArrayLike', is_real:'ArrayLike', # (n,) higher = better; (n,) 1 = real, 0 = fake
+    method:str='minmax', # of `deepfid.quality.mapping.MAPPING_METHODS`
+    fake:tuple=(0., .4), # band of fidelity of the fakes
+    real:tuple=(.6, 1.), # band of fidelity of the real faces
+    outlier:float=0. # add a face to each class, so many ranges worse than the worst; 0: none
 )->FidelityMapping:
     "Fit a quality mapping, perhaps with an outlier in each class"
     q, y = np.asarray(quality, float), np.asarray(is_real)
@@ -227,10 +229,10 @@ def fit_mapping_with_outlier(
 
 # %% ../../nbs/62_explore_evaluation.ipynb #e4518c47
 def mapping_svg(
-    mapping,                      # fitted `FidelityMapping`
-    quality, is_real,             # (n,) qualities; (n,) 1 = real, 0 = fake
-    marked:float|None=None,       # a quality to be marked
-    width:int=420, height:int=220 # pixels
+    mapping:FidelityMapping,                  # fitted `FidelityMapping`
+    quality:'ArrayLike', is_real:'ArrayLike', # (n,) qualities; (n,) 1 = real, 0 = fake
+    marked:float|None=None,                   # a quality to be marked
+    width:int=420, height:int=220             # pixels
 )->str: # `<svg>`
     "Draw fidelity over quality for both classes, faces as ticks, and the targets of one quality"
     quality, is_real = np.asarray(quality), np.asarray(is_real)
@@ -257,9 +259,10 @@ def mapping_svg(
 class MappingExplorer(Explorer):
     "Degrade a face, and see which targets mapping and bands assign to its quality"
     def __init__(self,
-        measure:Any,      # quality measure with a method `score(image)`
-        faces:dict,       # {name: aligned square uint8 RGB image}
-        quality, is_real  # (n,) qualities to fit the mapping on; (n,) 1 = real, 0 = fake
+        measure:Any, # quality measure with a method `score(image)`
+        faces:dict, # {name: aligned square uint8 RGB image}
+        quality:'ArrayLike', # (n,) qualities to fit the mapping on
+        is_real:'ArrayLike'  # (n,) 1 = real, 0 = fake
     ):
         self.measure, self.faces = measure, dict(faces)
         self.quality, self.is_real = np.asarray(quality, float), np.asarray(is_real)

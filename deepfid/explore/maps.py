@@ -9,6 +9,7 @@ __all__ = ['REGION_SHAPES', 'region_mask', 'self_blend_region', 'true_similarity
            'layer_feature_maps', 'mirror_montage', 'SSAAExplorer']
 
 # %% ../../nbs/61_explore_maps.ipynb #2057b8dc
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 import cv2
@@ -16,7 +17,7 @@ import ipywidgets as w
 import numpy as np
 import torch
 from matplotlib import colormaps
-from ..core import ConsentError, DeepfidError, Face, check_choice
+from ..core import ConsentError, DeepfidError, Detector, Face, check_choice
 from ..io import InlineImage, montage
 from ..data.forge import Forgery, selfblend
 from ..data.loaders import faces_to_batch
@@ -105,10 +106,10 @@ def pair_accuracy(
 
 # %% ../../nbs/61_explore_maps.ipynb #75ea3ef1
 def position_grid(
-    positions:int,       # a square number
-    image_view:w.Image,  # lies below the buttons
-    click,               # function of the position that was clicked
-    side:int=336         # of the grid, pixels
+    positions:int,              # a square number
+    image_view:w.Image,         # lies below the buttons
+    click:Callable[[int], Any], # function of the position that was clicked
+    side:int=336                # of the grid, pixels
 )->tuple[w.GridBox, list]: # the grid, and its buttons row by row
     "Make a button for each position of a face, over the face"
     n = round(positions**.5)
@@ -140,8 +141,8 @@ def _require_output(name, value, output):
 class SimilarityExplorer(Explorer):
     "Click a position of a face: the others are coloured by how much they differ from it"
     def __init__(self,
-        detector,  # trained, predicts a similarity matrix
-        faces:dict # {name: aligned square `Face` of somebody who agreed to altered forms}
+        detector:Detector, # trained, predicts a similarity matrix
+        faces:dict         # {name: aligned square `Face` of somebody who agreed to altered forms}
     ):
         self.detector, self.faces, self.position, self._inputs = detector, dict(faces), 0, None
         matrix = detector.predict([next(iter(self.faces.values())).image])[0].similarity
@@ -212,7 +213,7 @@ def predict_both(
     return both
 
 def mask_difference(
-    first, second # `Prediction`s with a mask of one shape
+    first:Any, second:Any # `Prediction`s with a mask of one shape
 )->float: # in [0,1]
     "Measure the mean absolute difference of two predicted masks"
     return float(np.abs(first.mask-second.mask).mean())
@@ -238,8 +239,8 @@ def invariance_montage(
 class InvarianceExplorer(Explorer):
     "Two copies of a face, one of them degraded by sliders: do the masks stay?"
     def __init__(self,
-        detectors, # trained `Detector` that predicts a mask, or {name: `Detector`}
-        faces:dict # {name: aligned square `Face`}
+        detectors:Detector|dict, # trained `Detector` that predicts a mask, or {name: `Detector`}
+        faces:dict               # {name: aligned square `Face`}
     ):
         self.detectors, self.faces = detectors_by_name(detectors), dict(faces)
         self.face_menu = w.Dropdown(options=list(self.faces), description='face')
@@ -278,7 +279,7 @@ def asymmetry(
 @torch.inference_mode()
 def layer_feature_maps(
     model:torch.nn.Module, # a network that takes images, such as `detector.model`
-    faces,                 # aligned faces, or uint8 RGB (H,H,3) of one size
+    faces:Iterable,        # aligned faces, or uint8 RGB (H,H,3) of one size
     layer:Any              # a module of the network, or its name
 )->list: # of float32 (C,h,w), one for each face
     "Compute the feature maps of one layer for several faces"
@@ -311,9 +312,9 @@ def mirror_montage(
 class SSAAExplorer(Explorer):
     "Two weights, a feature map and its mirror image"
     def __init__(self,
-        faces:dict,        # {name: aligned square `Face`}
-        maps:dict,         # {name: (C,h,w)}, see `layer_feature_maps`
-        weights=(.5, .5)   # w1 and w2 at which the sliders begin
+        faces:dict,            # {name: aligned square `Face`}
+        maps:dict,             # {name: (C,h,w)}, see `layer_feature_maps`
+        weights:tuple=(.5, .5) # w1 and w2 at which the sliders begin
     ):
         self.faces, self.maps = dict(faces), dict(maps)
         self.w1, self.w2 = (w.FloatSlider(value, min=-1, max=2, step=.01, description=name)

@@ -9,13 +9,14 @@ __all__ = ['NO_DEGRADATION', 'SWEEP_LEVELS', 'degrade_image', 'DetectorResult', 
 
 # %% ../../nbs/60_explore_score.ipynb #831f515d
 import io
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 import ipywidgets as w
 import numpy as np
 from IPython.display import display
 from PIL import Image
-from ..core import DeepfidError, Face, Prediction, check_choice
+from ..core import DeepfidError, Detector, Face, Prediction, check_choice
 from ..io import InlineImage, montage, read_image
 from ..data import degrade
 from ..data.loaders import resize_square
@@ -105,10 +106,10 @@ SWEEP_LEVELS = dict(jpeg=(100, 90, 70, 50, 30, 20, 10, 5), blur=(0, .5, 1, 1.5, 
     resize=(1, .8, .6, .45, .35, .25, .15))
 
 def degradation_sweep(
-    detector,              # trained `Detector`
-    image:np.ndarray,      # uint8 RGB (H,H,3), an aligned face
-    degradation:str,       # 'jpeg', 'blur' or 'resize'
-    levels=None            # settings of `degrade_image`; default: `SWEEP_LEVELS`
+    detector:Detector,                   # trained `Detector`
+    image:np.ndarray,                    # uint8 RGB (H,H,3), an aligned face
+    degradation:str,                     # 'jpeg', 'blur' or 'resize'
+    levels:np.ndarray|Sequence|None=None # settings of `degrade_image`; default: `SWEEP_LEVELS`
 )->tuple[np.ndarray, np.ndarray]: # levels, and the fidelity at each
     "Predict the fidelity of one face at rising levels of one degradation"
     check_choice('degradation', degradation, SWEEP_LEVELS)
@@ -126,9 +127,9 @@ def animation_note(
     return f'an animation of {n} frames: only the first is scored' if n>1 else ''
 
 def face_from_upload(
-    content,       # bytes of an image file
-    name:str='',   # file name, for errors
-    size:int=112   # side of the aligned face, pixels
+    content:bytes|memoryview, # bytes of an image file
+    name:str='',              # file name, for errors
+    size:int=112              # side of the aligned face, pixels
 )->Face: # with a `note` in its meta
     "Find and align the largest face of an uploaded photograph"
     from deepfid.data.faces import align_face, find_face
@@ -149,8 +150,8 @@ def error_html(
 class Explorer:
     "Controls, a view that follows them, and a status line below"
     def __init__(self,
-        view,    # widget that holds the controls and what they show
-        controls # widgets whose `value` is followed
+        view:w.Widget,              # widget that holds the controls and what they show
+        controls:Iterable[w.Widget] # widgets whose `value` is followed
     ):
         self.status = w.HTML()
         self.view = w.VBox([view, self.status])
@@ -161,7 +162,7 @@ class Explorer:
         "Redraw for the current values of the controls; return the status line"
         return ''
 
-    def update(self, change=None)->None:
+    def update(self, change:Any=None)->None:
         "Redraw, or show the error in the status line"
         try: self.status.value = self.refresh()
         except DeepfidError as e: self.status.value = error_html(e)
@@ -186,21 +187,21 @@ def degrade_by_sliders(
 
 # %% ../../nbs/60_explore_score.ipynb #90c6e18d
 def toggle_buttons(
-    name:str, # label
-    options   # strings, one for each button
+    name:str,             # label
+    options:Iterable[str] # strings, one for each button
 )->w.ToggleButtons:
     "Make a row of buttons of which one is pressed"
     return w.ToggleButtons(options=list(options), description=name,
         style=dict(button_width='90px'))
 
 def image_widget(
-    **kwargs # of `ipywidgets.Image`
+    **kwargs:Any # of `ipywidgets.Image`
 )->w.Image:
     "Make a widget that shows a JPEG at its own size"
     return w.Image(format='jpeg', layout=w.Layout(align_self='flex-start'), **kwargs)
 
 def detectors_by_name(
-    detectors # {name: `Detector`}, or one `Detector`
+    detectors:Detector|dict # {name: `Detector`}, or one `Detector`
 )->dict: # {name: `Detector`}
     "Accept a dict of detectors, or a single one, which goes by its own name"
     if isinstance(detectors, dict): return dict(detectors)
@@ -210,9 +211,9 @@ def detectors_by_name(
 class ScoreExplorer(Explorer):
     "Sliders that degrade one face: its quality, and what each detector predicts"
     def __init__(self,
-        detectors,   # trained `Detector`, or {name: `Detector`}
-        faces:dict,  # {name: aligned `Face`}
-        quality=None # quality measure; None: not shown
+        detectors:Detector|dict, # trained `Detector`, or {name: `Detector`}
+        faces:dict,              # {name: aligned `Face`}
+        quality:Any=None         # quality measure; None: not shown
     ):
         self.detectors, self.quality = detectors_by_name(detectors), quality
         self.faces = dict(faces)
@@ -237,7 +238,7 @@ class ScoreExplorer(Explorer):
         scores = [f'{name} {r.prediction.fidelity:.3f}' for name, r in self.results.items()]
         return escape('; '.join([*parts, 'fidelity '+', '.join(scores)]))
 
-    def add_upload(self, change=None)->None:
+    def add_upload(self, change:Any=None)->None:
         "Add the largest face of an uploaded photograph, or show why there is none"
         if not self.upload.value: return
         item = self.upload.value[0]

@@ -8,8 +8,10 @@ __all__ = ['QUALITY_SIZE', 'UNCERTAIN_PROBABILITIES', 'FLAG_MESSAGES', 'predict_
 
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0004
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 import numpy as np
 from ..core import Detector
+if TYPE_CHECKING: from deepfid.data.manifest import Manifest
 
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0006
 # side of the crop on which quality is measured, pixels: one size, so that it is comparable across detectors
@@ -32,7 +34,7 @@ def predict_label(
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0009
 def validation_ranges(
     detector:Detector, # trained
-    manifest           # `Manifest` that it was trained with; its `valid` rows are used
+    manifest:'Manifest' # `Manifest` that it was trained with; its `valid` rows are used
 )->dict: # score_range and quality_range, [low, high] each
     "Measure the ranges of fidelity and of image quality on a detector's validation faces"
     from deepfid.data.loaders import resize_square

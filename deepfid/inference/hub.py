@@ -32,7 +32,7 @@ def write_checksums(
 
 def verify_checksums(
     folder:str|Path # files and their checksum file
-):
+)->None:
     "Raise a `WeightsError` if a file is missing, added or changed since `write_checksums`"
     listed = Path(folder)/CHECKSUM_FILE
     expected = {CHECKSUM_FILE: ''}
@@ -101,7 +101,7 @@ def measured_accuracy(
 # %% ../../nbs/lib/inference.hub.ipynb #hub0n10
 def load(
     name:str|Path=DEFAULT_DETECTOR, # of a bundled detector, or a folder that a detector was saved to
-    device=None # on which it computes: 'cpu', 'cuda', 'cuda:1', ...; default: a GPU where there is one
+    device:Any=None # on which it computes: 'cpu', 'cuda', 'cuda:1', ...; default: a GPU where there is one
 )->Detector: # trained
     "Load a bundled detector, or one of your own"
     folder = find_detector(name)
@@ -110,7 +110,7 @@ def load(
 
 def resolve_device(
     name:Any # such as 'cpu', 'cuda' or 'cuda:1', or a `torch.device`
-): # `torch.device`
+)->Any: # `torch.device`
     "Return a device of PyTorch, or raise a `DeepfidError` if this machine does not have it"
     import torch
     try: return torch.zeros(1, device=name).device
@@ -121,7 +121,7 @@ def resolve_device(
 # %% ../../nbs/lib/inference.hub.ipynb #hub0012
 def load_detectors(
     which:str|Path|Detector|list='all', # name, folder, trained `Detector`, 'all' bundled ones, or a list of these
-    device=None # on which those given by name or folder compute, see `load`
+    device:Any=None # on which those given by name or folder compute, see `load`
 )->dict[str, Detector]: # by name; a second detector of one name is called name#2
     "Load several detectors"
     requested = list(which) if isinstance(which, (list, tuple)) else [which]

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from heapq import nsmallest
 from html import escape
 from pathlib import Path
+from typing import Any
 from .results import FaceScore, ScoredFace, ScoredFile
 from ..io import report_write_errors
 from ..plotting import FAKE, INK, REAL
@@ -35,7 +36,7 @@ def score_bar_html(
 def plot_frame_fidelities(
     score:FaceScore,  # of a video
     times:list[float] # seconds, one a scored frame
-): # matplotlib `Figure`
+)->Any: # matplotlib `Figure`
     "Plot the fidelity of a video's frames over time"
     from deepfid.plotting import new_figure
     fig, (ax,) = new_figure(5, 1.3)
@@ -119,7 +120,7 @@ def write_report(
     path:str|Path,              # .html file, replaced as a whole
     files:Iterable[ScoredFile], # any number of them
     max_faces:int=200           # faces shown: those with the lowest fidelity relative to the threshold
-):
+)->None:
     "Write a self-contained page: disclaimer, counts, the most suspicious faces, and the files without a score"
     from deepfid.evaluate.report import Report
     counts, failed = _Counts(), deque(maxlen=max_faces)

@@ -197,7 +197,7 @@ class ResultsFile:
         if error.startswith(old): error = new+error.removeprefix(old)
         return replace(row, source=file.source, path=file.path, error=error)
 
-    def append(self, file:ScoredFile):
+    def append(self, file:ScoredFile)->None:
         "Write a finished file, unless it is there already; it is with the operating system when this returns"
         name, content = _identity(file)
         with report_write_errors(self.path, 'free some space and run it again, it resumes from here'), \
@@ -292,7 +292,7 @@ def csv_rows(
 def write_csv(
     path:str|Path,             # .csv file, replaced as a whole
     files:Iterable[ScoredFile]
-):
+)->None:
     "Write the scores of all faces as a comma-separated table"
     def write(tmp):
         with open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:

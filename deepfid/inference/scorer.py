@@ -173,12 +173,12 @@ class Scorer:
         detector:Any=DEFAULT_DETECTOR, # see `load_detectors`
         frames:int=32,     # frames scored of a video, evenly spaced
         batch_size:int=32, # faces in one batch of a detector
-        finder=None,       # object with `find(image)`; default: one `FaceFinder` a thread
+        finder:Any=None,   # object with `find(image)`; default: one `FaceFinder` a thread
         workers:int=2,     # threads that read files and find faces
         threshold:float|None=None, # used instead of every detector's own
         rotate:str='off',  # 'auto': of images, try the four turns and score the one with the surest face
         explain:bool=False, # for detectors that predict no mask: compute Grad-CAM
-        device=None        # on which detectors given by name compute; default: a GPU where there is one
+        device:Any=None    # on which detectors given by name compute; default: a GPU where there is one
     ):
         from deepfid.quality.niqe import load_niqe
         for name, n in dict(frames=frames, batch_size=batch_size, workers=workers).items():
@@ -304,7 +304,7 @@ class Scorer:
 
     def score_crops(self,
         crops:list[FaceCrop] # of any number of files
-    ):
+    )->None:
         "Measure the quality of faces and score them, all frames of all of them in common batches"
         if not crops: return
         ends = np.cumsum([len(c.crops[QUALITY_SIZE]) for c in crops])[:-1]
@@ -375,7 +375,7 @@ def score_stream(
     source:Any,   # image, video, folder, uint8 array or aligned `Face`; or a list or iterator of these
     detector:Any=DEFAULT_DETECTOR,   # name, folder, trained `Detector`, a list of these, 'all', or a `Scorer`
     results:str|Path|None=None,      # .jsonl file of finished files; an interrupted run resumes from it
-    **options     # of `Scorer`: frames, batch_size, finder, workers, threshold, rotate, explain, device
+    **options:Any # of `Scorer`: frames, batch_size, finder, workers, threshold, rotate, explain, device
 )->Iterator[ScoredFile]: # one a file, in order
     "Find and score every face; each file is yielded as soon as it is done, in constant memory"
     scorer = detector if isinstance(detector, Scorer) else Scorer(detector, **options)
@@ -386,7 +386,7 @@ def score(
     detector:Any=DEFAULT_DETECTOR,   # name, folder, trained `Detector`, a list of these, 'all', or a `Scorer`
     results:str|Path|None=None,      # .jsonl file of finished files; an interrupted run resumes from it
     report:str|Path|None=None,       # .html file to write
-    **options     # of `Scorer`: see `score_stream`
+    **options:Any # of `Scorer`: see `score_stream`
 )->list[ScoredFile]: # one a file, in order
     "Find and score every face; for more files than fit into memory, iterate over `score_stream`"
     files = list(score_stream(source, detector, results, **options))

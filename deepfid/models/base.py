@@ -14,13 +14,14 @@ from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np, torch
 from torch import nn
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
     default_device, get_preset, set_seed)
 from ..data.loaders import faces_to_batch
 from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, to_json, write_json
+if TYPE_CHECKING: from deepfid.data.manifest import Manifest
 
 # %% ../../nbs/lib/models.base.ipynb #02c0c50f
 def setting(
@@ -68,7 +69,7 @@ class DetectorConfig:
             numbers = tuple(value) if kind is Any and isinstance(value, (tuple, list)) else (value,) # of each phase
             for v in numbers or (value,): check_number(name, v, **limits)
 
-    def check(self): "Refuse settings that do not go together"
+    def check(self)->None: "Refuse settings that do not go together"
 
     def to_dict(self)->dict: # plain values, for JSON
         "Return every setting by name"
@@ -117,7 +118,7 @@ def check_weights(
     found:dict,     # name -> tensor, of the file
     path:str|Path,  # named in the error
     shown:int=3,    # differences that are named
-):
+)->None:
     "Refuse weights of another architecture; all differences are in the error's `differences`"
     if not (wrong := weight_differences(wanted, found)): return
     more = f' (and {len(wrong)-shown} more)' if len(wrong)>shown else ''
@@ -145,7 +146,7 @@ class NetworkDetector(Detector, ABC):
 
     def __init__(self,
         device:torch.device|None=None, # default: a GPU where there is one
-        **settings,                    # any field of `config_class` by name: epochs=3, lr=1e-3, ...
+        **settings:Any,                # any field of `config_class` by name: epochs=3, lr=1e-3, ...
     ):
         known = [f.name for f in fields(self.config_class) if f.name not in ('preset', 'recipe')]
         for k in settings:
@@ -159,36 +160,37 @@ class NetworkDetector(Detector, ABC):
     def build_model(self)->nn.Module: "Build a fresh network, by `self.config`"
 
     @abstractmethod
-    def loaders(self, manifest)->Any: "Return fastai `DataLoaders` with `train` and `valid`"
+    def loaders(self, manifest:'Manifest')->Any: "Return fastai `DataLoaders` with `train` and `valid`"
 
     @abstractmethod
-    def learner(self, dls, cbs=None, phase:int=-1)->Any: "Return the fastai `Learner` of one of `phases`"
+    def learner(self, dls:Any, cbs:list|None=None, phase:int=-1)->Any: "Return the fastai `Learner` of one of `phases`"
 
     # -- what it may define ---------------------------------------------------------------------------------
-    def initialise_weights(self): "Begin with other weights than the fresh ones"
+    def initialise_weights(self)->None: "Begin with other weights than the fresh ones"
 
     def phases(self)->list[TrainingPhase]: return [TrainingPhase(self.config.epochs)]
-    def train_phase(self, learn, phase:TrainingPhase): learn.fit_one_cycle(phase.epochs, self.config.lr)
-    def before_training(self, manifest): return manifest        # the manifest as the loaders are to see it
-    def selection_callbacks(self, manifest, dls)->list: return [] # what chooses the epoch
-    def after_training(self, manifest, dls): "Fit what comes after the network"
+    def train_phase(self, learn:Any, phase:TrainingPhase)->None: learn.fit_one_cycle(phase.epochs, self.config.lr)
+    # the manifest as the loaders are to see it
+    def before_training(self, manifest:'Manifest')->'Manifest': return manifest
+    def selection_callbacks(self, manifest:'Manifest', dls:Any)->list: return [] # what chooses the epoch
+    def after_training(self, manifest:'Manifest', dls:Any)->None: "Fit what comes after the network"
     def preprocess(self, x:torch.Tensor)->torch.Tensor: return x # a batch (B,3,H,W) as the network is to see it
-    def maps(self, output)->tuple: # as tensors: (B,) fidelities, and (B,H,W) masks or None
+    def maps(self, output:Any)->tuple: # as tensors: (B,) fidelities, and (B,H,W) masks or None
         raise NotImplementedError
 
-    def to_predictions(self, output)->list[Prediction]:
+    def to_predictions(self, output:Any)->list[Prediction]:
         "Return the predictions in the network's output for a batch"
         fidelity, masks = self.maps(output)
         masks = [None]*len(fidelity) if masks is None else masks.cpu().numpy()
         return [Prediction(*p) for p in zip(fidelity.tolist(), masks)]
 
-    def fake_logit(self, output)->torch.Tensor: # (B,), larger = more like a fake; what Grad-CAM explains
+    def fake_logit(self, output:Any)->torch.Tensor: # (B,), larger = more like a fake; what Grad-CAM explains
         return torch.logit(1-self.maps(output)[0], eps=1e-6)
     def embed(self, x:torch.Tensor)->torch.Tensor: raise NotImplementedError # a batch -> (B,D), behind the score
     def inference_model(self)->nn.Module: return deepcopy(self.model) # the network without what `maps` does not read
     def extra_state(self)->dict: return {}                      # more for detector.json
-    def save_extra(self, folder:Path): "Write more files"
-    def load_extra(self, folder:Path, about:dict): "Read what `extra_state` and `save_extra` wrote"
+    def save_extra(self, folder:Path)->None: "Write more files"
+    def load_extra(self, folder:Path, about:dict)->None: "Read what `extra_state` and `save_extra` wrote"
 
     # -- settings -------------------------------------------------------------------------------------------
     @property
@@ -225,9 +227,9 @@ class NetworkDetector(Detector, ABC):
     # -- training -------------------------------------------------------------------------------------------
     def required_splits(self)->tuple: return 'train', 'valid'   # splits that must hold real and fake faces
 
-    def check_classes(self, manifest):
+    def check_classes(self, manifest:'Manifest')->None:
         "Refuse a manifest in which a split that is needed lacks real or fake faces"
-        table = manifest.table
+        table:Any = manifest.table
         hint = ('; a folder of fewer than ten people goes to the test split as a whole: bring more people, or write '
             'the split into the manifest yourself') if (table['split']=='test').all() else ''
         for split in self.required_splits():
@@ -237,7 +239,7 @@ class NetworkDetector(Detector, ABC):
             raise ManifestError(f'{manifest.name}: {split!r} has {found}; real and fake ones are both needed{hint}')
 
     def fit(self,
-        manifest,             # `Manifest` with train and valid rows; for detectors with masks, a mask for every fake
+        manifest:'Manifest',  # `Manifest` with train and valid rows; for detectors with masks, a mask for every fake
         preset:str|None=None, # 'tiny' | 'full'; default: by what the machine has
         recipe:str|None=None, # one of `recipes`; default: the preset's usual one
         cbs:list|None=None,   # fastai callbacks for each `Learner`
@@ -265,18 +267,18 @@ class NetworkDetector(Detector, ABC):
         return self.calibrate_on(dls.valid)
 
     def calibrate_on(self,
-        dl, # loader of validation faces
+        dl:Any, # loader of validation faces
     )->Self:
         "Set `predict_proba`, the threshold and the range of scores seen in validation"
         scores = self.score_batches(x for x, _ in dl)
         self.calibrate_on_scores(scores, dl.dataset.label.numpy())
         return self
 
-    def ensure_configured(self):
+    def ensure_configured(self)->None:
         "Make fresh weights where there is no network yet"
         if self.model is None: self.configure()
 
-    def check_trained(self):
+    def check_trained(self)->None:
         "Refuse a detector without a network"
         if self.model is not None: return
         raise DeepfidError(f'this {type(self).__name__} is not trained: call fit, or load a trained one')
@@ -381,7 +383,7 @@ class NetworkDetector(Detector, ABC):
         repo_id:str,       # 'owner/name'
         half:bool=True,    # weights in 16 bits
         private:bool=True,
-        **kwargs,          # of `HfApi.upload_folder`: commit_message, revision, token, ...
+        **kwargs:Any,      # of `HfApi.upload_folder`: commit_message, revision, token, ...
     )->str: # the address
         "Save, and upload to the Hugging Face Hub"
         hub = _import_hub()
@@ -399,7 +401,7 @@ class NetworkDetector(Detector, ABC):
     def from_pretrained(cls,
         name:str, # 'owner/name' on the Hub; or a folder
         device:torch.device|None=None, # default: a GPU where there is one
-        **kwargs, # of `snapshot_download`: revision, token, cache_dir, local_files_only, ...
+        **kwargs:Any, # of `snapshot_download`: revision, token, cache_dir, local_files_only, ...
     )->Self:
         "Load a detector from the Hugging Face Hub, or from a folder"
         if Path(name).is_dir(): return cls.load(name, device)

@@ -43,28 +43,28 @@ class EMA(TypedCallback):
         self.decay, self.warmup, self.own_weights, self.steps = decay, warmup, None, 0
         self.averaged_model:Any = None
 
-    def before_fit(self):
+    def before_fit(self)->None:
         from timm.utils.model_ema import ModelEmaV3
         model = unwrap_model(self.learn.model)
         self.averaged_model, self.steps = ModelEmaV3(model, self.decay, use_warmup=self.warmup), 0
 
-    def after_step(self):
+    def after_step(self)->None:
         self.steps += 1
         self.averaged_model.update(unwrap_model(self.learn.model), self.steps+1 if self.warmup else None)
 
-    def before_validate(self):
+    def before_validate(self)->None:
         if self.averaged_model is None: return
         model = unwrap_model(self.learn.model)
         self.own_weights = deepcopy(model.state_dict())
         model.load_state_dict(self.average)
 
-    def after_validate(self):
+    def after_validate(self)->None:
         if self.own_weights is not None: unwrap_model(self.learn.model).load_state_dict(self.own_weights)
         self.own_weights = None
 
-    def after_cancel_validate(self): self.after_validate()
+    def after_cancel_validate(self)->None: self.after_validate()
 
-    def after_fit(self):
+    def after_fit(self)->None:
         if self.averaged_model is not None: unwrap_model(self.learn.model).load_state_dict(self.average)
         self.averaged_model = None
 
@@ -72,14 +72,14 @@ class EMA(TypedCallback):
     def average(self)->dict: return self.averaged_model.module.state_dict() # name -> tensor
 
     def state_dict(self)->dict: return dict(average=self.average, steps=self.steps)
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self, state:dict)->None:
         self.averaged_model.module.load_state_dict(state['average'])
         self.steps = state['steps']
 
 # %% ../../nbs/lib/models.callbacks.ipynb #optim001
 def optimizer(
     cls:type[torch.optim.Optimizer], # of torch
-    **kwargs,                        # its settings but the learning rate: momentum=.9, ...
+    **kwargs:Any,                    # its settings but the learning rate: momentum=.9, ...
 )->Any: # for `Learner(opt_func=...)`
     "Return an optimiser of torch as fastai's `Learner` takes it"
     return partial(OptimWrapper, opt=partial(cls, **kwargs))
@@ -90,30 +90,30 @@ class LossTerm(Metric):
     def __init__(self,
         term:str, # key of `terms`
     ): self.term = term
-    def reset(self): self.total, self.n = 0., 0
-    def accumulate(self, learn):
+    def reset(self)->None: self.total, self.n = 0., 0
+    def accumulate(self, learn:Any)->None:
         if self.term not in learn.loss_func.terms: return
         self.total += learn.loss_func.terms[self.term].item()*len(learn.xb[0])
         self.n += len(learn.xb[0])
     @property
-    def value(self): return self.total/self.n if self.n else None
+    def value(self)->float|None: return self.total/self.n if self.n else None
     @property
-    def name(self): return self.term
+    def name(self)->str: return self.term
 
 class FidelityAUC(Metric):
     "Area under the ROC curve of an output's `fidelity` (B,), where y is (label, mask)"
-    def reset(self): self.scores, self.labels = [], []
-    def accumulate(self, learn):
+    def reset(self)->None: self.scores, self.labels = [], []
+    def accumulate(self, learn:Any)->None:
         if not hasattr(learn.pred, 'fidelity'): return
         self.scores.append(learn.pred.fidelity.detach().float().cpu())
         self.labels.append(learn.y[0].cpu())
     @property
-    def value(self):
+    def value(self)->float|None:
         from sklearn.metrics import roc_auc_score
         labels = torch.cat(self.labels) if self.labels else torch.empty(0)
         return roc_auc_score(labels, torch.cat(self.scores)) if len(labels.unique())==2 else None
     @property
-    def name(self): return 'auc'
+    def name(self)->str: return 'auc'
 
 def history(
     learn:Learner, # after `fit`
@@ -141,17 +141,17 @@ class BestWeights(TypedCallback):
         if ema is not None and ema.averaged_model is not None: return ema.average
         return unwrap_model(self.learn.model).state_dict()
 
-    def after_validate(self):
+    def after_validate(self)->None:
         if not hasattr(self.learn, 'n_epoch') or self.training: return
         value = self.current_value()
         if value is None or value<=self.best: return
         self.best, self.weights = float(value), deepcopy(self.validated_weights())
 
-    def after_fit(self):
+    def after_fit(self)->None:
         if self.weights is not None: unwrap_model(self.learn.model).load_state_dict(self.weights)
 
     def state_dict(self)->dict: return dict(best=self.best, weights=self.weights)
-    def load_state_dict(self, state:dict): self.best, self.weights = state['best'], state['weights']
+    def load_state_dict(self, state:dict)->None: self.best, self.weights = state['best'], state['weights']
 
 # %% ../../nbs/lib/models.callbacks.ipynb #549b4439
 class EpochSeed(TypedCallback):
@@ -160,7 +160,7 @@ class EpochSeed(TypedCallback):
     def __init__(self,
         seed:int, # of the training
     ): self.seed = seed
-    def before_epoch(self): set_seed(self.seed*1_000_003+self.epoch)
+    def before_epoch(self)->None: set_seed(self.seed*1_000_003+self.epoch)
 
 def read_checkpoint(
     path:Path,   # `training.pt`
@@ -200,7 +200,7 @@ class Checkpoint(TypedCallback):
         "Return the callbacks that have a state to keep, by name"
         return {cb.name: cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')}
 
-    def before_fit(self):
+    def before_fit(self)->None:
         if not self.state: return
         model = unwrap_model(self.learn.model)
         self.dls.train.epoch = self.first_epoch+self.done
@@ -210,10 +210,10 @@ class Checkpoint(TypedCallback):
         device, callbacks = next(model.parameters()).device, self.stateful_callbacks()
         for name, state in self.state['callbacks'].items(): callbacks[name].load_state_dict(to_device(state, device))
 
-    def before_epoch(self):
+    def before_epoch(self)->None:
         if self.epoch<self.done: raise CancelEpochException # fastai's way of skipping an epoch
 
-    def after_epoch(self):
+    def after_epoch(self)->None:
         if self.epoch<self.done or rank_distrib(): return
         opt, data = self.learn.opt.state_dict(), io.BytesIO()
         for group in opt['param_groups']: # a schedule may leave NumPy numbers
@@ -236,7 +236,7 @@ def _to_float32(output):
 class Autocast(TypedCallback):
     "Run the forward passes of training in bfloat16 where torch deems it safe"
     hooks = ()
-    def before_fit(self):
+    def before_fit(self)->None:
         self.after_fit()
         model = unwrap_model(self.learn.model)
         if not supports_bf16(next(model.parameters()).device):
@@ -245,17 +245,17 @@ class Autocast(TypedCallback):
         self.hooks = (model.register_forward_pre_hook(self.enter),
             model.register_forward_hook(self.leave, always_call=True))
 
-    def enter(self, model, args):
+    def enter(self, model:nn.Module, args:tuple)->None:
         device = next(model.parameters()).device.type
         self.context = torch.autocast(device, torch.bfloat16) if model.training else None
         if self.context: self.context.__enter__()
 
-    def leave(self, model, args, output): # also when the pass was interrupted
+    def leave(self, model:nn.Module, args:tuple, output:Any)->Any: # also when the pass was interrupted
         if not self.context: return None
         self.context.__exit__(None, None, None)
         return None if output is None else _to_float32(output) # the loss is computed in 32 bits
 
-    def after_fit(self):
+    def after_fit(self)->None:
         for h in self.hooks: h.remove()
         self.hooks = ()
 

@@ -26,7 +26,7 @@ class DropPath(nn.Module):
         keep = 1-self.drop_prob
         return x*x.new_empty((len(x),)+(1,)*(x.ndim-1)).bernoulli_(keep).div_(keep)
 
-    def extra_repr(self): return f'drop_prob={self.drop_prob:.3f}'
+    def extra_repr(self)->str: return f'drop_prob={self.drop_prob:.3f}'
 
 class LayerNorm2d(nn.LayerNorm):
     "LayerNorm over the channels of a feature map"

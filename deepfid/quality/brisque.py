@@ -8,9 +8,10 @@ __all__ = ['MIN_IMAGE_SIDE', 'BRISQUE_FILES', 'brisque_mscn', 'fit_aggd_opencv',
 # %% ../../nbs/10_niqe.ipynb #c854218a
 import functools
 from math import lgamma
+from typing import Any
 import cv2
 import numpy as np
-from ..core import ImageError
+from ..core import Face, ImageError
 from ..io import fetch_model_file
 from .niqe import ggd_ratio_table
 
@@ -66,7 +67,8 @@ def brisque_scale_features(
 MIN_IMAGE_SIDE = 16 # pixels: the smaller side of an image that BRISQUE can score
 
 def brisque_features(
-    image, # uint8 RGB (H,W,3) or grey (H,W), both sides at least `MIN_IMAGE_SIDE`; or a `Face`
+    # uint8 RGB (H,W,3) or grey (H,W), both sides at least `MIN_IMAGE_SIDE`; or a `Face`
+    image:np.ndarray|Face,
 )->np.ndarray: # float64 (36,)
     "Compute the 36 features of BRISQUE"
     a = np.asarray(getattr(image, 'image', image))
@@ -107,7 +109,7 @@ class BRISQUE:
         self.feature_min, self.feature_max = ranges.getNode('range').mat().astype(np.float64)
 
     def score(self,
-        images, # one image (see `brisque_features`), or several
+        images:Any, # one image (see `brisque_features`), or several
     )->np.ndarray: # float64 (N,), higher = better; one number for one image
         "Score the quality of each image"
         if hasattr(images, 'image') or isinstance(images,

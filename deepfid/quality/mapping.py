@@ -6,18 +6,20 @@
 __all__ = ['MAPPING_METHODS', 'plot_class_histograms', 'minmax_knots', 'rank_knots', 'FidelityMapping', 'plot_mapping']
 
 # %% ../../nbs/12_mapping.ipynb #adfacf3e
+from typing import Any
 import numpy as np
+from numpy.typing import ArrayLike
 from ..core import DeepfidError, check_array, check_choice
 from ..plotting import FAKE, REAL
 
 # %% ../../nbs/12_mapping.ipynb #3e208092
 def plot_class_histograms(
-    ax, # matplotlib axes
-    values, # (N,) qualities or fidelities
-    is_real, # (N,) True/1 = real, False/0 = fake
+    ax:Any, # matplotlib axes
+    values:ArrayLike, # (N,) qualities or fidelities
+    is_real:ArrayLike, # (N,) True/1 = real, False/0 = fake
     title:str='', # above it
     bins:int|np.ndarray=40, # as matplotlib's `hist` takes them
-):
+)->None:
     "Plot the values of fake and of real faces as two histograms on one axis"
     values, real = np.asarray(values), np.asarray(is_real, bool)
     for k, (name, colour) in enumerate((('fake', FAKE), ('real', REAL))):
@@ -83,9 +85,10 @@ class FidelityMapping:
     ): self.method, self.bands, self.overlap = method, bands, overlap
 
     def fit(self,
-        quality, # (N,) higher = better
-        is_real, # (N,) True/1 = real, False/0 = fake
-        groups=None, # (N,) names, such as the forger: each then fills its band by itself
+        quality:ArrayLike, # (N,) higher = better
+        is_real:ArrayLike, # (N,) True/1 = real, False/0 = fake
+        # (N,) names, such as the forger: each then fills its band by itself
+        groups:ArrayLike|None=None,
     )->'FidelityMapping': # itself
         "Learn the position of each quality in its class, and in its group"
         self._check_params()
@@ -99,9 +102,10 @@ class FidelityMapping:
         return self
 
     def transform(self,
-        quality, # numbers of any shape, higher = better
-        is_real, # of that shape, or one for all
-        groups=None, # names that were fitted, likewise; None: position among all of the class
+        quality:ArrayLike, # numbers of any shape, higher = better
+        is_real:ArrayLike, # of that shape, or one for all
+        # names that were fitted, likewise; None: position among all of the class
+        groups:ArrayLike|None=None,
     )->np.ndarray: # float64 of that shape, each inside its band
         "Map each quality to its fidelity; beyond what was fitted, to the nearest end"
         q = _as_quality(quality)
@@ -114,7 +118,8 @@ class FidelityMapping:
                 None if names is None else names[here])
         return out
 
-    def fit_transform(self, quality, is_real, groups=None)->np.ndarray:
+    def fit_transform(self, quality:ArrayLike, is_real:ArrayLike,
+        groups:ArrayLike|None=None)->np.ndarray:
         "`fit`, then `transform` the same"
         return self.fit(quality, is_real, groups).transform(quality, is_real, groups)
 
@@ -122,7 +127,7 @@ class FidelityMapping:
         "Return the constructor's arguments, as scikit-learn's `clone` reads them"
         return dict(method=self.method, bands=self.bands, overlap=self.overlap)
 
-    def set_params(self, **params)->'FidelityMapping': # itself
+    def set_params(self, **params:Any)->'FidelityMapping': # itself
         "Set constructor's arguments by name"
         for name, value in params.items():
             setattr(self, check_choice('parameter', name, self.get_params()), value)
@@ -197,11 +202,11 @@ def _read_knots(state):
 
 # %% ../../nbs/12_mapping.ipynb #12375da7
 def plot_mapping(
-    quality, # (N,) higher = better
-    is_real, # (N,) True/1 = real, False/0 = fake
-    mapping, # a fitted FidelityMapping, or several: a dict title -> mapping
-    groups=None, # (N,) names, for mappings that were fitted with groups
-): # matplotlib Figure: qualities, then the fidelities of each mapping
+    quality:ArrayLike, # (N,) higher = better
+    is_real:ArrayLike, # (N,) True/1 = real, False/0 = fake
+    mapping:FidelityMapping|dict, # a fitted FidelityMapping, or several: a dict title -> mapping
+    groups:ArrayLike|None=None, # (N,) names, for mappings that were fitted with groups
+)->Any: # matplotlib Figure: qualities, then the fidelities of each mapping
     "Plot histograms of real and fake, before the mapping and after"
     from matplotlib.figure import Figure
     q = _as_quality(quality).ravel()

@@ -12,13 +12,15 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 import cv2
 import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 import deepfid
-from ..core import DeepfidError, ImageError, WeightsError
+from ..core import DeepfidError, Face, ImageError, WeightsError
 from ..io import write_atomically
 
 # %% ../../nbs/10_niqe.ipynb #ffac6b8f
@@ -45,7 +47,7 @@ def _image_problem(a):
         return f'float values must lie in [0,1], not {a.min():g} to {a.max():g}: divide by 255'
 
 def rgb_to_luma(
-    image, # uint8 or float in [0,1]; (H,W), (H,W,1) or RGB (H,W,3); or a `Face`
+    image:np.ndarray|Face, # uint8 or float in [0,1]; (H,W), (H,W,1) or RGB (H,W,3); or a `Face`
     name:str='image', # what the image is called in an error
 )->np.ndarray: # float32 (H,W), 0 to 255
     "Convert an image to luma (ITU-R BT.601, as in JPEG), or raise an `ImageError`"
@@ -82,7 +84,7 @@ def ggd_ratio_table()->tuple: # (shapes, ratios), float64 (9801,) each, both inc
     return shapes, np.exp(2*_log_gamma(2/shapes) - _log_gamma(1/shapes) - _log_gamma(3/shapes))
 
 def ggd_shape(
-    ratio, # (E|x|)^2/E[x^2], any shape
+    ratio:np.ndarray|float, # (E|x|)^2/E[x^2], any shape
 )->np.ndarray: # shape parameter, 0.2 to 10; 2 = Gaussian, 1 = Laplacian
     "Look up the generalised Gaussian that has this ratio of moments"
     shapes, ratios = ggd_ratio_table()
@@ -105,7 +107,7 @@ def neighbour_product(
     return out
 
 # %% ../../nbs/10_niqe.ipynb #2de714c0
-def image_sums(x): # (...,H,W) -> (...)
+def image_sums(x:np.ndarray)->np.ndarray: # (...,H,W) -> (...)
     "Sum over each image"
     return np.asarray(x, np.float64).sum((-2, -1))
 
@@ -127,7 +129,7 @@ def fit_aggd(
     x:np.ndarray, # (...,H,W) samples
     # (...,H,W), 1 where there is a sample and 0 elsewhere (x must be 0 there); None: everywhere
     valid:np.ndarray|None=None,
-    sums=image_sums, # function that adds up over an image, or over each of its patches
+    sums:Callable=image_sums, # function that adds up over an image, or over each of its patches
 )->tuple: # (shape, left deviation, right deviation), each shaped as `sums` returns
     "Fit an asymmetric generalised Gaussian by moment matching; nothing but zeros gives (0.2, 0, 0)"
     n = sums(np.ones_like(x) if valid is None else valid)
@@ -145,7 +147,7 @@ def fit_aggd(
 # %% ../../nbs/10_niqe.ipynb #d30fde9c
 def niqe_scale_features(
     m:np.ndarray, # (...,H,W) MSCN coefficients
-    sums=image_sums, # as in `fit_aggd`
+    sums:Callable=image_sums, # as in `fit_aggd`
 )->np.ndarray: # (...,18)
     "Compute the 18 features of one scale: 2 of the coefficients, 4 of each neighbour product"
     ones, out = np.ones(m.shape[-2:], m.dtype), []
@@ -246,8 +248,9 @@ class NIQE:
         return f'NIQE({settings}; {fitted})'
 
     def fit(self,
-        images, # good images: a list (shapes may differ), an array (N,H,W,3), or any iterable
-        **provenance, # what to remember about them, JSON values
+        # good images: a list (shapes may differ), an array (N,H,W,3), or any iterable
+        images:Face|Iterable,
+        **provenance:Any, # what to remember about them, JSON values
     )->'NIQE': # itself
         "Estimate mean and covariance of the features of the sharp patches of good images"
         kept, n = [np.zeros((0, 36))], 0
@@ -266,7 +269,7 @@ class NIQE:
     def score(self,
         # one image, or several: a list (shapes may differ), an array (N,H,W,3), or any iterable;
         # faces too
-        images,
+        images:Face|Iterable,
     )->np.ndarray: # float64 (N,), higher = better, at most 0; one number for one image
         "Score the quality of each image"
         self._fitted()
@@ -280,7 +283,7 @@ class NIQE:
         return out
 
     def save(self,
-        path, # ends in .safetensors
+        path:str|Path, # ends in .safetensors
     )->Path: # the path
         "Write the fit, with how it was made and its checksum, into one safetensors file"
         mean, cov = self._fitted()
@@ -292,7 +295,7 @@ class NIQE:
 
     @classmethod
     def load(cls,
-        path, # a file that `save` wrote
+        path:str|Path, # a file that `save` wrote
     )->'NIQE': # fitted
         "Read a fit; a file that is missing, damaged or changed raises a `WeightsError`"
         mean, cov, config = _read(path)

@@ -10,10 +10,13 @@ __all__ = ['EMBEDDER_FILE', 'embedding_robustness', 'rescale_robustness', 'SERFI
 # %% ../../nbs/11_serfiq.ipynb #109a0bbf
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import ArrayLike
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
@@ -36,10 +39,10 @@ def embedding_robustness(
     return 2*torch.sigmoid(-squared.sqrt().sum((1, 2))/(T*(T-1)))
 
 def rescale_robustness(
-    raw,               # of `embedding_robustness`, any shape
+    raw:ArrayLike,     # of `embedding_robustness`, any shape
     slope:float=130.,  # of the published code; made for its own network
     centre:float=.88   # raw score that becomes one half
-):                     # the same shape, 0 to 1
+)->np.ndarray:         # the same shape, 0 to 1
     "Stretch the small range that raw scores occupy"
     return 1/(1+np.exp(-slope*(np.asarray(raw, float)-centre)))
 
@@ -58,12 +61,13 @@ def _square_face(image, size):
 class SERFIQ:
     "Quality by stochastic embedding robustness, for a backbone and a tail that begins with dropout"
     def __init__(self,
-        backbone:nn.Module, # (B,3,H,W) -> (B,D): run once
-        tail,               # `nn.Sequential` of Dropout, then layers for (N,D): run `passes` times
-        size:int=112,       # side of the backbone's input, pixels
-        passes:int=100,     # stochastic embeddings of each face, at least 2
-        seed:int=0,         # of the dropout masks
-        device=None         # torch device; None: the CPU
+        backbone:nn.Module,               # (B,3,H,W) -> (B,D): run once
+        # `nn.Sequential` of Dropout, then layers for (N,D): run `passes` times
+        tail:Iterable[nn.Module],
+        size:int=112,                     # side of the backbone's input, pixels
+        passes:int=100,                   # stochastic embeddings of each face, at least 2
+        seed:int=0,                       # of the dropout masks
+        device:torch.device|str|None=None # torch device; None: the CPU
     ):
         tail = list(tail)
         check_number('SER-FIQ: passes', passes, 2, integer=True)
@@ -97,7 +101,7 @@ class SERFIQ:
         return self.tail(masked.flatten(0, 1)).view(len(x), self.passes, -1)
 
     def score(self,
-        images, # one square image, or several: uint8 RGB (H,W,3) or `Face`s, aligned
+        images:Any, # one square image, or several: uint8 RGB (H,W,3) or `Face`s, aligned
         rescaled:bool=False,  # stretch the range, see `rescale_robustness`
         batch_size:int=32
     )->np.ndarray: # float64 (N,), higher = better; one number for one image
@@ -114,28 +118,28 @@ class SERFIQ:
 # %% ../../nbs/11_serfiq.ipynb #9fe63e3e
 class ResidualBlock(nn.Module):
     "Halve the feature map: two 3x3 convolutions beside a pooled shortcut"
-    def __init__(self, ni, nf):
+    def __init__(self, ni:int, nf:int):
         super().__init__()
         self.body = nn.Sequential(nn.BatchNorm2d(ni), nn.Conv2d(ni, nf, 3, 2, 1, bias=False),
             nn.BatchNorm2d(nf), nn.PReLU(nf),
             nn.Conv2d(nf, nf, 3, 1, 1, bias=False), nn.BatchNorm2d(nf))
         self.short = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(ni, nf, 1, bias=False),
             nn.BatchNorm2d(nf))
-    def forward(self, x): return self.body(x)+self.short(x)
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.body(x)+self.short(x)
 
 class FeatureOffset(nn.Module):
     "Add a constant to every feature"
-    def __init__(self, offset):
+    def __init__(self, offset:float):
         super().__init__()
         self.offset = offset
-    def forward(self, x): return x+self.offset
+    def forward(self, x:torch.Tensor)->torch.Tensor: return x+self.offset
 
 class FaceEmbedder(nn.Module):
     "A backbone (B,3,H,W) -> (B,D), then a tail (B,D) -> (B,E) that begins with dropout"
     def __init__(self, backbone:nn.Module, tail:nn.Sequential):
         super().__init__()
         self.backbone, self.tail = backbone, tail
-    def forward(self, x): return self.tail(self.backbone(x))
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.tail(self.backbone(x))
 
 # %% ../../nbs/11_serfiq.ipynb #81bf0347
 def face_embedder(
@@ -159,10 +163,11 @@ def face_embedder(
 # %% ../../nbs/11_serfiq.ipynb #22811d42
 class CosineClassifier(nn.Module):
     "Cosines of embeddings (B,E) with one direction for each identity: (B,identities)"
-    def __init__(self, dim, identities):
+    def __init__(self, dim:int, identities:int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(identities, dim)*.1)
-    def forward(self, x): return F.linear(F.normalize(x), F.normalize(self.weight))
+    def forward(self, x:torch.Tensor)->torch.Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.weight))
 
 def arcface_loss(
     cosines:torch.Tensor, # (B,identities)
@@ -184,10 +189,10 @@ def _digest(weights):
     return hashlib.sha256(b''.join(parts)).hexdigest()
 
 def save_embedder(
-    net:nn.Module,  # see `face_embedder`
-    path,           # safetensors file to write
-    **provenance    # how it was made, JSON values
-)->Path:            # the path
+    net:nn.Module,   # see `face_embedder`
+    path:str|Path,   # safetensors file to write
+    **provenance:Any # how it was made, JSON values
+)->Path:             # the path
     "Write an embedder's weights, in half precision, with how it was made and a checksum"
     weights = {k: v.half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k,
         v in net.state_dict().items()}
@@ -197,7 +202,7 @@ def save_embedder(
 
 # %% ../../nbs/11_serfiq.ipynb #a9fb597b
 def load_embedder(
-    path=None # file that `save_embedder` wrote; None: the packaged one
+    path:str|Path|None=None # file that `save_embedder` wrote; None: the packaged one
 )->FaceEmbedder: # in evaluation mode
     "Read an embedder; a file that is missing, damaged or of another kind raises a `WeightsError`"
     path, net = path or Path(deepfid.__file__).parent/'weights'/EMBEDDER_FILE, face_embedder()
@@ -212,7 +217,7 @@ def load_embedder(
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return net.eval()
 
-def load_serfiq(device=None)->SERFIQ:
+def load_serfiq(device:torch.device|str|None=None)->SERFIQ:
     "Load the measure with the packaged embedder"
     net = load_embedder()
     return SERFIQ(net.backbone, net.tail, device=device)

@@ -20,7 +20,7 @@ class CentreCrop(Callback):
     def __init__(self,
         crop:float, # share of each side that is kept, see `centre_crop`
     ): self.crop = crop
-    def before_batch(self):
+    def before_batch(self)->None:
         if not self.training: self.learn.xb = (centre_crop(self.xb[0], self.crop),)
 
 class ImageNetAugment(Callback):
@@ -35,7 +35,7 @@ class ImageNetAugment(Callback):
             auto_augment='rand-m9-mstd0.5-inc1-mmax9', re_prob=.25, re_mode='pixel',
             interpolation='random', mean=(.5,)*3, std=(.5,)*3)
 
-    def before_batch(self):
+    def before_batch(self)->None:
         if self.training: self.learn.xb = (torch.stack([self.augment(x) for x in self.xb[0]]),)
 
     def augment(self,
@@ -51,7 +51,7 @@ class BestAccuracyWeights(BestWeights):
     "Finish with the validated weights of the epoch whose accuracy on a loader is best"
     learn:Any
     def __init__(self,
-        dl,            # loader of (image, label) batches
+        dl:Any,        # loader of (image, label) batches
         crop:float=1., # share of each side that is kept, see `centre_crop`
     ):
         super().__init__()

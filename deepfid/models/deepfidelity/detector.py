@@ -6,12 +6,15 @@
 __all__ = ['DEEPFIDELITY_PRESETS', 'QUALITY_MEASURES', 'DeepFidelityConfig', 'DeepFidelity', 'with_quality']
 
 # %% ../../../nbs/23_deepfidelity.ipynb #e91fcfb3
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
+from torch import nn
 from ...core import DeepfidError, ManifestError, Prediction, check_number, check_choice
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from . import ssaaformer
@@ -73,7 +76,7 @@ class DeepFidelityConfig(DetectorConfig):
     svr:dict = setting({}) # settings of `FidelityRegressor`
     network:dict = setting({}) # further settings of the network
 
-    def check(self):
+    def check(self)->None:
         check_number('epochs', self.epochs, 1, integer=True) # there is one phase
         mapped, as_class = self.mapping is not None, self.target=='label'
         on = {k for k, v in self.network.items() if v}
@@ -104,7 +107,7 @@ class DeepFidelity(NetworkDetector):
         "Make the networks of `SSAAFORMER_CONFIGS` known to timm"
         ssaaformer.register_with_timm()
 
-    def build_model(self):
+    def build_model(self)->nn.Module:
         "Build a fresh SSAAFormer"
         c = self.config
         make = getattr(ssaaformer, c.arch)
@@ -117,7 +120,7 @@ class DeepFidelity(NetworkDetector):
         if model.aux and not c.mix_labels: model.aux_head.requires_grad_(False)
         return model
 
-    def initialise_weights(self):
+    def initialise_weights(self)->None:
         "Begin with the weights of a checkpoint, where one is named"
         from deepfid.models.deepfidelity.checkpoint import load_checkpoint
         if self.config.weights: load_checkpoint(self.model, self.config.weights, heads=False)
@@ -126,7 +129,7 @@ class DeepFidelity(NetworkDetector):
     def required_splits(self)->tuple:
         return ('train', 'valid')+(('test',) if self.config.select=='test' else ())
 
-    def before_training(self, manifest):
+    def before_training(self, manifest:'Manifest')->'Manifest':
         "Measure quality, fit the targets, and try out the regression's settings"
         manifest = self.measure_quality(manifest)
         self.fit_targets(manifest)
@@ -187,7 +190,7 @@ class DeepFidelity(NetworkDetector):
         if c.crop<1: cbs.append(CentreCrop(c.crop))
         return cbs
 
-    def selection_callbacks(self, manifest, dls)->list:
+    def selection_callbacks(self, manifest:'Manifest', dls:Any)->list:
         "Return what chooses the epoch: nothing, validation faces, or (as released) test faces"
         from deepfid.data.loaders import FaceDataset, FaceLoader
         from deepfid.models.deepfidelity.callbacks import BestAccuracyWeights
@@ -198,9 +201,9 @@ class DeepFidelity(NetworkDetector):
         return [BestAccuracyWeights(FaceLoader(test, 64, device=self.device), c.crop)]
 
     def learner(self,
-        dls,           # image -> label `DataLoaders`; image -> fidelity for target='fidelity'
-        cbs=None,      # more callbacks
-        phase:int=-1,  # of `phases`: there is one
+        dls:Any,            # image -> label `DataLoaders`; image -> fidelity for target='fidelity'
+        cbs:list|None=None, # more callbacks
+        phase:int=-1,       # of `phases`: there is one
     )->'Learner':
         "Return the network's `Learner`: its loss, AdamW, and the callbacks of the recipe"
         import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
@@ -217,7 +220,7 @@ class DeepFidelity(NetworkDetector):
             splitter=partial(weight_decay_groups, how=c.decay), metrics=metrics,
             cbs=[*self.callbacks(), *(cbs or [])])
 
-    def loaders(self, manifest):
+    def loaders(self, manifest:'Manifest')->Any:
         "Return training and validation batches of what the network learns"
         from deepfid.data.loaders import dataloaders
         c, as_class = self.config, self.config.target=='label'
@@ -226,7 +229,7 @@ class DeepFidelity(NetworkDetector):
             flip=not plain, shift=0 if plain else 2, seed=c.seed, device=self.device, steps=c.steps,
             targets=None if as_class else self.mapping.transform)
 
-    def train_phase(self, learn, phase:TrainingPhase):
+    def train_phase(self, learn:Any, phase:TrainingPhase)->None:
         "Run the `Learner` with the recipe's schedule"
         from fastai.callback.schedule import ParamScheduler
         from deepfid.models.deepfidelity.recipes import LR_SCHEDULES
@@ -236,21 +239,21 @@ class DeepFidelity(NetworkDetector):
             schedule = LR_SCHEDULES[c.schedule](c.lr, phase.epochs)
             learn.fit(phase.epochs, c.lr, wd=[c.wd, 0.], cbs=ParamScheduler(dict(lr=schedule)))
 
-    def after_training(self, manifest, dls):
+    def after_training(self, manifest:'Manifest', dls:Any)->None:
         "Fit the regression from the features of the training faces to their fidelity targets"
         self.history = [{('auc' if k=='roc_auc_score' else k): v for k, v in h.items()}
             for h in self.history]
         self.fit_regressor(dls.train, self.fit_targets(manifest))
 
     def fit_regressor(self,
-        dl,                      # loader of the training faces
+        dl:Any,                  # loader of the training faces
         targets:np.ndarray|None, # (N,) fidelity, in the manifest's order; None: no regression
-    ):
+    )->None:
         "Fit the support vector regression from features to targets"
         if targets is None or self.config.regression=='head': return
         self.regressor = FidelityRegressor(**self.config.svr).fit(self.features_of(dl), targets)
 
-    def features_of(self, dl)->np.ndarray: # (N,D)
+    def features_of(self, dl:Any)->np.ndarray: # (N,D)
         "Compute the features of every face of a loader, in order"
         in_order = dl.new(shuffle=False, drop_last=False, rank=0, world_size=1)
         return self.run_batches((x for x, _ in in_order), self.embed)
@@ -259,7 +262,7 @@ class DeepFidelity(NetworkDetector):
         manifest:'Manifest',  # that it was trained on
         regressor:Any=None,   # of scikit-learn, unfitted; default: the support vector regression
         measure:Any=None,     # object with `score(images)`: a quality measure of one's own
-        **changes,            # to mapping, bands, by_forger, quality, svr, pool or regression
+        **changes:Any,        # to mapping, bands, by_forger, quality, svr, pool or regression
     )->Self: # another detector; the network is shared
         "Fit mapping and regression again with something changed"
         known = ('mapping', 'bands', 'by_forger', 'quality', 'svr', 'pool', 'regression')
@@ -281,7 +284,7 @@ class DeepFidelity(NetworkDetector):
 
     # -- scores and files -------------------------------------------------------------------------
     def preprocess(self, x:torch.Tensor)->torch.Tensor: return centre_crop(x, self.config.crop)
-    def fake_logit(self, output)->torch.Tensor: return output[:, 0]
+    def fake_logit(self, output:torch.Tensor)->torch.Tensor: return output[:, 0]
     def embed(self, x:torch.Tensor)->torch.Tensor: return self.model.embed(x, pool=self.config.pool)
 
     def inference_graph(self)->torch.nn.Module:
@@ -289,7 +292,7 @@ class DeepFidelity(NetworkDetector):
         from deepfid.models.deepfidelity.fused import fidelity_graph
         return fidelity_graph(self)
 
-    def score_batches(self, batches)->np.ndarray: # (N,) float64
+    def score_batches(self, batches:Iterable)->np.ndarray: # (N,) float64
         "Compute the fidelities of some batches: of the regression, or of the network itself"
         if self.regressor is not None:
             return self.regressor.predict(self.run_batches(batches, self.embed))
@@ -298,7 +301,7 @@ class DeepFidelity(NetworkDetector):
             return self.model(x)[:, 0] if regresses else self.model(x).softmax(1)[:, 1]
         return self.run_batches(batches, own_score).astype(float)
 
-    def predict_batches(self, batches):
+    def predict_batches(self, batches:Iterable)->Iterator[Prediction]:
         "Predict batch by batch"
         for x in batches: yield from map(Prediction, self.score_batches([x]))
 
@@ -311,17 +314,17 @@ class DeepFidelity(NetworkDetector):
         return dict(mapping=self.mapping and self.mapping.to_dict(),
             regressor=self.regressor is not None)
 
-    def save_extra(self, folder):
+    def save_extra(self, folder:Path)->None:
         if self.regressor is not None: self.regressor.save(folder/'regressor')
 
-    def load_extra(self, folder, about):
+    def load_extra(self, folder:Path, about:dict)->None:
         if about['regressor']: self.regressor = load_regressor(folder/'regressor')
         self.mapping = about['mapping'] and FidelityMapping.from_dict(about['mapping'])
 
 # %% ../../../nbs/23_deepfidelity.ipynb #50b3e448
 def with_quality(
     manifest:'Manifest', # its training faces are measured
-    measure,             # object with `score(images)`
+    measure:Any,         # object with `score(images)`
 )->'Manifest':
     "Return the manifest with the quality of its training faces by another measure"
     table, need = manifest.table.copy(), (manifest.table['split']=='train').to_numpy()

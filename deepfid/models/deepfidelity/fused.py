@@ -15,7 +15,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from . import ssaaformer
 from .recipes import centre_crop
 from deepfid.models.deepfidelity.ssaaformer import (Attention, AttentionBlock, ConvBlock, ConvEmbed, PatchEmbed,
     SSAAFormer)
+if TYPE_CHECKING: from deepfid.models.deepfidelity.detector import DeepFidelity
 
 # %% ../../../nbs/lib/models.deepfidelity.fused.ipynb #2c4f0f51
 def unfused_attention(
@@ -478,7 +479,7 @@ class FidelityGraph(nn.Module):
         return out[:,0] if out.shape[1]==1 else out.softmax(1)[:,1]
 
 def fidelity_graph(
-    detector, # a trained `DeepFidelity`
+    detector:'DeepFidelity', # a trained `DeepFidelity`
 )->FidelityGraph: # on the CPU, folded
     "Return a detector as one module with the outputs of `predict`"
     c,regressor = detector.config,detector.regressor

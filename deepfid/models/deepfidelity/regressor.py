@@ -290,7 +290,7 @@ class FidelityRegressor(_KernelRegressor):
 
     @classmethod
     def from_svr(cls,
-        svr, # fitted scikit-learn `SVR` with kernel='rbf'
+        svr:Any, # fitted scikit-learn `SVR` with kernel='rbf'
     )->'FidelityRegressor': # fitted
         "Take over a fitted scikit-learn SVR: the same scores, sooner, and files without pickle"
         from sklearn.utils.validation import check_is_fitted
@@ -413,7 +413,7 @@ class ApproxRegressor(_KernelRegressor):
 
 # %% ../../../nbs/22_regressor.ipynb #ff4478cd
 def load_regressor(
-    folder, # where `save` of either regressor wrote
+    folder:str|Path, # where `save` of either regressor wrote
 )->FidelityRegressor|ApproxRegressor: # fitted
     "Read a saved regressor of whichever class"
     path = Path(folder)/'regressor.json'

@@ -112,7 +112,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(ni, nf, stride, stride)
         self.norm = LayerNorm2d(nf, eps=1e-5)
 
-    def forward(self, x): return self.norm(self.proj(x))
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.norm(self.proj(x))
 
 # %% ../../../nbs/21_ssaaformer.ipynb #875eb2df
 class ConvEmbed(nn.Module):
@@ -127,7 +127,7 @@ class ConvEmbed(nn.Module):
         layers = conv(ni, nf) if stride==2 else [*conv(ni, nf//2), nn.GELU(), *conv(nf//2, nf)]
         self.proj = nn.Sequential(*layers)
 
-    def forward(self, x): return self.proj(x)
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self.proj(x)
 
 # %% ../../../nbs/21_ssaaformer.ipynb #1383e546
 def pool_tokens(
@@ -407,14 +407,14 @@ def _create(name, pretrained, kwargs):
 # %% ../../../nbs/21_ssaaformer.ipynb #8f10c154
 def ssaaformer_tiny(
     pretrained:bool=False, # True needs a file of weights in `pretrained_cfg_overlay`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build our small network, for 112x112 faces on a CPU"
     return _create('ssaaformer_tiny', pretrained, kwargs)
 
 def ssaaformer_small(
     pretrained:bool=False, # True needs a file of weights in `pretrained_cfg_overlay`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build the published small network, for 224x224 faces"
     return _create('ssaaformer_small', pretrained, kwargs)
@@ -422,21 +422,21 @@ def ssaaformer_small(
 # %% ../../../nbs/21_ssaaformer.ipynb #0a7d3748
 def ssaaformer_small_dim64(
     pretrained:bool=False, # see `ssaaformer_tiny`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build `ssaaformer_small` with half as many attention heads, of 64 channels each"
     return _create('ssaaformer_small_dim64', pretrained, kwargs)
 
 def ssaaformer_small_plus(
     pretrained:bool=False, # see `ssaaformer_tiny`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build the published network with more blocks than `ssaaformer_small`, and convolution stems"
     return _create('ssaaformer_small_plus', pretrained, kwargs)
 
 def ssaaformer_small_plus_dim64(
     pretrained:bool=False, # see `ssaaformer_tiny`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build `ssaaformer_small_plus` with half as many attention heads, of 64 channels each"
     return _create('ssaaformer_small_plus_dim64', pretrained, kwargs)
@@ -444,21 +444,21 @@ def ssaaformer_small_plus_dim64(
 # %% ../../../nbs/21_ssaaformer.ipynb #0659a4c3
 def ssaaformer_base(
     pretrained:bool=False, # see `ssaaformer_tiny`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build the published base network, twice as deep as `ssaaformer_small`"
     return _create('ssaaformer_base', pretrained, kwargs)
 
 def ssaaformer_base_dim64(
     pretrained:bool=False, # see `ssaaformer_tiny`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build `ssaaformer_base` with half as many attention heads, of 64 channels each"
     return _create('ssaaformer_base_dim64', pretrained, kwargs)
 
 def ssaaformer_large(
     pretrained:bool=False, # see `ssaaformer_tiny`
-    **kwargs, # options of `SSAAFormer`
+    **kwargs:Any, # options of `SSAAFormer`
 )->SSAAFormer:
     "Build the paper's network: 46 blocks, the first five with SSAA, layer scale from 1e-6"
     return _create('ssaaformer_large', pretrained, kwargs)

@@ -112,17 +112,18 @@ RELEASED_QUIRKS = ('nearest', 'bgr', 'shuffle')
 class DegradeBatch:
     "Degrade the images of a batch, each in its own way; ranges, order and seed as in `Degrade`"
     def __init__(self,
-        p:float=.5,         # probability of each operation; 0 = leave every image alone
-        quality=(10,99),    # of JPEG, both ends included
-        sigma=(.1,1.),      # of the blur, pixels
-        side=(100,199),     # of the resized image, pixels, for one of side `base`
-        base:int=299,       # pixels
-        seed:int|None=None, # the same seed gives the same sequence
-        order='random',     # or a tuple such as ('blur','jpeg'): that order, those operations
-        jpeg:str='exact',   # 'exact': libjpeg on the host; 'torch': the same on the batch's device
+        p:float=.5,               # probability of each operation; 0 = leave every image alone
+        quality:tuple=(10,99),    # of JPEG, both ends included
+        sigma:tuple=(.1,1.),      # of the blur, pixels
+        side:tuple=(100,199),     # of the resized image, pixels, for one of side `base`
+        base:int=299,             # pixels
+        seed:int|None=None,       # the same seed gives the same sequence
+        order:str|tuple='random', # or a tuple such as ('blur','jpeg'): that order, those operations
+        # 'exact': libjpeg on the host; 'torch': the same on the batch's device
+        jpeg:str='exact',
         # of `RELEASED_QUIRKS`: 'nearest': downsample only so; 'bgr': JPEG takes red for blue;
         # 'shuffle': see `make_branches`
-        released_quirks=()
+        released_quirks:tuple=()
     ):
         for quirk in released_quirks: check_choice('released_quirks', quirk, RELEASED_QUIRKS)
         self.jpeg = JPEG_BACKENDS[check_choice('jpeg', jpeg, JPEG_BACKENDS)]

@@ -6,6 +6,7 @@
 __all__ = ['LISIAM_PRESETS', 'LISIAM_SHARED', 'LISIAM_RECIPES', 'SEGMENTATION_MODULES', 'CLASSIFICATION_MODULES', 'split_epochs', 'polynomial_decay', 'LiSiamConfig', 'LiSiam']
 
 # %% ../../../nbs/41_lisiam.ipynb #bdddcd59
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 import torch
@@ -16,7 +17,9 @@ from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from .degradation import RELEASED_QUIRKS, DegradeBatch
 from .network import LISIAM_ABLATIONS, LiSiamNet
 from .transformer import SCU_KINDS
-if TYPE_CHECKING: from fastai.learner import Learner
+if TYPE_CHECKING:
+    from fastai.learner import Learner
+    from deepfid.data.manifest import Manifest
 
 # %% ../../../nbs/41_lisiam.ipynb #b48b0db9
 LISIAM_PRESETS = {
@@ -36,7 +39,7 @@ LISIAM_RECIPES = {
 
 # %% ../../../nbs/41_lisiam.ipynb #352222f9
 def split_epochs(
-    epochs # one number from 3, or one for each phase
+    epochs:int|list|tuple # one number from 3, or one for each phase
 )->tuple[int, int, int]:
     "Split epochs among the three phases: 30, 3 and 67 per cent, at least one each"
     if isinstance(epochs, (list, tuple)):
@@ -52,7 +55,7 @@ def polynomial_decay(
     lr:float,       # learning rate at the start
     power:float=.9, # of the share of the training that is left
     floor:float=.01 # share of `lr` at the end
-): # function of the share of the training that is done, 0 to 1
+)->Callable[[float], float]: # function of the share of the training that is done, 0 to 1
     "Create a learning-rate schedule that decays as a power, with a floor"
     return lambda done: lr*((1-floor)*(1-min(done, 1.))**power+floor)
 
@@ -79,7 +82,7 @@ class LiSiamConfig(DetectorConfig):
     momentum:float = setting(.9, low=0) # of SGD
     scu:str = setting('separable', choices=tuple(SCU_KINDS)) # separable convolution unit
 
-    def check(self):
+    def check(self)->None:
         self.epochs, self.released_quirks = split_epochs(self.epochs), tuple(self.released_quirks)
         for quirk in self.released_quirks: check_choice('released_quirks', quirk, RELEASED_QUIRKS)
 
@@ -105,11 +108,11 @@ class LiSiam(NetworkDetector):
         c = self.config
         return LiSiamNet(preset=c.preset, scu=c.scu, mt=self.variant['mt'], ocr_fuse=c.ocr_fuse)
 
-    def initialise_weights(self):
+    def initialise_weights(self)->None:
         "Begin with weights that have seen images, where the preset says so"
         if self.config.pretrained: load_pretrained(self.model.backbone)
 
-    def maps(self, output)->tuple:
+    def maps(self, output:Any)->tuple:
         "Return fidelities (B,), and masks (B,H,W) or None where no segmentation was learned"
         if not any(t.startswith('seg') for t in self.variant['terms']):
             return output.fidelity, None
@@ -117,7 +120,7 @@ class LiSiam(NetworkDetector):
         seg = F.interpolate(output.seg.float(), size, mode='bilinear', align_corners=False)
         return output.fidelity, seg.softmax(1)[:, 1]
 
-    def fake_logit(self, output)->torch.Tensor:
+    def fake_logit(self, output:Any)->torch.Tensor:
         "Return the logit of fake (B,)"
         return output.logits[:, 1]-output.logits[:, 0]
 
@@ -153,9 +156,9 @@ class LiSiam(NetworkDetector):
         return cbs
 
     def learner(self,
-        dls,           # 'label+mask' `DataLoaders`
-        cbs=None,      # more callbacks
-        phase:int=-1,  # of `phases`: the last one trains everything
+        dls:Any,            # 'label+mask' `DataLoaders`
+        cbs:list|None=None, # more callbacks
+        phase:int=-1,       # of `phases`: the last one trains everything
     )->'Learner':
         "Return the network's `Learner` for one phase"
         import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
@@ -175,14 +178,14 @@ class LiSiam(NetworkDetector):
         learn.recorder.train_metrics = True
         return learn
 
-    def loaders(self, manifest):
+    def loaders(self, manifest:'Manifest')->Any:
         "Return faces with their labels and masks"
         from deepfid.data.loaders import dataloaders
         c = self.config
         return dataloaders(manifest, 'label+mask', size=c.size, bs=c.bs, shift=c.shift,
             seed=c.seed, steps=c.steps, device=self.device)
 
-    def train_phase(self, learn, phase:TrainingPhase):
+    def train_phase(self, learn:Any, phase:TrainingPhase)->None:
         "Run the `Learner` with polynomial decay"
         from fastai.callback.schedule import ParamScheduler
         learn.fit(phase.epochs, cbs=ParamScheduler(dict(lr=polynomial_decay(self.config.lr))))

@@ -7,6 +7,7 @@ __all__ = ['OCR_CHANNELS', 'IGNORE_INDEX', 'KNOWN_LOSS_TERMS', 'FULL_METHOD_TERM
            'check_loss_terms', 'LiSiamOutput', 'LiSiamNet', 'segmentation_loss', 'invariance_loss', 'siamese_losses']
 
 # %% ../../../nbs/41_lisiam.ipynb #c84cbabe
+from collections.abc import Collection
 from typing import NamedTuple
 import torch
 from torch import nn
@@ -29,8 +30,8 @@ def feature_map_size(
     return -(-((n-3)//2-1)//4)
 
 def check_loss_terms(
-    terms # names of losses
-):
+    terms:Collection[str] # names of losses
+)->None:
     "Refuse a loss that is not defined"
     for term in terms: check_choice('loss term', term, KNOWN_LOSS_TERMS)
 
@@ -84,8 +85,8 @@ class LiSiamNet(nn.Module):
         return features, None if self.decoder is None else self.decoder(features), coarse
 
     def classify(self,
-        x:torch.Tensor, # (B,C,h,w) features of `locate`
-        seg             # (B,2,h,w) segmentation logits, or None
+        x:torch.Tensor,       # (B,C,h,w) features of `locate`
+        seg:torch.Tensor|None # (B,2,h,w) segmentation logits, or None
     )->tuple: # logits (B,2); what the last layer reads (B,D)
         "Classify features, guided by their segmentation (eq. 4 and 18)"
         x = self.scu(x)
@@ -102,7 +103,8 @@ class LiSiamNet(nn.Module):
     def siamese(self,
         clean:torch.Tensor,    # (B,3,H,W)
         degraded:torch.Tensor, # (B,3,H,W), the same crops
-        terms=FULL_METHOD_TERMS # losses that will be computed; what none of them needs is left out
+        # losses that will be computed; what none of them needs is left out
+        terms:Collection[str]=FULL_METHOD_TERMS
     )->tuple: # `LiSiamOutput` of the clean and of the degraded branch; None where no term needs it
         "Run both branches in one pass of the backbone"
         check_loss_terms(terms)
@@ -151,8 +153,10 @@ def siamese_losses(
     clean:LiSiamOutput|None,    # of `LiSiamNet.siamese` for the same `terms`
     degraded:LiSiamOutput|None, # likewise
     label:torch.Tensor,         # (B,) 1 = real
-    mask:torch.Tensor,          # (B,1,H,W), 0 real to 1 forged, 255 = padding; as of `FaceDataset`
-    terms=FULL_METHOD_TERMS,    # losses to add up, of `KNOWN_LOSS_TERMS`
+    # (B,1,H,W), 0 real to 1 forged, 255 = padding; as of `FaceDataset`
+    mask:torch.Tensor,
+    # losses to add up, of `KNOWN_LOSS_TERMS`
+    terms:Collection[str]=FULL_METHOD_TERMS,
     li_on:str='logits',         # L_li compares 'logits' or 'prob'
     w_aux:float=.4,             # weight of OCR's coarse segmentation; 0: the strict paper
     seg_loss_at:str='input'     # size of the segmentation loss, see `segmentation_loss`

@@ -6,6 +6,8 @@
 __all__ = ['SiameseBranches', 'AddDegradedBranch', 'SiameseLoss', 'FreezeExcept']
 
 # %% ../../../nbs/41_lisiam.ipynb #3e163081
+from collections.abc import Collection
+from typing import Any
 import numpy as np, torch
 from torch import nn
 from ..callbacks import TypedCallback, unwrap_model
@@ -17,7 +19,7 @@ class SiameseBranches(nn.Module):
     "`LiSiamNet` for a `Learner`: both branches for two images, one branch for one"
     def __init__(self,
         net:LiSiamNet,
-        terms # losses that will be computed
+        terms:Collection[str] # losses that will be computed
     ):
         super().__init__()
         self.net, self.terms = net, terms
@@ -25,7 +27,7 @@ class SiameseBranches(nn.Module):
     def forward(self,
         clean:torch.Tensor,               # (B,3,H,W)
         degraded:torch.Tensor|None=None   # (B,3,H,W)
-    ): # `LiSiamOutput`, or one for each branch
+    )->LiSiamOutput|tuple: # `LiSiamOutput`, or one for each branch
         "Run one branch, or both"
         if degraded is None: return self.net(clean)
         return self.net.siamese(clean, degraded, self.terms)
@@ -35,14 +37,14 @@ class AddDegradedBranch(TypedCallback):
     order = 5
     def __init__(self,
         degrade:DegradeBatch,
-        seed,            # of the degradations, a number or several
-        mixed:bool=False # one branch that sees both kinds, half of the faces each (ablation G)
+        seed:int|list|tuple, # of the degradations, a number or several
+        mixed:bool=False     # one branch that sees both kinds, half of the faces each (ablation G)
     ): self.degrade, self.seed, self.mixed = degrade, np.atleast_1d(seed).tolist(), mixed
 
-    def before_epoch(self):
+    def before_epoch(self)->None:
         self.degrade.sampler.rng = np.random.default_rng([*self.seed, self.epoch])
 
-    def before_batch(self):
+    def before_batch(self)->None:
         if not self.training: return
         label, mask = self.y
         clean, degraded, mask = self.degrade.make_branches(self.x, mask)
@@ -54,8 +56,8 @@ class AddDegradedBranch(TypedCallback):
 class SiameseLoss:
     "Weighted sum of the losses (eq. 15 to 19); `terms` holds those of the last batch"
     def __init__(self,
-        names,    # of losses, of `KNOWN_LOSS_TERMS`
-        **options # of `siamese_losses`
+        names:Collection[str], # of losses, of `KNOWN_LOSS_TERMS`
+        **options:Any          # of `siamese_losses`
     ):
         check_loss_terms(names)
         self.names, self.options = tuple(names), options
@@ -81,7 +83,7 @@ class FreezeExcept(TypedCallback):
     "Train only some modules of the network during one `fit`"
     order = 2
     def __init__(self,
-        modules,            # names of the network's children that are trained
+        modules:Any,        # names of the network's children that are trained
         freeze_bn:bool=True # others in evaluation mode; False: their BatchNorms go on, as released
     ): self.modules, self.freeze_bn = set(modules), freeze_bn
 
@@ -90,11 +92,11 @@ class FreezeExcept(TypedCallback):
         net = unwrap_model(self.learn.model).get_submodule('net')
         return [m for name, m in net.named_children() if name not in self.modules]
 
-    def before_fit(self):
+    def before_fit(self)->None:
         for m in self.frozen_modules(): m.requires_grad_(False)
 
-    def before_train(self):
+    def before_train(self)->None:
         if self.freeze_bn:
             for m in self.frozen_modules(): m.eval()
 
-    def after_fit(self): unwrap_model(self.learn.model).requires_grad_(True)
+    def after_fit(self)->None: unwrap_model(self.learn.model).requires_grad_(True)

@@ -7,7 +7,8 @@ __all__ = ['DECODER_LEVELS', 'BOTTLENECK_CHANNELS', 'CLAFFM', 'double_conv', 'Ma
            'similarity_losses', 'total_loss']
 
 # %% ../../../nbs/32_local_similarity.ipynb #630b4927
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -69,7 +70,7 @@ class MaskDecoder(nn.Module):
 
     def forward(self,
         maps:dict, # of the backbone: act4, block11, block2, block1, act2
-        size       # (H,W) of the image
+        size:tuple # (H,W) of the image
     )->tuple: # mask logits (B,1,H,W); list of the maps of all levels, coarsest first
         "Upsample level by level"
         x, out = self.bottom(maps['act4']), []
@@ -105,7 +106,7 @@ class SimilarityNet(nn.Module):
         use_flm:bool=True,       # mask decoder
         gates:bool=True,         # CLAFFM in the decoder
         cls_feat:str='last',     # classifier reads the decoder's 'last' level; 'concat': all levels
-        **llsm                   # options of `LLSM`: hidden, metric, symmetric, chunk
+        **llsm:Any               # options of `LLSM`: hidden, metric, symmetric, chunk
     ):
         super().__init__()
         check_choice('tap', tap, XCEPTION_STAGES)
@@ -121,7 +122,8 @@ class SimilarityNet(nn.Module):
 
     def forward(self,
         x:torch.Tensor, # (B,3,H,W), mean = std = 0.5
-        sampler=None    # function of the map's (h,w) -> positions (B,k) to compare; None: all
+        # function of the map's (h,w) -> positions (B,k) to compare; None: all
+        sampler:Callable|None=None
     )->SimilarityOutput:
         "Compute score, mask and pairwise similarity matrix"
         maps, mask, features = self._features(x)
@@ -158,7 +160,8 @@ def similarity_losses(
     "Compute the three losses (eq. 5 to 7)"
     losses = dict(cls=F.binary_cross_entropy_with_logits(out.logit, label.float()))
     if out.similarity_logits is not None:
-        target = pair_target(mask, out.map_size, positions=out.positions)
+        size:Any = out.map_size
+        target = pair_target(mask, size, positions=out.positions)
         losses['ls'] = F.binary_cross_entropy_with_logits(out.similarity_logits, target)
     if out.mask is not None:
         losses['loc'] = F.binary_cross_entropy_with_logits(out.mask, mask.float())

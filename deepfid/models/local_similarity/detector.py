@@ -6,9 +6,10 @@
 __all__ = ['LOCAL_SIMILARITY_PRESETS', 'LOCAL_SIMILARITY_RECIPES', 'LocalSimilarityConfig', 'LocalSimilarity', 'colorize_map', 'similarity_figure']
 
 # %% ../../../nbs/32_local_similarity.ipynb #97b0eb42
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from ...core import DeepfidError, Prediction, check_number
@@ -16,9 +17,11 @@ from ...data.degrade import Degrade
 from ...io import montage
 from ..backbones import MIN_INPUT_SIZE, XCEPTION_STAGES, load_pretrained
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
-from .decoder import SimilarityNet
+from .decoder import SimilarityNet, SimilarityOutput
 from .llsm import pair_target
-if TYPE_CHECKING: from fastai.learner import Learner
+if TYPE_CHECKING:
+    from fastai.learner import Learner
+    from deepfid.data.manifest import Manifest
 
 # %% ../../../nbs/32_local_similarity.ipynb #8389b927
 LOCAL_SIMILARITY_PRESETS = {
@@ -55,7 +58,7 @@ class LocalSimilarityConfig(DetectorConfig):
     alpha:float = setting(.5, low=0, high=1) # weight of the similarity loss (eq. 8)
     beta:float = setting(.5, low=0, high=1) # weight of the localisation loss (eq. 8)
 
-    def check(self): check_number('epochs', self.epochs, 1, integer=True) # there is one phase
+    def check(self)->None: check_number('epochs', self.epochs, 1, integer=True) # there is one phase
 
 class LocalSimilarity(NetworkDetector):
     "Score, mask and pairwise similarity matrix from one network (Learnable Local Similarity)"
@@ -72,11 +75,11 @@ class LocalSimilarity(NetworkDetector):
         return SimilarityNet(preset=c.preset, tap=c.tap, use_llsm=c.use_llsm, use_flm=c.use_flm,
             gates=c.gates, cls_feat=c.cls_feat, **llsm)
 
-    def initialise_weights(self):
+    def initialise_weights(self)->None:
         "Begin with weights that have seen images, where the preset says so"
         if self.config.pretrained: load_pretrained(self.model.backbone)
 
-    def maps(self, output)->tuple:
+    def maps(self, output:SimilarityOutput)->tuple:
         "Return fidelities (B,), and masks (B,H,W) or None, as tensors"
         return output.fidelity, None if output.mask is None else output.mask[:, 0].float().sigmoid()
 
@@ -86,7 +89,7 @@ class LocalSimilarity(NetworkDetector):
         model.llsm = None
         return model
 
-    def to_predictions(self, output)->list[Prediction]:
+    def to_predictions(self, output:SimilarityOutput)->list[Prediction]:
         "Return fidelity, mask and pairwise similarity matrix of each face"
         fidelity, masks = self.maps(output)
         masks = [None]*len(fidelity) if masks is None else masks.cpu().numpy()
@@ -94,7 +97,7 @@ class LocalSimilarity(NetworkDetector):
         else: matrices = output.similarity_logits.sigmoid().float().cpu().numpy()
         return [Prediction(*p) for p in zip(fidelity.tolist(), masks, matrices)]
 
-    def fake_logit(self, output)->torch.Tensor:
+    def fake_logit(self, output:SimilarityOutput)->torch.Tensor:
         "Return the logit of fake (B,)"
         return -output.logit
 
@@ -118,9 +121,9 @@ class LocalSimilarity(NetworkDetector):
         return cbs
 
     def learner(self,
-        dls,           # 'label+mask' `DataLoaders`
-        cbs=None,      # more callbacks
-        phase:int=-1,  # of `phases`: there is one
+        dls:Any,            # 'label+mask' `DataLoaders`
+        cbs:list|None=None, # more callbacks
+        phase:int=-1,       # of `phases`: there is one
     )->'Learner':
         "Return the network's `Learner`: loss, its terms as metrics, the recipe's callbacks"
         import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
@@ -136,7 +139,7 @@ class LocalSimilarity(NetworkDetector):
         learn.recorder.train_metrics = True
         return learn
 
-    def loaders(self, manifest):
+    def loaders(self, manifest:'Manifest')->Any:
         "Return faces with their labels and masks"
         from deepfid.data.loaders import dataloaders
         c = self.config
@@ -144,15 +147,15 @@ class LocalSimilarity(NetworkDetector):
         return dataloaders(manifest, 'label+mask', size=c.size, bs=c.bs, shift=c.shift,
             degrade=degrade, seed=c.seed, steps=c.steps, device=self.device)
 
-    def train_phase(self, learn, phase:TrainingPhase):
+    def train_phase(self, learn:Any, phase:TrainingPhase)->None:
         "Run the `Learner` with the recipe's schedule"
         if self.config.schedule=='one-cycle': learn.fit_one_cycle(phase.epochs, self.config.lr)
         else: learn.fit(phase.epochs, self.config.lr)
 
 # %% ../../../nbs/32_local_similarity.ipynb #0e89a326
 def colorize_map(
-    a,       # (h,w), 0 to 1
-    side:int # of the image, pixels
+    a:np.ndarray, # (h,w), 0 to 1
+    side:int      # of the image, pixels
 )->np.ndarray: # uint8 RGB (side,side,3)
     "Enlarge a map and colour it: black = 0, light = 1"
     from matplotlib import colormaps
@@ -160,10 +163,10 @@ def colorize_map(
     return (255*colormaps['magma'](np.asarray(a, float)[rows][:, rows])[..., :3]).astype(np.uint8)
 
 def similarity_figure(
-    detector, # `LocalSimilarity`, trained with mask decoder and pairwise similarity matrix
-    faces,    # uint8 RGB (H,W,3) each
-    masks,    # float (H,W) each, 1 = forged
-    titles    # a short one for each face
+    detector:LocalSimilarity,   # trained with mask decoder and pairwise similarity matrix
+    faces:Sequence[np.ndarray], # uint8 RGB (H,W,3) each
+    masks:Sequence[np.ndarray], # float (H,W) each, 1 = forged
+    titles:Sequence[str]        # a short one for each face
 )->np.ndarray: # uint8 RGB (h,w,3)
     "Show faces above their true and predicted masks and similarity matrices (Figure 5)"
     preds, side = detector.predict(faces), len(faces[0])

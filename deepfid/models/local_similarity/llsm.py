@@ -17,14 +17,14 @@ from ...core import check_choice, check_number
 # %% ../../../nbs/31_llsm.ipynb #c3bb7015
 def forged_share(
     mask:torch.Tensor, # (B,H,W) or (B,1,H,W), 0 real to 1 forged
-    size               # (h,w) of the feature map, or its side
+    size:int|tuple     # (h,w) of the feature map, or its side
 )->torch.Tensor:       # float (B,N), N = h*w, row by row
     "Average masks over each position of a feature map"
     return F.adaptive_avg_pool2d(mask.float(), size).flatten(1)
 
 def pair_target(
     mask:torch.Tensor, # (B,H,W) or (B,1,H,W), 0 real to 1 forged
-    size,              # (h,w) of the feature map, or its side
+    size:int|tuple,    # (h,w) of the feature map, or its side
     binarise_first:bool=False,  # threshold each position before comparing; False: the paper's order
     positions:torch.Tensor|None=None # (B,k): only these positions; None: all N = h*w
 )->torch.Tensor: # float (B,N,N) or (B,k,k) of 0 and 1; 1 = dissimilar
@@ -110,7 +110,7 @@ class LLSM(nn.Module):
 # %% ../../../nbs/31_llsm.ipynb #eb02868d
 def sample_positions(
     mask:torch.Tensor, # (B,H,W) or (B,1,H,W), 0 real to 1 forged
-    size,              # (h,w) of the feature map, or its side
+    size:int|tuple,    # (h,w) of the feature map, or its side
     k:int              # positions of each image; at most all
 )->torch.Tensor:       # (B,k) numbers of positions, row by row
     "Sample forged and real positions in equal numbers, at random within each class"

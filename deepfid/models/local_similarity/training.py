@@ -39,7 +39,7 @@ class SamplePositions(TypedCallback):
         k:int # positions of each face
     ): self.k = k
 
-    def before_batch(self):
+    def before_batch(self)->None:
         if self.training:
             sampler = partial(sample_positions, self.y[1], k=self.k)
             self.learn.xb = (self.xb[0], sampler) # pyright: ignore[reportAttributeAccessIssue]
