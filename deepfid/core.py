@@ -18,7 +18,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
     from numpy.typing import ArrayLike
-    from deepfid.data.manifest import Manifest
 
 # %% auto #0
 __all__ = ['printable', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
@@ -286,7 +285,7 @@ class Detector:
         if cls.__dict__.get('name'): Detector.registered[cls.name] = cls
 
     # What each detector implements itself:
-    def fit(self, manifest:Manifest, preset:str|None=None, recipe:str|None=None, cbs:list|None=None)->Detector:
+    def fit(self, manifest:Any, preset:str|None=None, recipe:str|None=None, cbs:list|None=None)->Detector:
         "Train on a manifest; return the detector itself"
         raise NotImplementedError
 
@@ -339,12 +338,12 @@ class Detector:
         a, b = self.calibration
         return 1/(1 + np.exp(-(a*np.array([p.fidelity for p in self.predict(faces, batch_size)], np.float64) + b)))
 
-    def predict_manifest(self, manifest:Manifest, batch_size:int=64)->list: # of `Prediction`, one a row
+    def predict_manifest(self, manifest:Any, batch_size:int=64)->list: # of `Prediction`, one a row
         "Predict every face of a `Manifest`, in the order of its rows, holding one batch of images at a time"
         n = len(manifest)
         chunks = (range(i, min(i+batch_size, n)) for i in range(0, n, batch_size))
         return [p for rows in chunks for p in self.predict([manifest.image(i) for i in rows], batch_size)]
 
-    def score(self, manifest:Manifest, batch_size:int=64)->np.ndarray: # (N,) float64, raw fidelity
+    def score(self, manifest:Any, batch_size:int=64)->np.ndarray: # (N,) float64, raw fidelity
         "Compute the fidelity of every face of a `Manifest`"
         return np.array([p.fidelity for p in self.predict_manifest(manifest, batch_size)], float)
