@@ -268,7 +268,7 @@ def test_every_step_takes_less_than_150_ms_of_the_processor(faces):
         start = time.process_time()
         step(k)
         return time.process_time()-start
-    try: took = {name: 1000*min(seconds(step, k) for k in range(5)) for name, step in steps.items()}
+    try: took = {name: 1000*float(np.median([seconds(step, k) for k in range(5)])) for name, step in steps.items()}
     finally: torch.set_num_threads(threads)
     print({name: f'{ms:.0f} ms' for name, ms in took.items()})
     assert max(took.values()) < 150, took
