@@ -1,16 +1,19 @@
 "Dataset readers: clips, consent, splits, downloads, and the errors for what is missing"
-import contextlib, functools, hashlib, http.server, os, threading
-from collections import defaultdict
+import contextlib, csv, functools, hashlib, http.server, os, threading
+from collections import Counter, defaultdict
+from dataclasses import replace
 import cv2, numpy as np, pandas as pd, pytest
 from deepfid.core import ConsentError, DataMissingError, DeepfidError, ManifestError, five_points
 from deepfid.io import write_json
 from deepfid.data import datasets
-from deepfid.data.datasets import celebdf, count_clips, describe_names, dfd, dfdcp, fetch_dataset, ffpp, clips_from_folder, landmarks68, london, london_info, published_files, portraits, read_deepfakebench, read_clips, read_template, wilddeepfake, write_deepfakebench
+from deepfid.data.datasets import celebdf, congress, count_clips, describe_names, dfd, dfdcp, fetch_dataset, ffpp, clips_from_folder, landmarks68, london, london_info, member_identity, photograph_split, published_files, portraits, read_deepfakebench, read_clips, read_template, wilddeepfake, write_deepfakebench
 from deepfid.io import iter_files
 from deepfid.data.faces import find_face
 from deepfid.data.forge import forge
-from deepfid.data.manifest import Manifest
+from deepfid.data.london import london_split
+from deepfid.data.manifest import Manifest, split_identities, split_sources
 from deepfid.data.pairs import build_pairs, map_images
+from deepfid.experiments.training_faces import merge_manifests
 from deepfid.experiments.conditions import SEEN_CORRUPTIONS, UNSEEN_CORRUPTIONS, corrupted_manifests
 
 def test_errors_for_missing_sets(tmp_path, monkeypatch):
@@ -19,6 +22,10 @@ def test_errors_for_missing_sets(tmp_path, monkeypatch):
     with pytest.raises(DataMissingError, match='us-house'): portraits(tmp_path)
     (tmp_path/'portraits').mkdir()
     with pytest.raises(DataMissingError, match='436'): portraits(tmp_path)
+    with pytest.raises(DataMissingError, match=r'no U.S. Congress portraits in .*jforms/images.*fetch_dataset\("congress"\)') as e: congress(tmp_path)
+    assert '\n' not in str(e.value)
+    (tmp_path/'congress').mkdir()
+    with pytest.raises(DataMissingError, match='737'): congress(tmp_path)
 
 def test_london_is_whole_and_consenting(data):
     people = london(data)
@@ -44,6 +51,72 @@ def test_portraits_are_only_self_blended(data, tmp_path):
     assert set(m.table['method'])=={'real', 'selfblend'} and not m.table['consent'].any()
     with pytest.raises(DeepfidError, match='consent'): build_pairs(people[:20], tmp_path/'other', methods=['swap'], pairs=(6, 2, 2), workers=1)
     assert not (tmp_path/'other').exists()
+
+def test_congress_is_only_self_blended(data, tmp_path):
+    people = congress(data)
+    assert len(people)==737==len({s.identity for s in people}) and {s.dataset for s in people}=={'congress'} and not any(s.consent or s.landmarks for s in people)
+    assert {f'congress/{os.path.basename(s.path)}' for s in people}=={*published_files('congress')['file']}
+    m = build_pairs(people[:20], tmp_path/'set', methods=['selfblend'], pairs=(6, 2, 2), workers=1)
+    assert set(m.table['method'])=={'real', 'selfblend'} and not m.table['consent'].any()
+    with pytest.raises(DeepfidError, match='consent'): build_pairs(people[:20], tmp_path/'other', methods=['swap'], pairs=(6, 2, 2), workers=1)
+
+def test_originals_and_smaller_copies_give_the_same_face(data, tmp_path):
+    source = next(s for s in congress(data) if cv2.imread(s.path).shape[0]==720)
+    cv2.imwrite(str(tmp_path/'original.jpg'), cv2.resize(cv2.imread(source.path), None, fx=2.5, fy=2.5, interpolation=cv2.INTER_CUBIC))
+    small, large = source.load(160), replace(source, path=str(tmp_path/'original.jpg')).load(160)
+    assert small.identity==large.identity and np.abs(small.image.astype(float)-large.image).mean()<5
+
+# -- one person in two sets -------------------------------------------------------------------------------------------
+
+def test_people_of_both_sets_have_one_name(data, repo):
+    with open(repo/'deepfid'/'weights'/'people.csv', newline='') as f: bioguide = {r['portrait']: r['bioguide'] for r in csv.DictReader(f)}
+    assert len(bioguide)==436==len(set(bioguide.values())) and set(bioguide)=={*published_files('portraits')['file']}
+    ours, theirs = ({s.identity for s in sources(data)} for sources in (portraits, congress))
+    assert len(ours & theirs)==209 and len(ours | theirs)==964 # 436+737-209
+    for s in congress(data):
+        stem = os.path.splitext(os.path.basename(s.path))[0]
+        same = [p for p, b in bioguide.items() if b==stem]
+        assert s.identity==member_identity(stem)==(f'portrait-{same[0][10:14]}' if same else f'congress-{stem}')
+
+@pytest.mark.parametrize('seed', [0, 1, 7])
+def test_one_split_over_all_sets(data, seed):
+    split = photograph_split(seed)
+    assert len(split)==964+102 and split==photograph_split(seed)!=photograph_split(seed+1)
+    sets = dict(london=london(data), portraits=portraits(data), congress=congress(data))
+    for wanted in (['london'], ['portraits'], ['congress'], ['portraits', 'congress'], [*sets]): # alone or together
+        sources = [s for name in wanted for s in sets[name]]
+        assert split_sources(sources, seed)=={s.identity: split[s.identity] for s in sources}
+    for name, sources in sets.items():
+        assert {c.identity: c.split for c in read_clips(name, data, seed=seed)}=={s.identity: split[s.identity] for s in sources}
+        counts = Counter(split[p] for p in {s.identity for s in sources})
+        for s, share in (('train', .7), ('valid', .1), ('test', .2)): assert abs(counts[s]/sum(counts.values())-share)<.03, (name, s)
+
+def test_splits_of_each_set_alone_are_as_they_were(data):
+    for seed in (0, 1):
+        split = photograph_split(seed)
+        assert london_split(seed).items()<=split.items() and split_identities([s.identity for s in portraits(data)], seed=seed).items()<=split.items()
+
+def test_a_few_photographs_still_fill_all_splits(data):
+    split = photograph_split()
+    few = [s for s in congress(data) if split[s.identity]=='train'][:12]
+    assert Counter(split_sources(few).values())==dict(train=9, valid=1, test=2)
+    strangers = [*congress(data), replace(few[0], identity='somebody', dataset='mine')]
+    found = split_sources(strangers)
+    assert found['somebody'] in ('train', 'valid', 'test') and all(split[p]==s for p, s in found.items() if p!='somebody')
+
+def test_a_person_in_two_splits_is_refused_when_manifests_are_merged(data, tmp_path):
+    split, other = photograph_split(0), photograph_split(1)
+    both = sorted({s.identity for s in portraits(data)} & {s.identity for s in congress(data)})
+    chosen = [[p for p in both if split[p]==s and other[p]==o][0] for s in ('train', 'valid', 'test') for o in ('train', 'test', 'valid')]
+    def build(sources, name, seed=0):
+        return build_pairs([s for s in sources(data) if s.identity in chosen], tmp_path/name, methods=['selfblend'], pairs=(3, 3, 3), size=48, seed=seed, workers=1)
+    ours = build(portraits, 'portraits')
+    merged = merge_manifests(dict(portraits=ours, congress=build(congress, 'congress')), tmp_path)
+    assert len(merged)==36 and merged.table['identity'].nunique()==9
+    assert (merged.table.groupby('identity')['dataset'].nunique()==2).all() and all(split[p]==s for p, s in zip(merged.table['identity'], merged.table['split']))
+    with pytest.raises(ManifestError, match="identity 'portrait-p.*the same person is in another split too.*of dataset 'congress'") as e:
+        merge_manifests(dict(portraits=ours, other=build(congress, 'other', seed=1)), tmp_path)
+    assert '\n' not in str(e.value)
 
 # -- the public sets, in miniature ----------------------------------------------------------------------------------
 
@@ -184,7 +257,7 @@ def test_listing_files_ends_with_cyclic_links(tmp_path):
 def test_read_by_name(data):
     clips = read_clips('portraits', data)
     assert len(clips)==436 and {c.kind for c in clips}=={'photo'} and not any(c.consent for c in clips) and {c.split for c in clips}=={'train', 'valid', 'test'}
-    assert all(c.consent for c in read_clips('london', data))
+    assert all(c.consent for c in read_clips('london', data)) and not any(c.consent for c in read_clips('congress', data))
     with pytest.raises(DeepfidError, match="dataset='x'"): read_clips('x')
 
 def write_image(path):
@@ -276,34 +349,43 @@ def served(root):
     try: yield f'http://127.0.0.1:{server.server_port}', server.requested
     finally: server.shutdown(); server.server_close()
 
-def test_fetching(tmp_path, monkeypatch, capsys):
-    base = tmp_path/'web'/datasets.REPOSITORIES['portraits']
-    table = pd.DataFrame([dict(file=f'portraits/p{i}.jpg', path=f'x/{i}.jpg', bytes=1, sha256=hashlib.sha256(bytes([i])).hexdigest()) for i in range(5)])
+@pytest.mark.parametrize('name, origin', [('portraits', 'us-house'), ('congress', 'jforms/images')])
+def test_fetching(tmp_path, monkeypatch, capsys, name, origin):
+    base = tmp_path/'web'/datasets.REPOSITORIES[name]
+    table = pd.DataFrame([dict(file=f'{name}/p{i}.jpg', path=f'x/{i}.jpg', bytes=1, sha256=hashlib.sha256(bytes([i])).hexdigest()) for i in range(5)])
     for i in range(5):
         touch(base, f'x/{i}.jpg')
         (base/f'x/{i}.jpg').write_bytes(bytes([i]))
     monkeypatch.setattr(datasets, 'published_files', lambda name: table)
     with served(tmp_path/'web') as (url, requested):
-        get = lambda: fetch_dataset('portraits', tmp_path/'mine', url, progress=False)
+        get = lambda: fetch_dataset(name, tmp_path/'mine', url, progress=False)
         assert sorted(p.name for p in get().iterdir())==[f'p{i}.jpg' for i in range(5)] and 'public domain' in capsys.readouterr().out
-        (tmp_path/'mine/portraits/p3.jpg').unlink()
+        (tmp_path/f'mine/{name}/p3.jpg').unlink()
         requested.clear(); get()
         assert len(requested)==1 # only what is missing
-        (tmp_path/'mine/portraits/p3.jpg').write_bytes(b'my own')
+        (tmp_path/f'mine/{name}/p3.jpg').write_bytes(b'my own')
         with pytest.raises(DataMissingError, match='left alone'): get()
-        assert (tmp_path/'mine/portraits/p3.jpg').read_bytes()==b'my own'
-        (tmp_path/'mine/portraits/p3.jpg').unlink(); (base/'x/3.jpg').write_bytes(b'corrupted')
+        assert (tmp_path/f'mine/{name}/p3.jpg').read_bytes()==b'my own'
+        (tmp_path/f'mine/{name}/p3.jpg').unlink(); (base/'x/3.jpg').write_bytes(b'corrupted')
         with pytest.raises(DataMissingError, match='by hand'): get()
-        assert not (tmp_path/'mine/portraits/p3.jpg').exists()
-    with pytest.raises(DataMissingError, match='without a network.*us-house') as e: fetch_dataset('portraits', tmp_path/'other', url, progress=False)
+        assert not (tmp_path/f'mine/{name}/p3.jpg').exists()
+    with pytest.raises(DataMissingError, match=f'without a network.*{origin}') as e: fetch_dataset(name, tmp_path/'other', url, progress=False)
     assert '\n' not in str(e.value)
 
 def test_published_files(monkeypatch):
-    assert {n: len(published_files(n)) for n in ('london', 'portraits')}==dict(london=306, portraits=436)
+    assert {n: len(published_files(n)) for n in datasets.REPOSITORIES}==dict(london=306, portraits=436, congress=737)
     assert published_files('london')['file'].str.endswith('.tem').sum()==102
+    for n in datasets.REPOSITORIES:
+        t = published_files(n)
+        assert t['file'].is_unique and t['sha256'].is_unique and t['sha256'].str.fullmatch('[0-9a-f]{64}').all() and (t['bytes']>0).all()
     with pytest.raises(DataMissingError, match='given out by its owners'): fetch_dataset('ffpp')
     monkeypatch.delenv('DEEPFID_DATA', raising=False)
     with pytest.raises(DataMissingError, match='where to put'): fetch_dataset('london')
+
+def test_congress_on_disk_is_published_or_smaller(data):
+    for row in published_files('congress').iloc[::25].itertuples():
+        content = (data/row.file).read_bytes()
+        assert hashlib.sha256(content).hexdigest()==row.sha256 or cv2.imread(str(data/row.file)).shape[0]==720
 
 def test_portraits_on_disk_are_the_published_files(data):
     for row in published_files('portraits').iloc[::50].itertuples(): assert hashlib.sha256((data/row.file).read_bytes()).hexdigest()==row.sha256

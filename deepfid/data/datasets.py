@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DATASETS', 'WORKING_MARGIN', 'REPOSITORIES', 'GITHUB_RAW', 'CLIP_NAME_PATTERNS', 'FFPP_COMPRESSIONS',
            'DATASET_READERS', 'DEEPFAKEBENCH_METHODS', 'DEEPFAKEBENCH_SPLITS', 'DatasetInfo', 'dataset_root',
-           'read_template', 'resample_polyline', 'landmarks68', 'PhotoSource', 'london', 'portraits', 'london_info',
-           'published_files', 'fetch_dataset', 'Clip', 'parse_identities', 'remove_split_leaks', 'unique_identities',
-           'keep_known_sources', 'ffpp_splits', 'ffpp', 'dfd', 'celebdf_test_videos', 'celebdf', 'wilddeepfake',
-           'dfdcp', 'clips_from_folder', 'describe_names', 'read_clips', 'count_clips', 'read_deepfakebench',
-           'write_deepfakebench']
+           'read_template', 'resample_polyline', 'landmarks68', 'PhotoSource', 'member_identity', 'london', 'portraits',
+           'congress', 'london_info', 'published_files', 'fetch_dataset', 'photograph_split', 'Clip',
+           'parse_identities', 'remove_split_leaks', 'unique_identities', 'keep_known_sources', 'ffpp_splits', 'ffpp',
+           'dfd', 'celebdf_test_videos', 'celebdf', 'wilddeepfake', 'dfdcp', 'clips_from_folder', 'describe_names',
+           'read_clips', 'count_clips', 'read_deepfakebench', 'write_deepfakebench']
 
 # %% ../../nbs/lib/data.datasets.ipynb #cd4a3982
 import csv
@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -28,7 +28,7 @@ from ..core import DataMissingError, DeepfidError, Face, ManifestError, check_ch
 from ..io import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, file_hash, iter_files, read_image, read_json,
     write_json)
 from .faces import align_face, find_face
-from .manifest import Manifest, person_key, split_identities
+from .manifest import Manifest, person_key, split_identities, split_sources
 
 # %% ../../nbs/lib/data.datasets.ipynb #8cb3f7b7
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ DATASETS = {
     'portraits': DatasetInfo('U.S. House portraits', ('portraits',), '',
         'public domain; nobody was asked about altered forms',
         'CivilServiceUSA/us-house (us-house/images/headshots/512x512), or fetch_dataset("portraits")', dict(real=436)),
+    'congress': DatasetInfo('U.S. Congress portraits', ('congress',), '',
+        'public domain (Government Printing Office; the collection is CC0 1.0); nobody was asked about altered forms; '
+        'without senators in office, who are left out on purpose',
+        'jforms/images (congress/original), or fetch_dataset("congress")', dict(real=737)),
     'ffpp': DatasetInfo('FaceForensics++', (*_FFPP_FOLDERS, 'ffpp'), 'original_sequences/youtube', _AGREEMENT,
         _FFPP_FORM, dict.fromkeys(('real', 'Deepfakes', 'Face2Face', 'FaceSwap', 'NeuralTextures', 'FaceShifter'),
             1000)),
@@ -142,11 +146,31 @@ class PhotoSource:
         else: face = find_face(self.path)
         face.identity, face.source, face.consent = self.identity, self.dataset, self.consent
         return align_face(face, size, WORKING_MARGIN)
+    def fixed_split(self,
+        seed:int=0, # of the random assignment
+    )->str: # 'train', 'valid' or 'test'; '' for a photograph of none of `REPOSITORIES`
+        "Look up the person's split, the same whichever sets are at hand"
+        return _photograph_split(seed).get(self.identity, '') if self.dataset in REPOSITORIES else ''
 
-def _photographs(name, root, folder, consent, identity:Callable, template=''):
+@lru_cache(1)
+def _portrait_identities()->dict:
+    "Bioguide identifier -> identity in `portraits`"
+    with open(Path(deepfid.__file__).parent/'weights'/'people.csv', newline='') as f:
+        return {r['bioguide']: f"portrait-{Path(r['portrait']).stem}" for r in csv.DictReader(f)}
+
+def member_identity(
+    bioguide:str, # identifier in the Biographical Directory of the U.S. Congress, such as 'A000055'
+)->str: # 'portrait-pNNN' for who is in `portraits`, else 'congress-A000014'
+    "Name a member of Congress, in `congress` as in `portraits`, so that one person has one name in both"
+    return _portrait_identities().get(bioguide, f'congress-{bioguide}')
+
+_IDENTITIES:dict[str, Callable[[str], str]] = dict( # set -> function of a file's stem
+    london=lambda stem: f'london-{stem[:3]}', portraits=lambda stem: f'portrait-{stem}', congress=member_identity)
+
+def _photographs(name, root, folder, consent, template=''):
     "List the photographs of one folder as sources"
     folder = dataset_root(name, root)/folder
-    return _require([PhotoSource(str(p), identity(p.stem), name, consent,
+    return _require([PhotoSource(str(p), _IDENTITIES[name](p.stem), name, consent,
         str(p.with_suffix(template)) if template else '')
         for p in sorted(folder.glob('*.jpg'))],
         f'{folder}: holds no photographs; {sum(DATASETS[name].expected.values())} were expected in {name}')
@@ -156,14 +180,20 @@ def london(
     smiling:bool=True, # also the smiling images, which have no landmarks
 )->list: # of `PhotoSource`
     "List the photographs of the Face Research Lab London Set: 102 consenting adults (CC BY 4.0)"
-    photographs = partial(_photographs, 'london', root, consent=True, identity=lambda stem: f'london-{stem[:3]}')
+    photographs = partial(_photographs, 'london', root, consent=True)
     return photographs('neutral_front', template='.tem')+(photographs('smiling_front') if smiling else [])
 
 def portraits(
     root:str|os.PathLike|None=None, # folder with portraits/ in it; default: DEEPFID_DATA
 )->list: # of `PhotoSource`, none of whom consented to altered forms
     "List the official portraits of U.S. representatives (public domain), to be forged only by self-blending"
-    return _photographs('portraits', root, '', False, lambda stem: f'portrait-{stem}')
+    return _photographs('portraits', root, '', False)
+
+def congress(
+    root:str|os.PathLike|None=None, # folder with congress/ in it; default: DEEPFID_DATA
+)->list: # of `PhotoSource`, none of whom consented to altered forms; 209 of 737 show a person of `portraits`
+    "List the official portraits of members of the U.S. Congress (public domain), without senators in office"
+    return _photographs('congress', root, '', False)
 
 def london_info(
     root:str|os.PathLike|None=None, # folder with london/ in it; default: DEEPFID_DATA
@@ -175,16 +205,17 @@ def london_info(
 
 # %% ../../nbs/lib/data.datasets.ipynb #82627420
 REPOSITORIES = dict(london='debruine/webmorphR.stim/fa8b78fda2d659bb74ce62fcd99c4407551d2a77',
-    portraits='CivilServiceUSA/us-house/abf6d4d9b5332603b35760462ba2cdaa25a6fb56')
+    portraits='CivilServiceUSA/us-house/abf6d4d9b5332603b35760462ba2cdaa25a6fb56',
+    congress='jforms/images/7eb7278deac9251bb7d787a96c5dabf84eabb60f')
 GITHUB_RAW = 'https://raw.githubusercontent.com'
 
 def published_files(
-    name:str, # 'london' or 'portraits'
+    name:str, # one of `REPOSITORIES`
 )->pd.DataFrame: # file, path, bytes, sha256
     "List the published files of a set of photographs"
     title = DATASETS[name].title if name in DATASETS else 'another set'
     _require(name in REPOSITORIES,
-        f"{name!r} is not fetched by name, only {' and '.join(REPOSITORIES)}; {title} is given "
+        f"{name!r} is not fetched by name, only {', '.join(REPOSITORIES)}; {title} is given "
         'out by its owners')
     table = pd.read_csv(Path(deepfid.__file__).parent/'weights'/'photographs.csv')
     return table.loc[table['file'].str.startswith(f'{name}/')].reset_index(drop=True)
@@ -204,7 +235,7 @@ def _fetch_file(row, root, url, name)->Path:
             f'{DATASETS[name].get}') from None
 
 def fetch_dataset(
-    name:str,            # 'london' or 'portraits'
+    name:str,            # one of `REPOSITORIES`
     root:str|os.PathLike|None=None, # the dataset becomes a folder in it; default: DEEPFID_DATA
     base:str=GITHUB_RAW, # where the repositories are served
     progress:bool=True,  # show a progress bar
@@ -222,6 +253,21 @@ def fetch_dataset(
             for job in tqdm(jobs, disable=not progress, unit='file'): job.result()
         finally: pool.shutdown(cancel_futures=True)
     return Path(root)/name
+
+# %% ../../nbs/lib/data.datasets.ipynb #photosp2
+@lru_cache(8)
+def _photograph_split(seed)->dict:
+    split_of = {}
+    for name in REPOSITORIES: # each adds the people who are in none before it
+        people = {_IDENTITIES[name](Path(file).stem) for file in published_files(name)['file']}
+        split_of |= split_identities(people-set(split_of), seed=seed)
+    return split_of
+
+def photograph_split(
+    seed:int=0, # of the random assignment
+)->dict: # identity -> 'train', 'valid' or 'test': 102 people of `london`, 964 of `portraits` and `congress`
+    "Give each person of all sets of photographs one split, 70:10:20; needs no photographs"
+    return dict(_photograph_split(seed))
 
 # %% ../../nbs/lib/data.datasets.ipynb #8d0dd1ec
 @dataclass(frozen=True)
@@ -493,14 +539,15 @@ def describe_names(
 def _photo_clips(sources:Callable, root=None, seed:int=0)->list:
     "List a set of photographs as clips, its people split 70:10:20"
     photographs = sources(root)
-    split_of = split_identities([s.identity for s in photographs], seed=seed)
+    split_of = split_sources(photographs, seed)
     return [Clip(s.path, 1, s.identity, split_of[s.identity], Path(s.path).stem, dataset=s.dataset, kind='photo',
         consent=s.consent) for s in photographs]
 
 DATASET_READERS = {'ffpp': ffpp, 'dfd': dfd, 'celebdf-v1': partial(celebdf, version=1),
     'celebdf-v2': partial(celebdf, version=2), 'wilddeepfake': wilddeepfake, 'dfdcp': dfdcp,
     'folder': clips_from_folder,
-    'london': partial(_photo_clips, london), 'portraits': partial(_photo_clips, portraits)}
+    'london': partial(_photo_clips, london), 'portraits': partial(_photo_clips, portraits),
+    'congress': partial(_photo_clips, congress)}
 
 def read_clips(
     name:str,      # one of `DATASET_READERS`

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'REQUIRED_COLUMNS', 'OPTIONAL_COLUMNS', 'TEXT_COLUMNS', 'BOOLEAN_WORDS', 'refuse_rows', 'numeric_column',
            'typed_table', 'read_manifest_csv', 'person_key', 'check_rows', 'check_identities', 'check_pairs',
-           'check_files', 'equal_files', 'copies_between_splits', 'check_copies', 'Manifest', 'split_identities']
+           'check_files', 'equal_files', 'copies_between_splits', 'check_copies', 'Manifest', 'split_identities',
+           'split_sources']
 
 # %% ../../nbs/lib/data.manifest.ipynb #d7ed0f6e
 import hashlib
@@ -370,3 +371,15 @@ def split_identities(
     order = np.random.default_rng(seed).permutation(len(people))
     split_of = {people[i]: s for i, s in zip(order, np.repeat(SPLITS, sizes))}
     return {name: split_of[names[0]] for names in spellings.values() for name in names}
+
+# %% ../../nbs/lib/data.manifest.ipynb #split0ex
+def split_sources(
+    sources:Iterable, # of faces: each with `identity` and, where its data set fixes the split, `fixed_split(seed)`
+    seed:int=0,       # of the random assignment
+)->dict: # identity -> 'train', 'valid' or 'test'
+    "Give each person one split: that which the data set fixes, if those fill all three, else by `split_identities`"
+    sources = list(sources)
+    fixed = {s.identity: s.fixed_split(seed) for s in sources if hasattr(s, 'fixed_split')}
+    fixed = {person: split for person, split in fixed.items() if split}
+    if set(fixed.values())!=set(SPLITS): fixed = {}
+    return split_identities([s.identity for s in sources], seed=seed)|fixed
