@@ -1,6 +1,6 @@
 # deepfid: `make help` lists what there is. Every target sets up what it needs: Python >= 3.11, git and make suffice.
 
-# Which faces `make demo` uses: empty (drawn ones, no download), london or portraits (real ones, see the README)
+# Which faces `make demo` uses: empty (London's photographs, in the package), synthetic, portraits or congress (see the README)
 DATA ?=
 # More options for `deepfid demo`, for instance DEMO_FLAGS="--help"
 DEMO_FLAGS ?=
@@ -34,7 +34,7 @@ help: ## This list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 
-demo: $(READY) ## Synthesise, forge, train, score, report to out/demo (DATA=london or DATA=portraits: on real faces)
+demo: $(READY) ## Forge photographs, fine-tune, test, report to out/demo (DATA=synthetic, portraits or congress: on others)
 	@$(BIN)/deepfid demo $(if $(DATA),--data $(DATA)) $(DEMO_FLAGS)
 
 check: $(READY) ## Lint (ruff), types (pyright), notebooks in order: seconds, before the tests

@@ -17,14 +17,16 @@ from . import commands
 def number_type(
     low:float,            # smallest allowed value
     high:float|None=None, # largest allowed value
-    integer:bool=True     # refuse fractions
+    integer:bool=True,    # refuse fractions
+    even:bool=False       # refuse odd numbers
 )->Callable: # for `type=` of an option
     "Make an `argparse` type for numbers in a range"
-    described = f"a {'whole ' if integer else ''}number from {low}" + ('' if high is None else f' to {high}')
+    kind = 'n even' if even else ' whole' if integer else ''
+    described = f'a{kind} number from {low}' + ('' if high is None else f' to {high}')
     def convert(text):
         try: value = int(text) if integer else float(text)
         except ValueError: value = math.nan
-        if low<=value<=(sys.float_info.max if high is None else high): return value
+        if low<=value<=(sys.float_info.max if high is None else high) and not (even and value%2): return value
         raise argparse.ArgumentTypeError(f'{text!r} is not {described}')
     return convert
 
@@ -48,13 +50,24 @@ def _detector_option(p, **kwargs):
     "Add --detector, which takes a name or a folder"
     p.add_argument('--detector', '--model', metavar='NAME|FOLDER', **kwargs)
 
+def _rate_options(p, default=None):
+    "Add --false-alarms and --misses"
+    shown, rate = "(default: each detector's own)", number_type(.001, .5, integer=False)
+    p.add_argument('--false-alarms', type=rate, metavar='RATE', default=default and default[0],
+        help='largest share of real faces that may be called manipulated, by conformal calibration on validation '
+             f'faces, 0.001 to 0.5 {f"(default: {default[0]})" if default else shown}')
+    p.add_argument('--misses', type=rate, metavar='RATE', default=default and default[1],
+        help='largest share of fakes in which no manipulation may be found, likewise, 0.001 to 0.5 '
+             f'{f"(default: {default[1]})" if default else shown}')
+
 def _demo_options(p):
-    p.add_argument('--data', default='synthetic', choices=('synthetic', 'london', 'portraits'),
-        help='faces to use (default: synthetic)')
+    p.add_argument('--data', default='london', choices=('london', 'synthetic', 'portraits', 'congress'),
+        help='faces to use: london (default; photographs of the package, and pretrained weights of the extra '
+             'pretrained), synthetic (generated; no weights needed), portraits or congress (in DEEPFID_DATA)')
     p.add_argument('--out', default='out/demo', type=Path,
         help='folder for report.html, summary.json and the trained detector')
     p.add_argument('--pairs', type=_count,
-        help='real/fake pairs in all, from 1 (default: chosen for five minutes on two cores)')
+        help='real/fake pairs in all, from 1 (default: chosen for three minutes on two cores)')
     p.add_argument('--epochs', type=_count, help='passes over the training pairs, from 1')
     _seed_option(p)
     p.add_argument('--workers', type=_count, help='processes that generate faces, from 1 (default: one a core)')
@@ -75,7 +88,8 @@ def _score_options(p):
         help='save each face beside its mask, or its Grad-CAM where the detector predicts no mask, as '
              'NAME-SHA256-faceN-DETECTOR.jpg (the first eight digits of the file\'s SHA-256)')
     p.add_argument('--threshold', type=number_type(0, 1, integer=False), metavar='X',
-        help='fidelity from which upwards a face is predicted real, 0 to 1 (default: each detector\'s own)')
+        help='one threshold instead of two, with no face undecided: a fidelity below it is called manipulated, 0 to 1')
+    _rate_options(p)
     p.add_argument('--rotate', choices=('off', 'auto'), default='off',
         help='auto: of images, try all four turns, for portraits that lie on their side (default: off)')
     p.add_argument('--device', help='on which to compute: cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
@@ -114,19 +128,40 @@ def _forge_options(p):
         help='side of the faces, pixels, 16 to 2048 (default: 224)')
     _seed_option(p)
 
+# %% ../nbs/lib/cli.ipynb #cli0n10
 def _train_options(p):
+    from deepfid.core import Detector
     from deepfid.inference.hub import DEFAULT_DETECTOR, list_detectors
+    from deepfid.quality.mapping import MAPPING_METHODS
+    from deepfid.quality.measures import QUALITY_MEASURES
     p.add_argument('manifest', help='manifest.csv: one row per face image')
     p.add_argument('--detector', default=DEFAULT_DETECTOR, choices=list_detectors(),
         help=f'what to train (default: {DEFAULT_DETECTOR})')
     p.add_argument('--out', required=True, type=Path, help='folder to save the detector to')
     p.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
-    p.add_argument('--recipe', choices=('ours', 'paper', 'released'),
+    p.add_argument('--recipe', choices=('ours', 'paper', 'released', 'finetune'),
         help='training recipe (default: the detector\'s own choice for the preset)')
     p.add_argument('--epochs', type=_count, help='passes over the training faces, from 1 (default: the recipe\'s)')
+    _rate_options(p, (Detector.false_alarms, Detector.misses))
     _seed_option(p)
     p.add_argument('--resume', type=Path,
         help='folder for the state of the training after each epoch; an interrupted one resumes from there')
+    p.add_argument('--lr', type=number_type(1e-9, 10, integer=False),
+        help='learning rate, 1e-09 to 10 (default: the recipe\'s)')
+    p.add_argument('--batch-size', type=number_type(2, 4096, even=True),
+        help='faces a batch, an even number: as many real as fake ones, 2 to 4096 (default: the recipe\'s)')
+    p.add_argument('--size', type=number_type(16, 2048),
+        help='side of the faces that the network sees, pixels, 16 to 2048 (default: the preset\'s)')
+    p.add_argument('--weights', metavar='FILE', help='pretrained weights to begin with, of detectors that take a file')
+    p.add_argument('--quality', choices=tuple(QUALITY_MEASURES),
+        help='measure image quality by this, of detectors that use it (default: the manifest\'s column, else niqe)')
+    p.add_argument('--mapping', choices=(*MAPPING_METHODS, 'none'),
+        help='of quality to fidelity targets, of detectors that have such targets (default: the recipe\'s)')
+    p.add_argument('--set', type=parse_setting, action='append', metavar='NAME=VALUE',
+        help='any other setting of the detector, such as amp=bf16; may be given several times')
+    p.add_argument('--workers', type=number_type(1, 256), default=4,
+        help='threads that decode faces, 1 to 256 (default: 4)')
+    p.add_argument('--device', help='on which to compute: cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
 
 def _evaluate_options(p):
     p.add_argument('detector', metavar='DETECTOR', help='name of a bundled detector, or a folder that one was saved to')
@@ -135,14 +170,45 @@ def _evaluate_options(p):
         help='rows to evaluate on (default: test)')
     p.add_argument('--by', action='append', metavar='COLUMN',
         help='also the AUC within each group of this column; may be given several times')
+    p.add_argument('--all', action='store_true',
+        help='all thirteen metrics, also those at the threshold 0.5 and by video')
+    p.add_argument('--html', type=Path, metavar='FILE.html',
+        help='write a page with the metrics, confusion matrix, ROC curve and reliability diagram')
+    p.add_argument('--png', type=Path, metavar='FILE.png', help='write the three plots as an image')
+    p.add_argument('--device', help='on which to compute: cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
+
+# %% ../nbs/lib/cli.ipynb #cli0q10
+def _quality_options(p):
+    from deepfid.quality.mapping import MAPPING_METHODS
+    from deepfid.quality.measures import QUALITY_MEASURES
+    p.add_argument('source', metavar='IN',
+        help='manifest.csv, any table with a column path, or a folder of face images; below real/ and fake/ they have '
+             'labels')
+    p.add_argument('out', type=Path, metavar='OUT.csv', help='table to write: the same rows with the new columns')
+    p.add_argument('--measure', choices=tuple(QUALITY_MEASURES),
+        help='measure quality by this (default: the column quality of IN where it is filled, else niqe)')
+    p.add_argument('--map', choices=tuple(MAPPING_METHODS),
+        help='also a column fidelity: the quality of each class mapped onto a band of its own, fitted on the rows of '
+             'split train where there are any')
+
+def _export_options(p):
+    from deepfid.inference.hub import list_bundled
+    p.add_argument('detector', metavar='MODEL',
+        help=f"bundled detector ({', '.join(list_bundled())}), or a folder that one was saved to")
+    p.add_argument('--format', required=True, choices=('onnx', 'torch', 'openvino'),
+        help='onnx: needs onnx and onnxscript; torch: torch.export, .pt2; openvino: needs openvino, .xml and .bin')
+    p.add_argument('--out', type=Path, metavar='FILE',
+        help='file to write, its name ends in .onnx, .pt2 or .xml (default: the detector\'s name with that ending)')
+    p.add_argument('--licence', metavar='TEXT',
+        help='of the weights, kept in the file (default: Apache-2.0 for bundled ones, else "not stated")')
 
 # %% ../nbs/lib/cli.ipynb #cli0010
 def _table_options(p):
     names = list(deepfid.list_tables())
     p.add_argument('name', nargs='+', choices=names, metavar='TABLE', help=f"one or several of: {', '.join(names)}")
     p.add_argument('--manifest', action='append', required=True,
-        help='manifest.csv, or synthetic, london, portraits, moving; several may be given, cross tables train on the '
-             'first')
+        help='manifest.csv, or synthetic, london, portraits, congress, moving; several may be given, cross tables '
+             'train on the first')
     p.add_argument('--seeds', type=_count, default=3, help='trainings of each row, from 1 (default: 3)')
     p.add_argument('--jobs', type=_count, default=1, help='trainings at a time, each a process, from 1 (default: 1)')
     p.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
@@ -192,7 +258,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     'demo': Command(commands.demo_command, _demo_options,
-        ['deepfid demo', 'deepfid demo --data london --out out/london']),
+        ['deepfid demo', 'deepfid demo --data synthetic --out out/synthetic']),
     'score': Command(commands.score_command, _score_options, ['deepfid score party.jpg',
         'deepfid score clip.mp4 --detector all --report clip.html',
         'deepfid score album --results album.jsonl --csv album.csv   # run it again after an interruption'],
@@ -205,9 +271,21 @@ COMMANDS = {
     'forge': Command(commands.forge_command, _forge_options, ['deepfid forge photos --out forged'],
         'Of people about whose consent nothing is known: a face is only ever blended with itself.'),
     'train': Command(commands.train_command, _train_options, ['deepfid train faces/manifest.csv --out model',
-        'deepfid train faces/manifest.csv --detector lisiam --out model --resume state']),
+        'deepfid train faces/manifest.csv --detector lisiam --out model --resume state',
+        'deepfid train faces/manifest.csv --out model --size 160 --lr 1e-3 --mapping rank --set amp=bf16'],
+        'A line an epoch is printed; results.csv and curves.png lie beside the saved detector. Options and settings '
+        'that a detector\ndoes not have are refused before anything is computed.'),
     'evaluate': Command(commands.evaluate_command, _evaluate_options, ['deepfid evaluate model faces/manifest.csv',
-        'deepfid evaluate deepfidelity faces/manifest.csv --by dataset --json']),
+        'deepfid evaluate deepfidelity faces/manifest.csv --by dataset --html evaluation.html'],
+        'The positive class of all metrics is fake.'),
+    'quality': Command(commands.quality_command, _quality_options,
+        ['deepfid quality faces/manifest.csv faces/quality.csv --measure niqe --map rank',
+        'deepfid quality crops quality.csv'],
+        'Status 0: every image was measured; 1: some were not, each is named and has an empty cell.'),
+    'export': Command(commands.export_command, _export_options,
+        ['deepfid export deepfidelity --format onnx --out deepfidelity.onnx > run.py && python run.py photo.jpg',
+        'deepfid export model --format torch'],
+        'What is printed is a Python program that runs the file from photograph to decision, without deepfid.'),
     'table': Command(commands.table_command, _table_options,
         ['deepfid table ablation --manifest synthetic --manifest london --seeds 3']),
     'figure': Command(commands.figure_command, _figure_options,
@@ -259,10 +337,11 @@ def main(
 def _run(argv):
     "Parse and run a command; print its result, or what is wrong in one line"
     args = build_parser(next((a for a in argv if a in COMMANDS), None)).parse_args(argv)
-    warnings.simplefilter('ignore', FutureWarning) # libraries' notes to programmers
     from deepfid.core import DeepfidError
     try:
-        result = COMMANDS[args.command].run(args)
+        with warnings.catch_warnings():
+            _warn_in_lines()
+            result = COMMANDS[args.command].run(args)
         _print_result(result, args.json)
         return result.get('status', 0)
     except DeepfidError as e: return commands.print_error(e)
@@ -270,6 +349,13 @@ def _run(argv):
     except OSError as e: # a full disk, a folder taken away: not of our making, so without a traceback
         if not e.strerror: raise
         return commands.print_error(': '.join(str(part) for part in (e.filename, e.strerror) if part))
+
+def _warn_in_lines():
+    "Print what this package warns of as one line each; libraries' notes to programmers are not for users"
+    package = os.path.dirname(os.path.abspath(deepfid.__file__))
+    def show(message, category, filename, lineno, file=None, line=None):
+        if os.path.abspath(filename).startswith(package): commands.print_error(message)
+    warnings.showwarning = show
 
 def _print_result(result, as_json):
     "Print what a command returned, unless it is only a status"

@@ -188,7 +188,7 @@ class Face:
     # float32 (H,W) in [0,1], 1 = skin that a manipulation may change; computed lazily by `face_region`
     region:np.ndarray|None=None
     identity:str='' # of the person
-    source:str='' # 'synth', 'london', 'portraits' or a path
+    source:str='' # 'synth', 'london', 'portraits', 'congress' or a path
     consent:bool=False # may this face be shown altered? else only `selfblend` is allowed
     meta:dict=field(default_factory=dict) # traits, seed, ...
 
@@ -276,8 +276,13 @@ class Detector:
     name:str=''              # short name for tables and files
     calibration:tuple|None=None # (slope, offset) of `platt_scaling`; None until `calibrate`
     threshold:float=.5       # chosen on validation faces; a fidelity from it upwards predicts 'real'
+    false_alarms:float=.05   # largest share of real faces that may be called manipulated, 0 to 1
+    misses:float=.2          # largest share of fakes in which no manipulation may be found, 0 to 1
+    validation_scores:dict|None=None # 'real' and 'fake' -> sorted fidelities of validation, one a person
+    measured_rates:dict = {} # how often it was wrong on test faces, see `deepfid.inference.hub.measured_rates`
     validated_ranges:dict|None=None # ranges of scores and of image quality in validation, [low, high] each
     size:Any                 # side of the faces that `predict` takes, pixels
+    crop_rule:Any = ('similarity', 1.3) # (align, margin) of these faces, see `deepfid.data.faces.face_crop_matrix`
     registered:dict = {}     # name -> class, of every detector class defined so far in this process
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -313,13 +318,18 @@ class Detector:
     @classmethod
     def register_networks(cls)->None: "Make networks of its own known to `timm.create_model`, where it has any"
 
-    def calibrate(self, faces:Iterable, labels:ArrayLike, batch_size:int=32)->Detector:
-        "Set probability, threshold and range of scores on validation faces and labels (1 = real); return the detector"
-        return self.calibrate_on_scores([p.fidelity for p in self.predict(faces, batch_size)], labels)
+    def calibrate(self, faces:Iterable, labels:ArrayLike, batch_size:int=32, people:Iterable|None=None)->Detector:
+        "Set probability, threshold and scores of validation on its faces, labels (1 = real) and people, where known"
+        return self.calibrate_on_scores([p.fidelity for p in self.predict(faces, batch_size)], labels, people)
 
-    def calibrate_on_scores(self, scores:ArrayLike, labels:ArrayLike)->Detector:
-        "Set probability, threshold and range of scores from validation scores (N,) and labels (N,), 1 = real"
+    def calibrate_on_scores(self, scores:ArrayLike, labels:ArrayLike, people:Iterable|None=None)->Detector:
+        "Set probability, threshold and scores of validation from scores, labels (1 = real) and people, (N,) each"
         scores = np.asarray(scores, float)
+        # the scores of one person's faces are alike: the first real and the first fake one of each person are kept
+        people = range(len(scores)) if people is None else list(people)
+        rows = list(zip(people, scores.tolist(), np.asarray(labels).tolist()))[::-1]
+        self.validation_scores = {name: sorted({p: float(f'{s:.6g}') for p, s, label in rows if label == k}.values())
+            for name, k in (('real', 1), ('fake', 0))}
         slope, offset = self.calibration = platt_scaling(scores, labels)
         self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
         if slope > 0 and np.ptp(scores) > 1e-6: self.threshold = -offset/slope # where the probability is one half
@@ -331,12 +341,17 @@ class Detector:
 
     def predict_proba(self, faces:Iterable, batch_size:int=32)->np.ndarray: # (N,) probability of being real
         "Compute the probability of being real; `calibrate` has to come first"
+        self.score_to_proba([]) # not calibrated: said before anything is computed
+        return self.score_to_proba([p.fidelity for p in self.predict(faces, batch_size)])
+
+    def score_to_proba(self, fidelity:ArrayLike)->np.ndarray: # (N,) probability of being real
+        "Convert raw scores (N,) to the probability of being real; `calibrate` has to come first"
         if self.calibration is None:
             raise DeepfidError(
                 f'{self.name or type(self).__name__}: not calibrated, so its score is no probability; call '
                 'calibrate(faces, labels) on validation data')
         a, b = self.calibration
-        return 1/(1 + np.exp(-(a*np.array([p.fidelity for p in self.predict(faces, batch_size)], np.float64) + b)))
+        return 1/(1 + np.exp(-np.clip(a*np.asarray(fidelity, np.float64) + b, -500, 500)))
 
     def predict_manifest(self, manifest:Any, batch_size:int=64)->list: # of `Prediction`, one a row
         "Predict every face of a `Manifest`, in the order of its rows, holding one batch of images at a time"

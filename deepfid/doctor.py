@@ -105,7 +105,7 @@ def check_data()->list[Finding]:
     except DeepfidError as e: return [Finding('data', 'DEEPFID_DATA', 'missing', str(e))]
     if root is None: return [Finding('data', 'DEEPFID_DATA', 'optional', 'not set; synthetic faces need no data')]
     findings = [Finding('data', 'DEEPFID_DATA', 'ok', str(root))]
-    for name in ('london', 'portraits'):
+    for name in datasets.REPOSITORIES:
         try: findings.append(Finding('data', name, 'ok', f'{len(getattr(datasets, name)())} photographs'))
         except DeepfidError: findings.append(Finding('data', name, 'optional', 'not found'))
     return findings

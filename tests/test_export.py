@@ -71,6 +71,7 @@ def test_what_cannot_be_written(detector, tmp_path, monkeypatch):
 
 def localizer(name):
     from deepfid.models.local_similarity.detector import LocalSimilarity
+    if name=='lite0': return LocalSimilarity(backbone='efficientnet_lite0', size=64, pretrained=False).configure('tiny', 'finetune')
     if name=='no masks': return LocalSimilarity(use_llsm=False, use_flm=False, size=64, pretrained=False).configure('tiny')
     from deepfid.inference.hub import load
     return load(name)
@@ -81,7 +82,7 @@ def run_exported(path, format, x):
     session = pytest.importorskip('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
     return session.run(None, dict(image=x.numpy()))
 
-@pytest.mark.parametrize('name, format', [('local_similarity', 'onnx'), ('lisiam', 'torch'), ('no masks', 'torch')])
+@pytest.mark.parametrize('name, format', [('local_similarity', 'onnx'), ('lite0', 'onnx'), ('lisiam', 'torch'), ('no masks', 'torch')])
 def test_masks_are_exported_with_the_score(name, format, faces, tmp_path):
     if format=='onnx': [pytest.importorskip(m) for m in ('onnx', 'onnxscript')]
     d = localizer(name)
@@ -90,3 +91,81 @@ def test_masks_are_exported_with_the_score(name, format, faces, tmp_path):
     assert len(outputs)==(1 if name=='no masks' else 2) and np.abs(outputs[0]-[p.fidelity for p in predictions]).max()<1e-4
     if name!='no masks': assert np.abs(outputs[1]-np.stack([p.mask for p in predictions])).max()<1e-4
     if name=='local_similarity': assert predictions[0].similarity is not None and d.model.llsm is not None # export changes nothing
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def photograph(data): return sorted((data/'london'/'smiling_front').glob('*.jpg'))[1]
+
+@pytest.fixture(scope='module', params=['similarity', 'box'])
+def saved(request, tmp_path_factory):
+    "A small trained detector for each crop rule; its card is a line"
+    from deepfid.testing import tiny_manifest
+    detector = DeepFidelity(epochs=1, size=64, mapping=None, crop_align=request.param, crop_margin=1.5, device='cpu')
+    with torch.inference_mode(False): detector.fit(tiny_manifest((40, 20, 20)), 'tiny')
+    folder = detector.save(tmp_path_factory.mktemp('saved')/'m')
+    (folder/'MODEL_CARD.md').write_text('# A card')
+    return folder
+
+def export(capsys, *argv):
+    from deepfid.cli import main
+    capsys.readouterr()
+    status = main(['export', *map(str, argv)])
+    return status, *capsys.readouterr()
+
+@pytest.mark.parametrize('format, packages', [('onnx', ('onnx', 'onnxscript', 'onnxruntime')), ('torch', ()), ('openvino', ('openvino',))])
+def test_the_printed_program_runs_as_printed(format, packages, saved, photograph, capsys, tmp_path, monkeypatch):
+    "What the command prints, saved as a file and run on a photograph, decides as `deepfid.score` does"
+    import subprocess, sys, deepfid
+    for p in packages: pytest.importorskip(p)
+    if format!='onnx' and saved.name and 'box' in str(DeepFidelity.load(saved).crop_rule): pytest.skip('one format shows the other crop rule')
+    monkeypatch.chdir(tmp_path)
+    status, out, err = export(capsys, saved, '--format', format)
+    assert status==0 and err=='' and 'import deepfid' not in out
+    (tmp_path/'run.py').write_text(out)
+    done = subprocess.run([sys.executable, 'run.py', str(photograph)], capture_output=True, text=True, cwd=tmp_path)
+    fidelity, _, decision = done.stdout.strip().partition(' ')
+    [want] = deepfid.score(photograph, saved)[0].faces[0].scores
+    assert done.returncode==0 and float(fidelity)==pytest.approx(want.fidelity, abs=1e-3) and decision==want.decision, done.stderr
+    blank = tmp_path/'blank.png'
+    blank.write_bytes(__import__('cv2').imencode('.png', np.full((200, 200, 3), 128, np.uint8))[1].tobytes())
+    done = subprocess.run([sys.executable, 'run.py', str(blank)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode==1 and done.stderr.strip().endswith('no face found')
+
+def test_a_file_says_what_it_is(saved, capsys, tmp_path):
+    import hashlib, json
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    status, out, _ = export(capsys, saved, '--format', 'onnx', '--out', tmp_path/'m.onnx', '--licence', 'CC BY 4.0', '--json')
+    model, detector = onnx.load(tmp_path/'m.onnx'), DeepFidelity.load(saved)
+    about = {p.key: p.value for p in model.metadata_props}
+    assert status==0 and about['licence']=='CC BY 4.0' and about['card_sha256']==hashlib.sha256(b'# A card').hexdigest()
+    assert (about['detector'], about['crop_align'], json.loads(about['crop_margin']), json.loads(about['size']))==('deepfidelity', detector.crop_rule[0], 1.5, 64)
+    assert json.loads(about['threshold'])==detector.threshold and json.loads(about['calibration'])==list(detector.calibration) and about['positive_class']=='fake'
+    for value in (*model.graph.input, *model.graph.output): assert value.type.tensor_type.shape.dim[0].dim_param=='batch'
+    assert json.loads(out)['metadata']['licence']=='CC BY 4.0'
+
+def test_bundled_detectors_export_with_their_licence():
+    from deepfid.export import export_metadata
+    from deepfid.inference.hub import find_detector, load
+    card = find_detector('lisiam')/'MODEL_CARD.md'
+    about = export_metadata(load('lisiam', 'cpu'), card, 'Apache-2.0')
+    assert len(about['card_sha256'])==64 and about['licence']=='Apache-2.0' and np.shape(about['template'])==(5, 2) and len(about['calibration'])==2
+
+def test_export_says_what_is_missing(capsys, tmp_path, monkeypatch):
+    import sys
+    from deepfid.cli import build_parser
+    from deepfid.export import EXPORT_FORMATS
+    parser = build_parser('export')._subparsers._group_actions[0].choices['export']
+    assert set(next(a for a in parser._actions if a.dest=='format').choices)==set(EXPORT_FORMATS)
+    monkeypatch.chdir(tmp_path)
+    for format, package in (('openvino', 'openvino'), ('onnx', 'onnxscript')):
+        monkeypatch.setitem(sys.modules, package, None)
+        status, out, err = export(capsys, 'deepfidelity', '--format', format)
+        assert (status, out)==(1, '') and len(err.splitlines())==1 and f'needs {package}: pip install' in err
+    (tmp_path/'file').write_text('')
+    for argv, words in ((['gone', '--format', 'torch'], 'gone'), (['deepfidelity', '--format', 'torch', '--out', 'x.onnx'], '.pt2'),
+            (['deepfidelity', '--format', 'torch', '--out', 'file/x.pt2'], 'cannot be written')):
+        status, out, err = export(capsys, *argv)
+        assert (status, out)==(1, '') and len(err.splitlines())==1 and words in err
+    assert [p.name for p in tmp_path.iterdir()]==['file']

@@ -159,6 +159,53 @@ def test_interrupted_between_and_inside_phases(faces, tmp_path):
     assert max((a.float()-b.float()).abs().max().item() for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()))<1e-5
     with pytest.raises(DeepfidError, match='li_on'): LiSiam(li_on='prob', **kw).fit(faces, 'tiny', resume=tmp_path/'s')
 
+# -- Learnable Local Similarity on another backbone --
+LITE0 = dict(backbone='efficientnet_lite0', pretrained=False, steps=2, bs=8, epochs=1, **SMALL)
+PLAIN = dict(use_llsm=False, use_flm=False)
+
+@pytest.mark.parametrize('kw', [{}, PLAIN], ids=['full', 'plain'])
+def test_lite0_from_training_to_files(kw, faces, tmp_path):
+    from deepfid.explain import detector_grad_cam
+    manifest = Manifest(faces.table.assign(mask=''), faces.folder, 'x') if kw else faces # the plain network learns no masks
+    d, images = LocalSimilarity(**LITE0, **kw).fit(manifest, 'tiny', 'finetune', resume=tmp_path/'r'), test_images(faces)
+    assert (d.config.cls_from, d.config.ema, d.config.lr, d.size)==('encoder', .995, 1e-3, 64)
+    assert {k.removeprefix('train_') for k in d.history[0] if k.startswith('train_')}=={'loss', 'cls', 'auc'}|(set() if kw else {'ls', 'loc'})
+    predictions = d.predict(images)
+    assert (predictions[0].mask is None)==(predictions[0].similarity is None)==bool(kw)
+    f, again = [p.fidelity for p in predictions], LocalSimilarity.load(d.save(tmp_path/'d'))
+    assert np.array_equal([p.fidelity for p in again.predict(images)], f) and again.config==d.config
+    halved = LocalSimilarity.load(d.save(tmp_path/'h', half=True))
+    assert np.allclose([p.fidelity for p in halved.predict(images)], f, atol=2e-2) and (tmp_path/'h'/'network.safetensors').stat().st_size<12e6
+    cams = detector_grad_cam(d, images[:2], d.explain_layer, d.fake_logit)
+    assert cams.shape==(2, 2, 2) and np.isfinite(cams).all()
+    other = LocalSimilarity(use_llsm=False, **SMALL).configure('tiny').save(tmp_path/'o')
+    (tmp_path/'o'/'detector.json').write_text((tmp_path/'o'/'detector.json').read_text().replace('"backbone": "xception"', '"backbone": "efficientnet_lite0"'))
+    with pytest.raises(WeightsError, match='weights of another network'): LocalSimilarity.load(other)
+
+def test_start_from_a_file(faces, tmp_path):
+    import timm
+    from deepfid.io import read_json, save_safetensors
+    whole, path = timm.create_model('tf_efficientnet_lite0'), tmp_path/'start.safetensors'
+    save_safetensors(path, whole.state_dict())
+    d = LocalSimilarity(weights=path, **LITE0, **PLAIN).configure('tiny', 'finetune')
+    assert torch.equal(d.model.backbone.conv_stem.weight, whole.conv_stem.weight) and torch.equal(d.model.encoder_head.bn2.bias, whole.bn2.bias)
+    f = d.predict(test_images(faces))[0].fidelity
+    d.save(tmp_path/'d'); path.unlink()
+    assert read_json(tmp_path/'d'/'detector.json', WeightsError)['config']['weights']=='start.safetensors' # no folders of this computer
+    assert LocalSimilarity.load(tmp_path/'d').predict(test_images(faces))[0].fidelity==f
+    with pytest.raises(WeightsError, match='no such file'): LocalSimilarity(weights=path, **LITE0).configure('tiny')
+    save_safetensors(path, timm.create_model('resnet18').state_dict())
+    with pytest.raises(WeightsError, match='conv_stem.weight.*do not fit'): LocalSimilarity(weights=path, **LITE0).configure('tiny')
+
+@pytest.mark.parametrize('kw, cls_from, layer', [({}, 'decoder', 'backbone.bn4'), (dict(backbone='resnet18'), 'encoder', 'encoder_head'), (dict(backbone='resnet18', cls_from='decoder'), 'decoder', 'decoder.bottom')])
+def test_classifier_and_grad_cam_by_backbone(kw, cls_from, layer):
+    d = LocalSimilarity(pretrained=False, **kw, **SMALL).configure('tiny')
+    assert (d.config.cls_from, d.explain_layer)==(cls_from, layer) and layer in dict(d.model.named_modules())
+
+@pytest.mark.parametrize('kw, message', [(dict(backbone='resnet5000'), "no backbone 'resnet5000'"), (dict(backbone=3), "no backbone '3'"), (dict(cls_from='head'), "cls_from='head'")])
+def test_backbones_refused(kw, message):
+    with pytest.raises(DeepfidError, match=message): LocalSimilarity(**kw, **SMALL).configure('tiny')
+
 # -- refused --
 @pytest.mark.parametrize('make, message', [
     (lambda: LocalSimilarity(beta=-1.).configure('tiny'), 'beta=-1.0: give a number from 0 up to 1'), (lambda: LocalSimilarity(metric='L2').configure('tiny'), "'cosine'"),

@@ -48,9 +48,11 @@ def refused(capsys, argv, *words):
 FOLDER_COMMANDS = {('train', '--out'): ['train', 'gone.csv'], ('demo', '--out'): ['demo'], ('faces', '--out'): ['faces', '{videos}'],
     ('synth', '--out'): ['synth'], ('forge', '--out'): ['forge', '{videos}']}
 FILE_COMMANDS = {('score', '--csv'): (['score', 'gone.jpg'], '.csv'), ('score', '--report'): (['score', 'gone.jpg'], '.html'),
-    ('score', '--results'): (['score', 'gone.jpg'], '.jsonl'), ('figure', '--out'): (['figure', 'attention'], '.png'),
+    ('score', '--results'): (['score', 'gone.jpg'], '.jsonl'), ('evaluate', '--html'): (['evaluate', 'deepfidelity', 'gone.csv'], '.html'),
+    ('evaluate', '--png'): (['evaluate', 'deepfidelity', 'gone.csv'], '.png'), ('export', '--out'): (['export', 'deepfidelity', '--format', 'onnx'], '.onnx'),
+    ('figure', '--out'): (['figure', 'attention'], '.png'),
     ('maps', '--out'): (['maps', 'gone.jpg', '--detector', 'deepfidelity'], '.jpg')}
-OTHER_COMMANDS = {('train', '--resume'), ('table', '--out'), ('notebooks', 'folder'), ('score', '--explain')} # tests of their own, below
+OTHER_COMMANDS = {('train', '--resume'), ('table', '--out'), ('notebooks', 'folder'), ('score', '--explain'), ('quality', 'out')} # tests of their own, below
 INPUTS = {('forge', 'source')}
 
 def test_every_output_of_every_command_is_tried():
@@ -93,6 +95,23 @@ def test_table_and_notebooks_leave_files_alone(capsys, tmp_path):
         if name.startswith('table'): refused(capsys, ['table', 'ablation', '--manifest', 'gone.csv', '--out', folder], name, 'not written by deepfid')
         else: refused(capsys, ['notebooks', folder], name)
         assert content(folder)=={name: b'{"my": "own"}'}
+
+def test_quality_leaves_files_alone(capsys, tmp_path):
+    for i in range(3): photo(tmp_path/'crops'/f'{i}.png', i)
+    theirs = tmp_path/'theirs.csv'
+    theirs.write_text('path,label,quality\na.png,1,2\n')
+    before = content(tmp_path)
+    refused(capsys, ['quality', tmp_path/'crops', theirs], 'theirs.csv', 'not written by deepfid')
+    refused(capsys, ['quality', theirs, theirs], 'theirs.csv', 'input or output')
+    refused(capsys, ['quality', tmp_path/'crops', tmp_path/'crops'/'0.png'], '0.png', 'does not end in .csv')
+    refused(capsys, ['quality', tmp_path/'crops', theirs/'q.csv'], 'theirs.csv', 'cannot be written')
+    assert content(tmp_path)==before
+    for _ in range(2): assert main(['quality', str(tmp_path/'crops'), str(tmp_path/'q.csv')])==0 # what it wrote itself it replaces
+
+def test_the_second_file_of_openvino_is_left_alone(capsys, tmp_path):
+    (tmp_path/'m.bin').write_bytes(b'years of work')
+    refused(capsys, ['export', 'deepfidelity', '--format', 'openvino', '--out', tmp_path/'m.xml'], 'm.bin', 'not written by deepfid')
+    assert content(tmp_path)=={'m.bin': b'years of work'}
 
 # -- functions ----------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ import cv2, numpy as np, pytest
 from PIL import Image
 import deepfid
 from deepfid.core import DataMissingError, DeepfidError, Detector, Prediction, WeightsError
-from deepfid.data.faces import FaceDetection
+from deepfid.data.faces import FaceDetection, face_crop_matrix, warp_crop
 from deepfid.inference import hub, scorer as scorer_module
-from deepfid.inference.decisions import reliability_sentence, score_warnings, validation_ranges
+from deepfid.inference.decisions import BLIND_SPOT, DECISIONS, calibrated_rule, reliability_sentence, score_warnings, validation_ranges
 from deepfid.inference.hub import load, load_detectors, write_checksums
 from deepfid.inference.report import write_report
 from deepfid.inference.results import ResultsFile, ScoredFile, read_results
@@ -86,7 +86,7 @@ def test_score_imports_nothing_heavy(tmp_path):
         assert "torch" not in sys.modules
         import numpy as np
         from deepfid.core import Face
-        from deepfid.data.faces import FaceDetection
+        from deepfid.data.faces import FaceDetection, face_crop_matrix, warp_crop
         class Finder:
             def find(self, image): return [FaceDetection(np.float32([8, 8, 48, 48]), np.float32({POINTS.tolist()})/2, .9)]
         [file] = deepfid.score({str(tmp_path/'photo.png')!r}, finder=Finder())
@@ -125,6 +125,43 @@ def test_several_detectors_each_at_its_own_size():
     scores = file.faces[0].scores
     assert [s.detector for s in scores]==['a', 'a#2', 'b'] and set(file.faces[0].images)=={'face', 'b'} and scores[2].mask.shape==(8, 8)
     assert ScoredFile.from_dict(json.loads(json.dumps(file.to_dict()))).faces[0].scores[0]==scores[0]
+
+def test_each_face_is_cropped_by_the_rule_of_its_detector():
+    class Recorder(Brightness):
+        def predict(self, faces, batch_size=32):
+            self.seen = list(faces)
+            return super().predict(faces, batch_size)
+    plain, box, twin = (Recorder(n, 64) for n in 'abc') # of a plug-in that says nothing the faces are as they always were
+    box.crop_rule, twin.crop_rule = ('box', 1.), ('box', 1.)
+    image = np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8)
+    scorer = make_scorer(plain, box, twin)
+    _, [crop] = scorer.read_file(('x', image))
+    assert set(crop.crops)=={(64, 'similarity', 1.3), (64, 'box', 1.), (112, 'similarity', 1.3)} # one crop for both of them
+    list(scorer.run(image))
+    [detection] = GridFinder().find(image)
+    for d, (align, margin) in ((plain, ('similarity', 1.3)), (box, ('box', 1.)), (twin, ('box', 1.))):
+        assert np.array_equal(d.seen[0], warp_crop(image, face_crop_matrix(detection, 64, margin, align), 64))
+    assert not np.array_equal(plain.seen[0], box.seen[0])
+
+def test_a_detector_keeps_the_crop_rule_of_its_faces(saved, tmp_path):
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    from deepfid.testing import tiny_manifest
+    assert load(saved).crop_rule==('similarity', 1.3)
+    about = json.loads((saved/'detector.json').read_text())
+    for key in ('crop_align', 'crop_margin'): del about['config'][key] # as detectors of earlier versions are
+    shutil.copytree(saved, tmp_path/'old')
+    (tmp_path/'old'/'detector.json').write_text(json.dumps(about))
+    assert load(tmp_path/'old').crop_rule==('similarity', 1.3)
+    own = DeepFidelity(mapping=None, crop_align='box', crop_margin=1.5).configure('tiny')
+    assert own.crop_rule==('box', 1.5)==load(own.save(tmp_path/'own')).crop_rule
+    manifest = tiny_manifest((12, 8, 4))
+    manifest = type(manifest)(manifest.table, tmp_path, 'these faces')
+    (tmp_path/'crop_config.json').write_text('{"align": "box", "margin": 1.4}')
+    adopted = DeepFidelity(mapping=None).configure('tiny')
+    adopted.adopt_crop_rule(manifest)
+    assert adopted.crop_rule==('box', 1.4)==(adopted.config.crop_align, adopted.config.crop_margin)
+    with pytest.warns(UserWarning, match="these faces: its faces were cropped by .'box', 1.4., and this detector is told"): own.adopt_crop_rule(manifest)
+    assert own.crop_rule==('box', 1.5)
 
 def test_a_stream_holds_only_a_few_files():
     live, most = 0, 0
@@ -265,7 +302,7 @@ def test_warnings_outside_the_validation_ranges():
     detector.validated_ranges['quality_range'] = [-2., -1.]
     assert 'quality is lower' in score_grid(grey(127), detector)[0].faces[0].scores[0].reliability
     assert 'unknown' in reliability_sentence([], {})
-    assert any('either' in w for w in score_warnings(.5, -5, {}, (8, -4))) and not score_warnings(.95, -5, {}, (8, -4))
+    assert any('either' in w for w in score_warnings(.5, -5, {}, calibrated_rule((8, -4)))) and not score_warnings(.95, -5, {}, calibrated_rule((8, -4)))
 
 def test_validation_ranges_hold_every_validation_face():
     from deepfid.testing import tiny_manifest
@@ -273,6 +310,120 @@ def test_validation_ranges_hold_every_validation_face():
     ranges, valid = validation_ranges(detector, manifest), manifest.of('valid')
     scores = [p.fidelity for p in detector.predict([valid.image(i) for i in range(len(valid))])]
     assert ranges['score_range']==[min(scores), max(scores)] and ranges['quality_range'][0]<ranges['quality_range'][1]<=0
+
+# -- decisions ------------------------------------------------------------------------------------------------------
+
+def calibrated(real, fake, name='brightness', mask=False):
+    "A detector with scores of validation"
+    detector = Brightness(name, mask=mask)
+    detector.calibrate_on_scores([*real, *fake], [1]*len(real)+[0]*len(fake))
+    return detector
+
+REAL_SCORES, FAKE_SCORES = np.linspace(.4, .9, 99), np.linspace(.1, .6, 99)
+
+def test_three_decisions_by_two_thresholds(tmp_path):
+    detector = calibrated(REAL_SCORES, FAKE_SCORES)
+    scorer = make_scorer(detector)
+    rule = scorer.rules['brightness']
+    assert rule.low==pytest.approx(REAL_SCORES[4], abs=1e-5) and rule.high==pytest.approx(FAKE_SCORES[-20], abs=1e-5) # ranks 5 and 20 of 100
+    assert rule.false_alarms==4/99 and rule.misses==19/99 and .8<rule.coverage<.85
+    scores = [f.faces[0].scores[0] for f in scorer.run([grey(60), grey(118), grey(200)])]
+    assert [s.decision for s in scores]==[DECISIONS[0], DECISIONS[2], DECISIONS[1]]==['manipulated', 'undecided', 'no manipulation found']
+    assert scores[0].probability>.9>.1>scores[2].probability and 'could be either' in scores[1].reliability
+    assert all('4 % of real faces manipulated (false alarms)' in s.error_rates and '19 % of fakes (misses)' in s.error_rates for s in scores)
+    strict, loose = (make_scorer(detector, **o).rules['brightness'] for o in (dict(false_alarms=.01, misses=.02), dict(false_alarms=.3, misses=.3)))
+    assert strict.low<rule.low<loose.low==loose.high and strict.high>rule.high and strict.coverage<rule.coverage<loose.coverage==1
+    [one] = score_grid(grey(118), detector, threshold=.4)
+    assert one.faces[0].scores[0].decision=='no manipulation found' and one.faces[0].scores[0].ends==(.4, .4)
+    results = tmp_path/'r.jsonl' # scores by other rates are not continued
+    list(make_scorer(detector).run(grey(60), results))
+    with pytest.raises(DeepfidError, match='other detectors or settings'): list(make_scorer(detector, misses=.02).run(grey(60), results))
+
+def test_rates_that_validation_is_too_small_for_are_named():
+    detector = calibrated(np.linspace(.7, .9, 9), np.linspace(.1, .4, 30))
+    [file] = score_grid(grey(20), detector)
+    assert 'The false alarm rate is kept to 10 %, not to 5 %: validation has 9 people with real faces' in file.faces[0].scores[0].error_rates
+    with pytest.raises(DeepfidError, match='brightness: keeps no scores of validation faces, so that error rates cannot be chosen'): make_scorer(misses=.1)
+    with pytest.raises(DeepfidError, match='misses=1.5: give a number above 0 below 1'): make_scorer(detector, misses=1.5)
+
+def test_test_rates_hold_only_for_their_own_thresholds():
+    detector = calibrated(REAL_SCORES, FAKE_SCORES)
+    detector.measured_rates = dict(false_alarms=.07, misses=.33)
+    def rates(**options): return score_grid(grey(20), detector, **options)[0].faces[0].scores[0]
+    assert 'not trained on, it called 7 % ' in rates().error_rates and (rates().false_alarms, rates().misses)==(.07, .33)
+    for changed in (dict(misses=.19), dict(threshold=.5)):
+        assert rates(**changed).error_rates.startswith('In validation') and rates(**changed).false_alarms!=.07
+
+def test_a_saved_detector_keeps_its_scores_of_validation(tmp_path):
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    from deepfid.testing import tiny_detector
+    detector = tiny_detector(1)
+    people = set(detector.validation_scores)
+    assert people=={'real', 'fake'} and all(v==sorted(v) and len(v)>1 for v in detector.validation_scores.values())
+    detector.save(tmp_path/'m')
+    again = load(tmp_path/'m', misses=.3)
+    assert again.validation_scores==detector.validation_scores and (again.false_alarms, again.misses)==(.05, .3)
+    assert DeepFidelity.load(tmp_path/'m').misses==.2
+    about = json.loads((tmp_path/'m'/'detector.json').read_text())
+    for key, wrong in dict(validation_scores=[{'real': [], 'fake': [1]}, {'real': [1]}, [1]], decision_rates=[[0, .2], [.1], 'x']).items():
+        for value in wrong:
+            (tmp_path/'m'/'detector.json').write_text(json.dumps(about|{key: value}))
+            with pytest.raises(WeightsError, match=f'detector.json: {key}='): load(tmp_path/'m')
+    for key in ('validation_scores', 'decision_rates'): about.pop(key)
+    (tmp_path/'m'/'detector.json').write_text(json.dumps(about))
+    assert load(tmp_path/'m').validation_scores is None # as detectors of earlier versions
+
+def test_every_output_says_what_is_wrong_how_often_and_what_is_never_seen(tmp_path):
+    from deepfid.inference.results import write_csv
+    files = score([grey(60), grey(200)], calibrated(REAL_SCORES, FAKE_SCORES), finder=GridFinder(), report=tmp_path/'r.html')
+    page, rows = (tmp_path/'r.html').read_text(), [f.to_dict() for f in files]
+    write_csv(tmp_path/'r.csv', files)
+    table = list(csv.DictReader(open(tmp_path/'r.csv')))
+    assert BLIND_SPOT in page and all(r['limits']==BLIND_SPOT for r in rows) and page.count('(false alarms)')==2
+    for row, line, decision in zip(rows, table, ('manipulated', 'no manipulation found')):
+        [s] = row['faces'][0]['scores']
+        assert s['decision']==line['decision']==decision and f': {decision}</b>' in page and 'prediction' not in s
+        for key in ('false_alarms', 'misses', 'probability', 'low', 'high'): assert 0<=s[key]==float(line[key])<=1
+        assert '(false alarms)' in s['error_rates']==line['error_rates']
+    assert not any(word in page for word in ('predicted real', 'predicted fake', ': real<', ': fake<'))
+
+def test_of_a_video_the_share_of_flagged_frames_is_stated(tmp_path):
+    from deepfid.data.video import write_video
+    write_video([grey(v, 128, 128) for v in (40, 60, 80, 200, 210)], tmp_path/'clip.mp4')
+    [file] = score(tmp_path/'clip.mp4', calibrated(REAL_SCORES, FAKE_SCORES), finder=GridFinder(), frames=5, report=tmp_path/'r.html')
+    [s] = file.faces[0].scores
+    assert s.flagged_frames==.6 and '60 % of 5 frames flagged' in (tmp_path/'r.html').read_text() and '<svg' in (tmp_path/'r.html').read_text()
+    assert 0<file.faces[0].conditions['bits_per_pixel']<5
+
+def test_warnings_of_what_was_never_in_validation(tmp_path):
+    detector = calibrated(REAL_SCORES, FAKE_SCORES)
+    detector.validated_ranges = dict(size_range=[115, 300], pose_range=[0, .1], jpeg_range=[50, 95])
+    noise = np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path/'x.jpg', quality=20)
+    Image.fromarray(np.concatenate([noise, noise], 1)).save(tmp_path/'two.jpg', quality=80)
+    class Turned(GridFinder):
+        def find(self, image): return [FaceDetection(d.box, d.points+np.float32([[0, 0]]*2+[[7, 0]]+[[0, 0]]*2), .9) for d in super().find(image)]
+    one, two = (f.faces[0] for f in Scorer(detector, finder=Turned()).run([tmp_path/'x.jpg', tmp_path/'two.jpg']))
+    for text in ('smaller than any in validation (face size 110', 'turned further', 'compressed more than any in validation (jpeg quality 20; seen were 50 to 95'):
+        assert text in one.scores[0].reliability, text
+    assert one.flags==[] and two.flags==['several'] and 'one of several faces' in two.scores[0].reliability and 'compressed more' not in two.scores[0].reliability
+
+def test_an_insensitive_detector_is_left_out_of_all(saved, tmp_path, monkeypatch, capsys):
+    from deepfid.cli import main
+    for name in ('deepfidelity', 'lisiam'): shutil.copytree(saved, tmp_path/'package'/name)
+    record = tmp_path/'package'/'lisiam'/'record.json'
+    monkeypatch.setattr(hub, 'BUNDLED_DIR', tmp_path/'package')
+    def write(**sensitivity):
+        record.write_text(json.dumps(dict(metrics={}, sensitivity=sensitivity)))
+        for name in ('deepfidelity', 'lisiam'): write_checksums(tmp_path/'package'/name)
+    write(spread=.02, noise=.01)
+    assert hub.list_offered()==(['deepfidelity', 'lisiam'], [])
+    write(spread=.01, noise=.02)
+    with pytest.warns(UserWarning, match='lisiam is left out: on test faces its score varies less'): assert list(load_detectors('all'))==['deepfidelity']
+    cv2.imwrite(str(tmp_path/'black.png'), grey(0))
+    assert main(['score', str(tmp_path/'black.png'), '--detector', 'all'])==1 and 'deepfid: lisiam is left out' in capsys.readouterr().err
+    record.write_text('{"sensitivity": {"spread": "x"}}')
+    with pytest.raises(WeightsError, match='sensitivity is not a spread and a noise'): hub.list_offered()
 
 # -- resumable results ----------------------------------------------------------------------------------------------
 
@@ -425,7 +576,7 @@ def test_tiles_count_what_they_state_for_each_detector(tmp_path):
         def predict(self, faces, batch_size=32): return [Prediction(.1, np.eye(8)) for f in faces]
     score([grey(200), grey(60), grey(0)], [Brightness('a'), Dark('b')], finder=GridFinder(), report=tmp_path/'r.html')
     page = (tmp_path/'r.html').read_text()
-    for number, text in ((2, 'faces in 3 files'), (1, 'of 3 files not scored'), (1, 'of 2 faces predicted fake by a<'), (2, 'of 2 faces predicted fake by b<'),
+    for number, text in ((2, 'faces in 3 files'), (1, 'of 3 files not scored'), (1, 'of 2 faces called manipulated by a<'), (2, 'of 2 faces called manipulated by b<'), (0, 'of 2 faces left undecided by b<'),
         (2, 'of 2 scores of a not')): assert f'<b>{number}</b><span>{text}' in page, text
     assert page.count('class="legend"')==1 and 'b: mask' in page
 
@@ -442,7 +593,7 @@ def test_a_portrait_on_its_side_is_turned(data):
 def test_a_threshold_and_an_explanation(tmp_path):
     from deepfid.testing import tiny_detector
     [file] = score(grey(51), Brightness(), finder=GridFinder(), threshold=.1)
-    assert file.faces[0].scores[0].prediction=='real' and file.faces[0].scores[0].threshold==.1
+    assert file.faces[0].scores[0].decision=='no manipulation found' and file.faces[0].scores[0].threshold==.1
     noise = np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8)
     [file] = score(noise, tiny_detector(1), finder=GridFinder(), explain=True)
     assert set(file.faces[0].images)=={'face', 'deepfidelity: Grad-CAM'}

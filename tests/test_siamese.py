@@ -1,15 +1,19 @@
-"LiSiam's network: every shape, one pass against two, the losses of every ablation, attention that doesn't overflow, degraded batches"
+"LiSiam's network: every shape, one pass against two, the losses of every ablation, attention that doesn't overflow, degraded batches, timm's backbones"
 import numpy as np, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
 from deepfid.data import degrade as stills
+from deepfid.io import read_safetensors, save_safetensors
+from deepfid.models.backbones import create_backbone, efficientnet_lite0_weights, xception
 from deepfid.models.lisiam import degradation as batches
 from deepfid.models.lisiam.degradation import DegradeBatch, shuffle_patches, patch_permutation
-from deepfid.models.lisiam.network import LISIAM_ABLATIONS, IGNORE_INDEX, FULL_METHOD_TERMS, LiSiamNet, LiSiamOutput, invariance_loss, segmentation_loss, feature_map_size, siamese_losses
+from deepfid.models.lisiam.detector import LiSiam, one_cycle_decay, polynomial_decay
+from deepfid.models.lisiam.network import LISIAM_ABLATIONS, IGNORE_INDEX, FULL_METHOD_TERMS, LiSiamNet, LiSiamOutput, dilated_backbone, invariance_loss, segmentation_loss, feature_map_size, siamese_losses
 from deepfid.models.lisiam.ocr import gather_regions
 from deepfid.models.lisiam.training import SiameseLoss
 from deepfid.models.lisiam.transformer import SCU_KINDS, MaskGuidedTransformer, SqueezeExcite, attention_weights, separable_conv_unit
+from deepfid.testing import tiny_manifest
 
 def n_weights(m): return sum(p.numel() for p in m.parameters())
 def still(net): # no dropout, stored statistics, gradients
@@ -79,9 +83,9 @@ def test_a_padded_unit_has_a_constant_ring():
     torch.manual_seed(0)
     for kind in SCU_KINDS:
         y = separable_conv_unit(kind, 4).eval()(torch.randn(3, 4, 37, 37))
-        ring = torch.ones(13, 13, dtype=torch.bool)
+        ring = torch.ones(y.shape[2:], dtype=torch.bool)
         ring[1:-1, 1:-1] = False
-        assert (y[:, :, ring].std(0).max()<1e-6)==(kind!='stride3') and y[:, :, ~ring].std(0).min()>0
+        assert (y[:, :, ring].std(0).max()<1e-6)==(not kind.startswith('stride')) and y[:, :, ~ring].std(0).min()>0
 
 def test_imagenet_names_fit():
     import timm
@@ -371,6 +375,165 @@ def test_shuffle_quirk_moves_image_and_mask_alike():
 def test_degradation_refuses(call, message):
     with pytest.raises(DeepfidError, match=message) as e: call()
     assert '\n' not in str(e.value)
+
+# -- dilation, and backbones of timm --
+@pytest.mark.parametrize('destride', [('block3',), ('block12',), ('block3', 'block12')])
+@pytest.mark.parametrize('n', [96, 131])
+def test_dilated_maps_hold_the_strided_ones(n, destride):
+    "At the positions that the strided network has, a de-strided and dilated one computes the same: its weights go on meaning the same"
+    torch.manual_seed(0)
+    x, strided = torch.randn(2, 3, n, n), xception('tiny', pretrained=True).eval()
+    dilated, undilated = (xception('tiny', pretrained=True, destride=destride, dilate=d).eval() for d in (True, False))
+    with torch.no_grad(): want, got, plain = (net(x, net.stages) for net in (strided, dilated, undilated))
+    for stage, step in strided.reductions().items():
+        k = step//dilated.reductions()[stage]
+        assert got[stage].shape==plain[stage].shape
+        torch.testing.assert_close(got[stage][..., ::k, ::k], want[stage], atol=1e-5, rtol=1e-5)
+    k = strided.reductions()['block12']//dilated.reductions()['block12']
+    assert (plain['block12'][..., ::k, ::k]-want['block12']).abs().mean()>.1*want['block12'].abs().mean() # what the dilation is for
+
+def test_undilated_xception_is_as_published():
+    nets = [xception('tiny', destride=('block3', 'block12')), xception('tiny', destride=('block3', 'block12'), dilate=True)]
+    assert [*nets[0].state_dict()]==[*nets[1].state_dict()]
+    published, dilated = ({m.dilation for m in net.modules() if isinstance(m, nn.Conv2d)} for net in nets)
+    assert published=={(1, 1)} and dilated=={(1, 1), (2, 2), (4, 4)}
+    assert not any(isinstance(m, nn.ConstantPad2d) for m in nets[0].modules())
+
+@pytest.fixture
+def lite():
+    torch.manual_seed(0)
+    return LiSiamNet('tiny', scu='stride1', backbone='efficientnet_lite0')
+
+@pytest.mark.parametrize('n', [96, 160, 224])
+def test_dilated_timm_network_holds_the_strided_maps(n):
+    x = torch.randn(2, 3, n, n)
+    dilated, strided = dilated_backbone('efficientnet_lite0', True).eval(), create_backbone('efficientnet_lite0', True).eval()
+    with torch.no_grad(): got, want = dilated(x), strided(x)
+    assert [m.shape[-1] for m in got]==[n//16]*2
+    torch.testing.assert_close(got[0], want[-2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[1][..., 1::2, 1::2], want[-1], atol=1e-5, rtol=1e-5) # 'same' padding of TensorFlow: odd positions
+
+def test_shapes_with_a_timm_backbone(lite):
+    found, out = shapes(lite.eval(), torch.zeros(2, 3, 160, 160))
+    assert [found[k] for k in ('ocr', 'decoder', 'scu', 'mt')]==[(128, 10, 10), (2, 10, 10), (128, 10, 10), (256, 10, 10)]
+    assert out.seg.shape==out.aux.shape==(2, 2, 10, 10) and out.features.shape==(2, 256)
+    assert 2*sum(v.numel() for v in lite.state_dict().values())<12e6 # bytes in half precision
+
+def test_stride_1_keeps_every_position_in_register():
+    unit, hot = separable_conv_unit('stride1', 4).eval(), torch.zeros(1, 4, 10, 10)
+    nn.init.ones_(unit[0].weight)
+    with torch.no_grad():
+        base = unit(hot)
+        for i in (0, 3, 9):
+            hot.zero_()[..., i, i] = 1
+            moved = (unit(hot)-base).abs().sum((0, 1)).nonzero()
+            assert moved.min().item()==max(0, i-1) and moved.max().item()==min(9, i+1)
+        noise = unit(torch.randn(9, 4, 10, 10)).std(0)
+    assert noise.min()>1e-3
+
+def test_every_branch_of_a_timm_backbone_learns(lite, batch):
+    siamese_losses(*lite.siamese(*batch[:2]), *batch[2:])['total'].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in lite.parameters())
+
+@pytest.mark.parametrize('name, message', [('vit_tiny_patch16_224', 'output_stride'), ('ssaaformer_tiny', 'output_stride'), ('lite1', "no backbone 'lite1'")])
+def test_backbones_without_an_output_stride_are_refused(name, message):
+    with pytest.raises(DeepfidError, match=message) as e: LiSiamNet('tiny', backbone=name)
+    assert '\n' not in str(e.value)
+
+# -- the detector on such a backbone --
+@pytest.fixture(scope='module')
+def faces(): return tiny_manifest((12, 6, 6), 64)
+
+FAST = dict(size=64, bs=4, steps=2, epochs=(1, 1, 1))
+
+@pytest.fixture(scope='module')
+def finetuned(faces, tmp_path_factory):
+    state = tmp_path_factory.mktemp('state')
+    return LiSiam(backbone='efficientnet_lite0', **FAST).fit(faces, preset='tiny', recipe='finetune', resume=state/'s'), state/'s'
+
+def test_finetuning(finetuned, faces):
+    d, state = finetuned
+    assert d.config.recipe=='finetune' and d.config.scu=='stride1' and {h['phase'] for h in d.history}=={1, 2, 3}
+    assert [p.name for p in sorted(state.iterdir()) if p.is_dir()]==['phase-1', 'phase-2', 'phase-3']
+    again = LiSiam(backbone='efficientnet_lite0', **FAST).fit(faces, preset='tiny', recipe='finetune', resume=state) # nothing is left to do
+    for a, b in zip(d.model.state_dict().values(), again.model.state_dict().values()): torch.testing.assert_close(a, b)
+
+def test_finetuned_saved_is_loaded(finetuned, faces, tmp_path):
+    d, images = finetuned[0], [faces.of('test').image(i) for i in range(6)]
+    want = d.predict(images)
+    assert all(p.mask.shape==(64, 64) and 0<=p.mask.min()<=p.mask.max()<=1 for p in want)
+    for half, close in ((False, 1e-6), (True, 2e-2)):
+        again = LiSiam.load(d.save(tmp_path/f'{half}', half))
+        assert again.config.backbone=='efficientnet_lite0'
+        for p, q in zip(want, again.predict(images)):
+            assert abs(p.fidelity-q.fidelity)<=close and np.abs(p.mask-q.mask).max()<=5*close
+    assert (tmp_path/'True'/'network.safetensors').stat().st_size<12e6
+    with torch.no_grad(): assert d.inference_model().eval()(torch.zeros(1, 3, 64, 64)).seg.shape==(1, 2, 4, 4)
+
+@pytest.mark.parametrize('format', ['torch', 'onnx'])
+def test_finetuned_is_exported(finetuned, faces, format, tmp_path):
+    if format=='onnx': [pytest.importorskip(m) for m in ('onnx', 'onnxscript', 'onnxruntime')]
+    from deepfid.export import export_graph
+    d, images = finetuned[0], [faces.of('test').image(i) for i in range(3)]
+    path, x, want = export_graph(d, tmp_path/'g', format), next(iter(d.batches(images))), d.predict(images)
+    if format=='torch':
+        with torch.inference_mode(): score, mask = (o.numpy() for o in torch.export.load(path).module()(x))
+    else:
+        import onnxruntime
+        score, mask = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider']).run(None, dict(image=x.numpy()))
+    assert np.abs(score-[p.fidelity for p in want]).max()<1e-4 and np.abs(mask-np.stack([p.mask for p in want])).max()<1e-4
+
+def test_finetuned_is_explained(finetuned, faces):
+    from deepfid.explain import detector_grad_cam
+    d = finetuned[0]
+    cam = detector_grad_cam(d, [faces.image(0)], d.explain_layer, d.fake_logit)
+    assert np.asarray(cam).shape==(1, 4, 4) and np.isfinite(cam).all() # at every position of the segmentation
+
+def test_weights_to_start_from(tmp_path):
+    import timm
+    torch.manual_seed(1)
+    net = timm.create_model('tf_efficientnet_lite0', num_classes=1)
+    save_safetensors(tmp_path/'w.safetensors', net.state_dict())
+    start = LiSiam(weights=tmp_path/'w.safetensors', **FAST).configure('tiny', 'finetune')
+    torch.testing.assert_close(start.model.backbone.state_dict()['blocks.6.0.conv_pw.weight'], net.blocks[6][0].conv_pw.weight.detach())
+    again = LiSiam.load(start.save(tmp_path/'d'))
+    (tmp_path/'w.safetensors').unlink()
+    again, x = LiSiam.load(tmp_path/'d'), torch.randn(2, 3, 64, 64) # the file is not needed any more, and its folder not told
+    with torch.no_grad(): torch.testing.assert_close(again.model.eval()(x).logits, start.model.eval()(x).logits)
+    assert again.config.weights=='w.safetensors'
+
+def test_wrong_weights_are_refused(tmp_path):
+    save_safetensors(tmp_path/'w.safetensors', xception('tiny').state_dict())
+    (tmp_path/'text.safetensors').write_text('no weights')
+    for path in (tmp_path/'w.safetensors', tmp_path/'text.safetensors', tmp_path/'none.safetensors'):
+        with pytest.raises(DeepfidError, match=path.name) as e: LiSiam(weights=path, **FAST).configure('tiny', 'finetune')
+        assert '\n' not in str(e.value)
+    torch.testing.assert_close(LiSiam(weights=tmp_path/'w.safetensors', backbone='xception').configure('tiny', 'ours').model.backbone.conv1.weight,
+        read_safetensors(tmp_path/'w.safetensors')['conv1.weight'])
+
+def test_imagenet_is_the_start_of_finetuning():
+    d = LiSiam(**FAST).configure('tiny', 'finetune')
+    torch.testing.assert_close(d.model.backbone.conv_stem.weight.detach(), efficientnet_lite0_weights()['conv_stem.weight'])
+
+def test_detectors_saved_before_dilation_have_none():
+    saved = LiSiam().configure('tiny').config.to_dict()
+    assert saved['dilate'] and LiSiam.load_config(saved).dilate
+    assert not LiSiam.load_config({k: v for k, v in saved.items() if k!='dilate'}).dilate
+
+# -- learning rate --
+def test_warm_up():
+    plain, warm = polynomial_decay(.002), polynomial_decay(.002, warmup=.2)
+    assert [plain(0.), warm(.2)]==pytest.approx([.002, .002]) and warm(0.)==pytest.approx(2e-5)==warm(1.)
+    rates = [warm(t) for t in np.linspace(0, .2, 9)]
+    assert rates==sorted(rates) and max(warm(t) for t in np.linspace(0, 1, 101))<=.002+1e-12
+    assert [warm(.2+.8*t) for t in (.1, .5, .9)]==pytest.approx([plain(t) for t in (.1, .5, .9)])
+    cycle = one_cycle_decay(1e-3, .25)
+    assert [cycle(0.), cycle(.25), cycle(1.)]==pytest.approx([4e-5, 1e-3, 1e-8])
+    assert one_cycle_decay(1e-3, 0.)(0.)==pytest.approx(1e-3)
+
+@pytest.mark.parametrize('change, message', [(dict(warmup=1), 'warmup'), (dict(schedule='cosine'), "'polynomial', 'one-cycle'"), (dict(dilate='yes'), 'dilate')])
+def test_settings_of_finetuning_are_checked(change, message):
+    with pytest.raises(DeepfidError, match=message): LiSiam(**change).configure('tiny', 'finetune')
 
 @pytest.mark.cuda
 def test_on_the_gpu():

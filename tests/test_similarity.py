@@ -1,6 +1,6 @@
 "The pairwise similarity matrix: its two forms, its target, what a single kernel cannot do; the mask decoder"
 import math
-import pytest, torch
+import pytest, timm, torch
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
 from deepfid.models.backbones import xception
@@ -136,3 +136,41 @@ def test_losses_do_not_wait_for_the_device(monkeypatch):
     def read(tensor, *args): raise AssertionError('a tensor is read')
     for name in ('__bool__', 'item', 'tolist', '__float__', '__int__'): monkeypatch.setattr(torch.Tensor, name, read)
     total_loss(similarity_losses(out, torch.tensor([1, 0]), mask)).backward()
+
+# -- on other backbones --
+def test_xception_keeps_its_parameters_wherever_the_classifier_reads():
+    def names(**kw): return {k: tuple(v.shape) for k, v in SimilarityNet('tiny', **kw).state_dict().items()}
+    published, moved, both = names(), names(cls_from='encoder'), names(cls_from='both')
+    assert set(published)==set(moved)==set(both) and not [k for k in published if k.startswith('encoder_head')]
+    assert [n['head.weight'] for n in (published, moved, both)]==[(1, 8), (1, 512), (1, 520)]
+    with pytest.raises(DeepfidError, match="cls_from='head'"): SimilarityNet('tiny', cls_from='head')
+
+@pytest.mark.parametrize('cls_from, features', [('encoder', 1280), ('decoder', 8), ('both', 1288)])
+def test_lite0_has_every_output(cls_from, features):
+    net, x = SimilarityNet(backbone='efficientnet_lite0', cls_from=cls_from).eval(), torch.randn(2, 3, 160, 160)
+    with torch.no_grad(): out = net(x)
+    assert out.logit.shape==(2,) and out.mask.shape==(2, 1, 160, 160) and out.similarity_logits.shape==(2, 100, 100) and out.map_size==(10, 10)
+    assert net.embed(x).shape==(2, features) and 2*sum(p.numel() for p in net.parameters())<12e6
+    assert [g.gate[1].weight.shape[:2] for g in net.decoder.gates]==[(32, 64), (16, 32), (8, 16)]
+
+def test_plain_lite0_is_timms_network_up_to_the_classifier():
+    whole, net = timm.create_model('tf_efficientnet_lite0', num_classes=0).eval(), SimilarityNet(backbone='efficientnet_lite0', use_llsm=False, use_flm=False).eval()
+    for part in (net.backbone, net.encoder_head): part.load_state_dict({k: v for k, v in whole.state_dict().items() if k in part.state_dict()})
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(net.embed(x), whole(x), atol=1e-5, rtol=1e-5)
+        out = net(x)
+    torch.testing.assert_close(out.logit, net.head(whole(x))[:, 0].detach(), atol=1e-5, rtol=1e-5)
+    assert out.mask is out.similarity_logits is None
+    assert set(net.state_dict())=={f'backbone.{k}' for k in net.backbone.state_dict()}|{f'encoder_head.{k}' for k in net.encoder_head.state_dict()}|{'head.weight', 'head.bias'}
+
+@pytest.mark.parametrize('name, tap, levels', [('xception_tiny', 16, 4), ('ssaaformer_tiny', 16, 3), ('resnet18', 16, 4)])
+def test_any_backbone_with_stage_maps(name, tap, levels):
+    net = SimilarityNet(backbone=name, cls_from='encoder').eval()
+    with torch.no_grad(): out = net(torch.randn(1, 3, 64, 64))
+    assert net.tap==tap and len(net.decoder.levels)==levels and out.mask.shape==(1, 1, 64, 64) and out.map_size==(4, 4)
+
+def test_classifier_at_the_encoder_does_not_pass_the_decoder():
+    net = SimilarityNet(backbone='efficientnet_lite0', cls_from='encoder')
+    similarity_losses(net(torch.randn(2, 3, 64, 64)), torch.tensor([1, 0]))['cls'].backward()
+    assert all(p.grad is None for p in net.decoder.parameters()) and net.backbone.conv_stem.weight.grad.abs().sum()>0

@@ -20,7 +20,8 @@ __all__ = ['BLEND_REGIONS', 'MANIPULATIONS', 'SELF_MANIPULATIONS', 'DONOR_MANIPU
 
 # %% ../../nbs/lib/data.blending.ipynb #ef9bc55e
 BLEND_REGIONS:dict[str, tuple] = dict( # indices of landmarks, and by how much the hull grows, in eye distances
-    face=(tuple(range(68)), 0.), inner=(tuple(range(17, 68)), .12), lower=((*range(2, 15), *range(31, 36), *range(48, 68)), .02),
+    face=(tuple(range(68)), 0.), inner=(tuple(range(17, 68)), .12),
+    lower=((*range(2, 15), *range(31, 36), *range(48, 68)), .02),
     mouth=(tuple(range(48, 68)), .16), eyes=((*range(17, 27), *range(36, 48)), .10), nose=(tuple(range(27, 36)), .12),
     eye=(tuple(range(36, 42)), .16), chin=((*range(4, 13), *range(56, 60)), .04))
 _FACE_REGIONS = dict(face=.6, inner=.25, lower=.15)                             # of `sbi`, with their probabilities
@@ -147,6 +148,7 @@ def jitter_detail(
     if kind=='jpeg': return jpeg(_as_bytes(image), int(rng.integers(25, 90))).astype(np.float32)
     return image+rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
 
+# %% ../../nbs/lib/data.blending.ipynb #bld00010
 def blend_images(
     source:np.ndarray, target:np.ndarray, # float32 RGB (H,W,3), 0 to 255
     mask:np.ndarray,  # float32 (H,W) in [0,1]
@@ -250,7 +252,8 @@ def reconstruct(
     unit = eye_distance(landmarks)
     centre, side = landmarks.mean(0)+rng.normal(0, .03*unit, 2), unit*rng.uniform(2.3, 2.9)
     scale = RECONSTRUCTION_SIZE/side
-    matrix = np.array([[scale, 0, RECONSTRUCTION_SIZE/2-scale*centre[0]], [0, scale, RECONSTRUCTION_SIZE/2-scale*centre[1]]])
+    matrix = np.array([[scale, 0, RECONSTRUCTION_SIZE/2-scale*centre[0]],
+        [0, scale, RECONSTRUCTION_SIZE/2-scale*centre[1]]])
     area = cv2.INTER_AREA if scale<1 else cv2.INTER_CUBIC
     small = cv2.warpAffine(cv2.GaussianBlur(image, (0, 0), max(.1, .4/scale)) if scale<.8 else image, matrix,
         (RECONSTRUCTION_SIZE, RECONSTRUCTION_SIZE), flags=cv2.INTER_LINEAR if area==cv2.INTER_AREA else area,
@@ -292,7 +295,8 @@ def poisson(
     return Forgery(image, fake, mask, 'poisson', face)
 
 # %% ../../nbs/lib/data.blending.ipynb #7b72e6ba
-MANIPULATIONS:dict[str, Callable[..., Forgery]] = dict(FORGERS, sbi=sbi, sbi_part=sbi_part, reconstruct=reconstruct, poisson=poisson)
+MANIPULATIONS:dict[str, Callable[..., Forgery]] = dict(FORGERS, sbi=sbi, sbi_part=sbi_part,
+    reconstruct=reconstruct, poisson=poisson)
 SELF_MANIPULATIONS = ('selfblend', 'sbi', 'sbi_part', 'reconstruct') # a face stays its own: no consent is needed
 DONOR_MANIPULATIONS = ('swap', 'poisson') # another person's face is put in
 LANDMARK_MANIPULATIONS = ('swap', 'reenact', 'poisson') # annotated landmarks are needed

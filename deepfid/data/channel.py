@@ -45,7 +45,9 @@ def encode_frame(
 # %% ../../nbs/lib/data.channel.ipynb #2a4d2dac
 def _gamma(x, s): return 255*(np.clip(x, 0, 255)/255)**s['gamma']
 def _exposure(x, s): return x*s['gain']+np.asarray(s['offset'], np.float32)
-def _grey(x, s): return np.repeat(cv2.cvtColor(np.clip(x, 0, 255).astype(np.float32), cv2.COLOR_RGB2GRAY)[..., None], 3, 2)
+def _grey(x, s):
+    grey = cv2.cvtColor(np.clip(x, 0, 255).astype(np.float32), cv2.COLOR_RGB2GRAY)
+    return np.repeat(grey[..., None], 3, 2)
 def _blur(x, s): return cv2.GaussianBlur(x, (0, 0), s['sigma'])
 def _sharpen(x, s): return x+(x-cv2.GaussianBlur(x, (0, 0), s['sigma']))*s['amount']
 def _noise(x, s):
@@ -101,7 +103,8 @@ class Channel:
             motion=(.1, lambda: dict(length=u(1.5, .05*box_side), angle=u(0, 180))),
             sharpen=(.15, lambda: dict(sigma=u(.6, 2.), amount=u(.2, 1.))),
             noise=(.25, lambda: dict(sigma=u(1, 9), grey=rng.random()<.5, seed=int(rng.integers(2**31)))))
-        steps:list[tuple[str, Any]] = [(name, make()) for name, (p, make) in camera.items() if rng.random()<p*self.strength]
+        steps:list[tuple[str, Any]] = [(name, make()) for name, (p, make) in camera.items()
+            if rng.random()<p*self.strength]
         low, high = self.face[0], min(self.face[1], box_side)
         side = float(np.exp(u(np.log(min(low, high)), np.log(high))))
         steps.append(('resize', dict(scale=side/box_side, interpolation=int(rng.choice(
@@ -109,8 +112,10 @@ class Channel:
         def compressed(): return 'jpeg', dict(quality=int(u(*self.quality)))
         if rng.random()<self.video:
             if rng.random()<.2: steps.append(compressed())
-            most = self.crf[1]-max(0, 1-side/150)*.5*(self.crf[1]-self.crf[0]) # small faces do not survive the strongest
-            steps.append(('h264', dict(crf=int(round(u(self.crf[0], most))), preset=str(rng.choice(('ultrafast', 'veryfast', 'medium'))),
+            # small faces do not survive the strongest compression
+            most = self.crf[1]-max(0, 1-side/150)*.5*(self.crf[1]-self.crf[0])
+            steps.append(('h264', dict(crf=int(round(u(self.crf[0], most))),
+                preset=str(rng.choice(('ultrafast', 'veryfast', 'medium'))),
                 before=int(rng.choice((0, 0, 1, 2))))))
         else: steps += [compressed() for _ in range(int(rng.choice((0, 1, 1, 2))))]
         return steps

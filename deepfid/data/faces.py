@@ -17,20 +17,22 @@ import cv2
 import numpy as np
 from ..core import (DataMissingError, DeepfidError, Face, NoFaceError, check_array,
     check_choice, check_image, check_number, data_dir, five_points)
-from ..io import fetch_model_file, read_image
+from ..io import fetch_model_file, read_image, read_json
 
 # %% auto #0
-__all__ = ['ARCFACE_TEMPLATE', 'CROP_MARGIN', 'YUNET_FILE', 'YUNET_SHA256', 'YUNET_URL', 'MIN_FACE_SIZE', 'MAX_NOSE_OFFSET',
-           'MIN_SHARPNESS', 'check_crop_size', 'alignment_template', 'alignment_matrix', 'warp_crop', 'align_face',
-           'yunet_path', 'FaceDetection', 'sort_left_right', 'FaceFinder', 'box_distance', 'main_face',
+__all__ = ['ARCFACE_TEMPLATE', 'CROP_MARGIN', 'FACE_CROP', 'YUNET_FILE', 'YUNET_SHA256', 'YUNET_URL', 'MIN_FACE_SIZE',
+           'MAX_NOSE_OFFSET', 'MIN_SHARPNESS', 'check_crop_size', 'alignment_template', 'alignment_matrix', 'warp_crop',
+           'align_face', 'yunet_path', 'FaceDetection', 'sort_left_right', 'FaceFinder', 'box_distance', 'main_face',
            'default_face_finder', 'find_face', 'DlibFaceFinder', 'nose_offset', 'face_sharpness', 'quality_flags',
-           'face_crop_matrix', 'crop_face', 'crop_face_file', 'crop_faces']
+           'face_crop_matrix', 'crop_face', 'crop_face_file', 'crop_faces', 'read_crop_rule']
 
 # %% ../../nbs/05_faces.ipynb #1c74e5a0
 # pixels of a tight crop of 112 x 112: eye centres, nose tip, mouth corners (Deng et al. 2019)
 ARCFACE_TEMPLATE = np.array([[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37],
     [70.73, 92.20]], np.float32)
 CROP_MARGIN = 1.3
+# crop of new detectors: arguments of `face_crop_matrix`
+FACE_CROP:dict[str, Any] = dict(align='box', margin=1.3)
 
 def check_crop_size(
     size:int,    # side of the crop, pixels, 1 to 8192
@@ -343,3 +345,18 @@ def crop_faces(
             pending.append(pool.submit(one, path))
             if len(pending)>=2*workers: yield pending.popleft().result()
         while pending: yield pending.popleft().result()
+
+# %% ../../nbs/05_faces.ipynb #05faces0crop
+def read_crop_rule(
+    folder:str|os.PathLike # of a manifest
+)->tuple[str, float]|None: # (align, margin), see `face_crop_matrix`; None where it is not known
+    "Read by which rule the faces of a folder were cropped, as `extract_faces` notes it"
+    # cutting.json: its name in earlier versions
+    for path in (Path(folder)/name for name in ('crop_config.json', 'cutting.json')):
+        if not path.is_file(): continue
+        try: rule = read_json(path)
+        except DeepfidError: return None
+        rule = rule if isinstance(rule, dict) else {}
+        align, margin = rule.get('align'), rule.get('margin')
+        if align not in ('similarity', 'box') or not isinstance(margin, int|float): return None
+        return align, float(margin)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MetricError', 'validate_scores', 'confusion_matrix', 'auc', 'average_precision', 'equal_error_rate', 'RocCurve',
            'roc_curve', 'choose_threshold', 'oracle_threshold', 'video_keys', 'VideoScores', 'video_scores',
-           'bootstrap_counts', 'Interval', 'auc_interval', 'Metrics', 'evaluate', 'auc_difference',
-           'average_over_seeds', 'auc_per_method', 'mask_iou', 'mask_f1', 'pixel_auc']
+           'bootstrap_counts', 'Interval', 'auc_interval', 'Metrics', 'evaluate', 'ReliabilityCurve',
+           'reliability_curve', 'calibration_error', 'auc_difference', 'average_over_seeds', 'auc_per_method',
+           'mask_iou', 'mask_f1', 'pixel_auc']
 
 # %% ../../nbs/50_metrics.ipynb #305e91f4
 class MetricError(DeepfidError):
@@ -377,6 +378,35 @@ def evaluate(
         m.video = evaluate(by_video.fidelity, by_video.label, threshold,
             _group_of_video(by_video, code), None, n_boot, level, seed)
     return m
+
+# %% ../../nbs/50_metrics.ipynb #cal00002
+class ReliabilityCurve(NamedTuple):
+    "Predicted against observed share of fakes, in groups of equally many faces"
+    predicted: np.ndarray # (k,) mean probability of being fake in each group, rising
+    observed: np.ndarray  # (k,) share of the group's faces that are fake
+    count: np.ndarray     # (k,) faces in the group
+
+def reliability_curve(
+    probability:ArrayLike, # (n,) of being REAL, as `predict_proba` returns it
+    label:ArrayLike,       # (n,) 1 = real, 0 = fake
+    bins:int=10,           # groups, from 1; fewer where there are fewer faces
+)->ReliabilityCurve: # fake is the positive class
+    "Compare predicted probabilities with what was found"
+    check_number('bins', bins, 1, integer=True)
+    p, lab = validate_scores(probability, label, need_both=False)
+    check_array('probability', p, low=0, high=1)
+    groups = [g for g in np.array_split(np.argsort(1-p, kind='stable'), bins) if len(g)]
+    return ReliabilityCurve(*(np.array([f(g) for g in groups])
+        for f in (lambda g: 1-p[g].mean(), lambda g: (lab[g]==0).mean(), len)))
+
+def calibration_error(
+    probability:ArrayLike, # (n,) of being REAL, as `predict_proba` returns it
+    label:ArrayLike,       # (n,) 1 = real, 0 = fake
+    bins:int=10,           # groups of equally many faces, from 1
+)->float: # 0 = well calibrated, to 1
+    "Compute the expected calibration error: the mean gap between predicted and observed"
+    c = reliability_curve(probability, label, bins)
+    return float(np.average(np.abs(c.predicted-c.observed), weights=c.count))
 
 # %% ../../nbs/50_metrics.ipynb #9538334d
 def auc_difference(

@@ -259,6 +259,7 @@ def block_maps_figure(
 )->np.ndarray:    # uint8 RGB
     "Show the maps of a real and of a fake test face in the first blocks"
     check_choice('figure blocks: detector', detector.name, (DeepFidelity.name,))
+    check_choice('figure blocks: arch', detector.config.arch, tuple(SSAAFORMER_CONFIGS))
     rows, _, test = example_faces(manifest)
     return np.concatenate([block_maps_image(detector, test.image(i)) for i in rows[:2]])
 
@@ -274,6 +275,7 @@ def block_count_rows(
 )->list[Row]:
     "List a row for each number of SSAA blocks: 0 to 4 in `tiny`, 0 to 15 in the paper's `large`"
     arch = (overrides or {}).get('arch', DEEPFIDELITY_PRESETS[preset]['arch'])
+    check_choice('table blocks: arch', arch, tuple(SSAAFORMER_CONFIGS))
     return [Row(f'{n} blocks', DeepFidelity, dict(ssaa_blocks=n, mapping=None))
         for n in range(sum(SSAAFORMER_CONFIGS[arch]['depths'][:2])+1)]
 

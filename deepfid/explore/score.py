@@ -19,9 +19,10 @@ from PIL import Image
 from ..core import DeepfidError, Detector, Face, Prediction, check_choice
 from ..io import InlineImage, montage, read_image
 from ..data import degrade
+from ..data.faces import CROP_MARGIN, FaceDetection, crop_face, find_face
 from ..data.loaders import resize_square
 from ..explain import overlay_heatmap
-from ..inference.decisions import QUALITY_SIZE
+from ..inference.decisions import QUALITY_SIZE, DecisionRule, decide, decision_rule
 from ..plotting import FAKE, INK, REAL
 
 # %% ../../nbs/60_explore_score.ipynb #055fee69
@@ -42,12 +43,14 @@ def degrade_image(
 class DetectorResult(NamedTuple):
     "What one detector predicts for one face"
     prediction: Prediction
-    threshold: float  # faces with at least this fidelity are called real
+    threshold: float  # where real and fake are equally probable
     targets: tuple[float, float]|None = None  # fidelity of a fake, of a real face of this quality
+    rule: DecisionRule|None = None # default: one threshold
     @property
-    def predicted_class(self)->str: # 'real' or 'fake'
-        "The side of the threshold on which the fidelity lies"
-        return 'real' if self.prediction.fidelity>=self.threshold else 'fake'
+    def decision(self)->str: # one of `deepfid.inference.decisions.DECISIONS`
+        "What follows from the fidelity"
+        rule = self.rule or DecisionRule(self.threshold, self.threshold)
+        return decide(self.prediction.fidelity, rule.low, rule.high)
 
 def score_aligned_face(
     detectors:dict,      # {name: trained `Detector`}
@@ -61,7 +64,7 @@ def score_aligned_face(
         if q is None or mapping is None: return None
         return tuple(mapping.transform([q, q], [False, True]).tolist())
     return {name: DetectorResult(d.predict([image])[0], d.threshold,
-        targets(getattr(d, 'mapping', None))) for name, d in detectors.items()}, q
+        targets(getattr(d, 'mapping', None)), decision_rule(d)) for name, d in detectors.items()}, q
 
 # %% ../../nbs/60_explore_score.ipynb #5bf7b4ec
 def _gauge_tick(x, label, colour, above=True):
@@ -129,14 +132,18 @@ def animation_note(
 def face_from_upload(
     content:bytes|memoryview, # bytes of an image file
     name:str='',              # file name, for errors
-    size:int=112              # side of the aligned face, pixels
+    size:int=112,             # side of the aligned face, pixels
+    margin:float=CROP_MARGIN, # of the crop, see `crop_face`
+    align:str='similarity'    # or 'box'
 )->Face: # with a `note` in its meta
-    "Find and align the largest face of an uploaded photograph"
-    from deepfid.data.faces import align_face, find_face
+    "Find and crop the largest face of an uploaded photograph"
     content = bytes(content)
     image = read_image(content, name=name)
-    try: face = align_face(find_face(image), size)
+    try: found = find_face(image)
     except DeepfidError as e: raise DeepfidError(f'{name}: {e}') from None
+    detection = FaceDetection(np.array(found.meta['box']), np.asarray(found.points),
+        found.meta['score'])
+    face = crop_face(image, detection, size, margin, align)
     face.meta['note'] = animation_note(content)
     return face
 
@@ -231,7 +238,7 @@ class ScoreExplorer(Explorer):
         image = degrade_by_sliders(face.image, self.degradation)
         self.results, self.quality_value = score_aligned_face(self.detectors, image, self.quality)
         self.image_view.value = InlineImage(mask_montage(image, self.results), quality=95).jpeg()
-        self.gauges.value = ''.join(f'<b>{escape(name)}</b> predicts {r.predicted_class}<br>'
+        self.gauges.value = ''.join(f'<b>{escape(name)}</b>: {r.decision}<br>'
             f'{gauge_svg(r)}<br>' for name, r in self.results.items())
         parts = [face.meta['note']] if face.meta.get('note') else []
         if self.quality_value is not None: parts.append(f'quality {self.quality_value:.2f}')
@@ -243,7 +250,9 @@ class ScoreExplorer(Explorer):
         if not self.upload.value: return
         item = self.upload.value[0]
         side = len(next(iter(self.faces.values())).image)
-        try: self.faces[item['name']] = face_from_upload(item['content'], item['name'], side)
+        align, margin = next(iter(self.detectors.values())).crop_rule
+        try: self.faces[item['name']] = face_from_upload(item['content'], item['name'], side,
+            margin, align)
         except DeepfidError as e:
             self.status.value = error_html(e)
             return

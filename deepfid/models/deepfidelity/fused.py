@@ -252,6 +252,8 @@ def fold_ssaaformer(
     model:SSAAFormer, # trained; stays as it is
 )->FoldedSSAAFormer: # in eval mode, on the model's device
     "Return a copy for inference with everything constant multiplied out; the same numbers up to rounding"
+    if not isinstance(model, SSAAFormer):
+        raise DeepfidError(f'a {type(model).__name__} has no folded form: use it as it is')
     device = next(model.parameters()).device
     return FoldedSSAAFormer(copy.deepcopy(model).cpu()).eval().requires_grad_(False).to(device)
 
@@ -462,7 +464,7 @@ class FidelityGraph(nn.Module):
     "Normalised images to fidelities: the network, its pooling and the regression in one module"
     output_names = ('fidelity',)
     def __init__(self,
-        network:SSAAFormer|FoldedSSAAFormer, # stays as it is
+        network:nn.Module, # with the methods of `SSAAFormer`; stays as it is
         pool:str='mean', # see `SSAAFormer.embed`
         regressor:nn.Module|None=None, # float64 features to fidelity; None: the head's P(real), or its only output
         crop:float=1., # share of the side that the network sees, above 0 to 1
@@ -474,17 +476,25 @@ class FidelityGraph(nn.Module):
         x:torch.Tensor, # float (B,3,H,W), mean = std = 0.5, as `faces_to_batch` returns
     )->torch.Tensor: # float32 (B,)
         x = centre_crop(x, self.crop)
-        if self.regressor is not None: return self.regressor(self.network.embed(x, self.pool).double()).float()
+        if self.regressor is not None: return self.regressor(self.embed(x).double()).float()
         out = self.network(x)
         return out[:,0] if out.shape[1]==1 else out.softmax(1)[:,1]
 
+    def embed(self,
+        x:torch.Tensor, # (B,3,H,W)
+    )->torch.Tensor: # (B,D)
+        "Return the features that the regression reads"
+        network:Any = self.network
+        return network.embed(x, self.pool)
+
 def fidelity_graph(
     detector:'DeepFidelity', # a trained `DeepFidelity`
-)->FidelityGraph: # on the CPU, folded
+)->FidelityGraph: # on the CPU; an `SSAAFormer` is folded, another network stays as it is
     "Return a detector as one module with the outputs of `predict`"
     c,regressor = detector.config,detector.regressor
     if regressor is not None and not hasattr(regressor, 'to_module'):
         raise DeepfidError(
             f'a {type(regressor).__name__} has no graph: only FidelityRegressor and ApproxRegressor have')
     if regressor is not None: regressor = regressor.to_module(torch.float64)
-    return FidelityGraph(fold_ssaaformer(detector.model).cpu(), c.pool, regressor, c.crop).eval()
+    fold = fold_ssaaformer if isinstance(detector.model, SSAAFormer) else copy.deepcopy
+    return FidelityGraph(fold(detector.model).cpu(), c.pool, regressor, c.crop).eval()

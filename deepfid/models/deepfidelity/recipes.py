@@ -28,6 +28,10 @@ DEEPFIDELITY_RECIPES = {
         smoothing=.1, mix_labels=False, ema=.99992, ema_warmup=False, augment='imagenet',
         select='test', crop=.9,
         pool='mean+max', svr={}, network=dict(aux_head=True, mix_token=True, drop_path_rate=.4)),
+    'finetune': dict(arch='ssaa_lite0', weights='imagenet', size=160, bs=64, amp=None, lr=1e-3,
+        schedule='one-cycle', wd=.02, decay='matrices', clip=1., smoothing=0., mix_labels=True,
+        ema=.995, ema_warmup=True, augment='face', shift=4, select='last', crop=1.,
+        pool='mean', svr=dict(max_rows=1000), network={}),
 }
 
 # %% ../../../nbs/23_deepfidelity.ipynb #ddc68c9e

@@ -6,7 +6,8 @@
 __all__ = ['SSAAFORMER_CONFIGS', 'ConvBlock', 'Attention', 'AttentionBlock', 'PatchEmbed', 'ConvEmbed', 'pool_tokens',
            'SSAAFormer', 'TokenOutput', 'random_box', 'swap_box', 'register_with_timm', 'checkpoint_filter_fn',
            'ssaaformer_tiny', 'ssaaformer_small', 'ssaaformer_small_dim64', 'ssaaformer_small_plus',
-           'ssaaformer_small_plus_dim64', 'ssaaformer_base', 'ssaaformer_base_dim64', 'ssaaformer_large']
+           'ssaaformer_small_plus_dim64', 'ssaaformer_base', 'ssaaformer_base_dim64', 'ssaaformer_large', 'SSAALite0',
+           'ssaa_lite0', 'lite0_filter_fn']
 
 # %% ../../../nbs/21_ssaaformer.ipynb #f4467954
 import inspect, warnings
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from ...core import DeepfidError, check_choice, check_number
-from .ssaa import SSAA
+from .ssaa import MirrorMix, SSAA, add_mirror_mix
 from ..layers import DropPath, LayerNorm2d, Mlp, init_truncated_normal
 
 # %% ../../../nbs/21_ssaaformer.ipynb #83960043
@@ -462,3 +463,71 @@ def ssaaformer_large(
 )->SSAAFormer:
     "Build the paper's network: 46 blocks, the first five with SSAA, layer scale from 1e-6"
     return _create('ssaaformer_large', pretrained, kwargs)
+
+# %% ../../../nbs/21_ssaaformer.ipynb #lit00002
+class SSAALite0(nn.Module):
+    "EfficientNet-Lite0 of timm with mirror mixing in its first stages, used like `SSAAFormer`"
+    conv_stem:nn.Module; bn1:nn.Module; blocks:nn.Sequential; conv_head:nn.Module; bn2:nn.Module
+    classifier:nn.Module
+    def __init__(self,
+        num_classes:int=2, # logits
+        mirror:bool=True, # False: the network as timm has it
+        stages:tuple[int, ...]=(0, 1), # with `MirrorMix`, of seven, counted from 0
+        drop_path_rate:float=0., # stochastic depth of the last block; rises linearly from 0
+    ):
+        super().__init__()
+        import timm
+        for i in stages: check_number('stages', i, 0, 6, integer=True)
+        net = timm.create_model('tf_efficientnet_lite0', num_classes=num_classes,
+            drop_path_rate=drop_path_rate)
+        for name,child in net.named_children(): self.add_module(name, child)
+        _init_linear(self.classifier) # timm's own start is too wide for few classes
+        self.mirrored = add_mirror_mix(self, tuple(stages)) if mirror else 0
+        self.aux,self.mix_token,self.grad_checkpointing = False,False,False
+        self.num_classes,self.num_features,self.in_chans = num_classes,1280,3
+
+    embed = SSAAFormer.embed
+    set_grad_checkpointing = SSAAFormer.set_grad_checkpointing
+
+    def forward_features(self,
+        x:torch.Tensor, # (B,3,H,W), normalised with mean = std = 0.5
+    )->torch.Tensor: # (B,1280,H/32,W/32)
+        "Return the last feature map, after its norm and activation"
+        x = self.bn1(self.conv_stem(x))
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        for stage in self.blocks: x = _checkpoint_block(stage, x) if recompute else stage(x)
+        return self.bn2(self.conv_head(x))
+
+    def forward_head(self,
+        x:torch.Tensor, # (B,1280,h,w), from `forward_features`
+        pre_logits:bool=False, # stop before the classifier
+    )->torch.Tensor: # (B,num_classes), or (B,1280)
+        "Pool and classify"
+        return pool_tokens(x) if pre_logits else self.classifier(pool_tokens(x))
+
+    def forward(self,
+        x:torch.Tensor, # (B,3,H,W)
+    )->torch.Tensor: # (B,num_classes)
+        return self.forward_head(self.forward_features(x))
+
+def ssaa_lite0(
+    **kwargs:Any, # options of `SSAALite0`
+)->SSAALite0:
+    "Build EfficientNet-Lite0 with mirror mixing, for faces of about 160x160 pixels"
+    return SSAALite0(**kwargs)
+
+def lite0_filter_fn(
+    # weights of `tf_efficientnet_lite0` or `SSAALite0`, or a training checkpoint of them
+    state_dict:dict,
+    model:nn.Module, # the `SSAALite0` that they are for
+)->dict: # for `load_state_dict`; classifier, and mirror weights that are missing, stay as they are
+    "Turn weights under timm's names into weights of this network"
+    for key in ('state_dict_ema','state_dict','model'):
+        if isinstance(inner := state_dict.get(key), dict) and inner: state_dict = inner
+    have,own = dict(state_dict),model.state_dict()
+    for name in [n for n,m in model.named_modules() if isinstance(m, MirrorMix)]:
+        if f'{name}.weight' not in have: continue
+        have[f'{name}.conv.weight'] = have.pop(f'{name}.weight')
+        have.setdefault(f'{name}.w', own[f'{name}.w'])
+    kept = {k: v for k,v in have.items() if not str(k).startswith('classifier.')}
+    return kept | {k: v for k,v in own.items() if k.startswith('classifier.')}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ...core import check_choice
 
 # %% ../../../nbs/40_ocr_transformer.ipynb #cdc669aa
-SCU_KINDS = ('separable', 'dense', 'stride3')
+SCU_KINDS = ('separable', 'dense', 'stride3', 'stride1')
 
 def downsample_layers(
     nf:int,         # channels, in and out
@@ -24,15 +24,16 @@ def downsample_layers(
         nn.Conv2d(nf, nf, 1, padding=1, bias=False), nn.BatchNorm2d(nf), nn.Dropout2d(drop)]
 
 def separable_conv_unit(
-    # 'separable': depthwise; 'dense': as released; 'stride3': one depthwise step, no ring
+    # 'separable': depthwise; 'dense': as released; without a ring and in one depthwise step:
+    # 'stride3' for large maps, 'stride1' for small ones, which keep their size
     kind:str='separable',
     nf:int=512,           # channels, in and out
     drop:float=.1         # of whole channels
-)->nn.Sequential:         # (B,nf,37,37) -> (B,nf,13,13)
+)->nn.Sequential:         # (B,nf,37,37) -> (B,nf,13,13); with 'stride1' (B,nf,37,37)
     "Create the separable convolution unit: the classifier's features (eq. 4)"
     check_choice('scu', kind, SCU_KINDS)
-    if kind=='stride3':
-        return nn.Sequential(nn.Conv2d(nf, nf, 3, 3, 1, groups=nf, bias=False),
+    if kind.startswith('stride'):
+        return nn.Sequential(nn.Conv2d(nf, nf, 3, int(kind[-1]), 1, groups=nf, bias=False),
             nn.Conv2d(nf, nf, 1, bias=False), nn.BatchNorm2d(nf), nn.Dropout2d(drop))
     separable = kind=='separable'
     return nn.Sequential(*downsample_layers(nf, separable, drop), nn.ReLU(True),

@@ -9,13 +9,15 @@ __all__ = ['LOCAL_SIMILARITY_PRESETS', 'LOCAL_SIMILARITY_RECIPES', 'LocalSimilar
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from ...core import DeepfidError, Prediction, check_number
 from ...data.degrade import Degrade
 from ...io import montage
-from ..backbones import MIN_INPUT_SIZE, XCEPTION_STAGES, load_pretrained
+from ..backbones import (MIN_INPUT_SIZE, XCEPTION_STAGES, create_backbone, create_head,
+    load_backbone_weights, load_pretrained)
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from .decoder import SimilarityNet, SimilarityOutput
 from .llsm import pair_target
@@ -33,6 +35,9 @@ LOCAL_SIMILARITY_RECIPES = {
         ema=.99, shift=2, degrade_p=0., select='last', alpha=.5, beta=.5),
     'paper': dict(bs=32, steps=200, schedule='constant', opt='Adam', lr=1e-4, wd=0., clip=None,
         ema=None, shift=0, degrade_p=0., select='valid', alpha=.5, beta=.5),
+    'finetune': dict(size=160, amp=None, bs=64, steps=None, schedule='one-cycle', opt='AdamW',
+        lr=1e-3, wd=.02, clip=1., ema=.995, shift=4, degrade_p=0., select='last', alpha=.5, beta=.5,
+        cls_from='encoder'),
 }
 
 # %% ../../../nbs/32_local_similarity.ipynb #9b65e93c
@@ -40,15 +45,19 @@ LOCAL_SIMILARITY_RECIPES = {
 class LocalSimilarityConfig(DetectorConfig):
     "Settings of `LocalSimilarity`"
     size:int = setting(128, low=MIN_INPUT_SIZE, integer=True) # side of the faces, pixels
+    backbone:str = 'xception' # that of the preset; or any other of `create_backbone`
+    weights:str|None = None # safetensors file of the backbone to start from, in timm's names
     use_llsm:bool = True # the pairwise similarity matrix, and its loss
     use_flm:bool = True # the decoder, and its loss
     gates:bool = True # cross-level attention in the decoder
-    tap:str = setting('block7', choices=tuple(XCEPTION_STAGES)) # stage whose positions are compared
+    tap:str = setting('block7', choices=tuple(XCEPTION_STAGES)) # of Xception: what is compared
     hidden:int = setting(64, low=0, integer=True) # kernels over two positions; 0: a linear one
     metric:str = setting('learned', choices=('learned', 'cosine')) # 'cosine': non-learned baseline
     symmetric:bool = False # average the matrix with its transpose
     sample:int|None = setting(None, low=2, integer=True, optional=True) # positions in training
     cls_feat:str = setting('last', choices=('last', 'concat')) # decoder levels that are classified
+    # what the classifier reads; None: as published with Xception, else the encoder
+    cls_from:str|None = setting(None, choices=(None, 'decoder', 'encoder', 'both'))
     pretrained:bool = True # begin with weights that have seen images
     schedule:str = setting('one-cycle', choices=('one-cycle', 'constant')) # of the learning rate
     opt:str = setting('AdamW', choices=('Adam', 'AdamW')) # optimiser
@@ -58,13 +67,17 @@ class LocalSimilarityConfig(DetectorConfig):
     alpha:float = setting(.5, low=0, high=1) # weight of the similarity loss (eq. 8)
     beta:float = setting(.5, low=0, high=1) # weight of the localisation loss (eq. 8)
 
-    def check(self)->None: check_number('epochs', self.epochs, 1, integer=True) # there is one phase
+    def check(self)->None:
+        check_number('epochs', self.epochs, 1, integer=True) # there is one phase
+        if self.weights is not None: self.weights = str(self.weights)
+        if self.cls_from is None:
+            self.cls_from = 'decoder' if self.backbone=='xception' else 'encoder'
 
 class LocalSimilarity(NetworkDetector):
     "Score, mask and pairwise similarity matrix from one network (Learnable Local Similarity)"
     name, config_class = 'local_similarity', LocalSimilarityConfig
     presets, recipes = LOCAL_SIMILARITY_PRESETS, LOCAL_SIMILARITY_RECIPES
-    default_recipe, explain_layer = dict(full='paper'), 'backbone.bn4'
+    default_recipe = dict(full='paper')
     legacy_settings = dict(spoil='degrade_p')
     config:LocalSimilarityConfig
 
@@ -73,11 +86,31 @@ class LocalSimilarity(NetworkDetector):
         c = self.config
         llsm = dict(hidden=c.hidden, metric=c.metric, symmetric=c.symmetric) if c.use_llsm else {}
         return SimilarityNet(preset=c.preset, tap=c.tap, use_llsm=c.use_llsm, use_flm=c.use_flm,
-            gates=c.gates, cls_feat=c.cls_feat, **llsm)
+            gates=c.gates, cls_feat=c.cls_feat, cls_from=c.cls_from or 'decoder',
+            backbone=c.backbone, **llsm)
 
     def initialise_weights(self)->None:
-        "Begin with weights that have seen images, where the preset says so"
-        if self.config.pretrained: load_pretrained(self.model.backbone)
+        "Begin with the weights of a file, or with the backbone's pretrained ones"
+        c, net = self.config, self.model
+        if c.weights: load_backbone_weights(c.weights, net.backbone, net.encoder_head)
+        elif c.pretrained and c.backbone=='xception': load_pretrained(net.backbone)
+        elif c.pretrained:
+            net.backbone.load_state_dict(create_backbone(c.backbone, True).state_dict())
+            if not len(net.encoder_head.state_dict()): return
+            net.encoder_head.load_state_dict(create_head(c.backbone, True).state_dict())
+
+    def extra_state(self)->dict:
+        "Return the settings with the name of the file of weights, without its folder"
+        c = self.config
+        if not c.weights: return {}
+        return dict(config=c.to_dict()|dict(weights=Path(c.weights).name))
+
+    @property
+    def explain_layer(self)->str: # pyright: ignore[reportIncompatibleVariableOverride]
+        "Target layer of Grad-CAM: the last map of what is classified"
+        c = self.config
+        if c is None or c.backbone=='xception': return 'backbone.bn4'
+        return 'decoder.bottom' if c.use_flm and c.cls_from=='decoder' else 'encoder_head'
 
     def maps(self, output:SimilarityOutput)->tuple:
         "Return fidelities (B,), and masks (B,H,W) or None, as tensors"
@@ -103,7 +136,7 @@ class LocalSimilarity(NetworkDetector):
 
     def embed(self, x:torch.Tensor)->torch.Tensor:
         "Return what the classifier reads (B,D)"
-        return self.model.embed(x)
+        return self.optimized_model().embed(x)
 
     def callbacks(self)->list:
         "Return what the recipe adds to a plain training"
@@ -121,7 +154,7 @@ class LocalSimilarity(NetworkDetector):
         return cbs
 
     def learner(self,
-        dls:Any,            # 'label+mask' `DataLoaders`
+        dls:Any,            # `DataLoaders` of `loaders`
         cbs:list|None=None, # more callbacks
         phase:int=-1,       # of `phases`: there is one
     )->'Learner':
@@ -140,12 +173,13 @@ class LocalSimilarity(NetworkDetector):
         return learn
 
     def loaders(self, manifest:'Manifest')->Any:
-        "Return faces with their labels and masks"
+        "Return faces with their labels, and with their masks where the network learns any"
         from deepfid.data.loaders import dataloaders
         c = self.config
         degrade = Degrade(c.degrade_p, seed=c.seed) if c.degrade_p else None
-        return dataloaders(manifest, 'label+mask', size=c.size, bs=c.bs, shift=c.shift,
-            degrade=degrade, seed=c.seed, steps=c.steps, device=self.device)
+        kind = 'label+mask' if c.use_llsm or c.use_flm else 'label'
+        return dataloaders(manifest, kind, size=c.size, bs=c.bs, shift=c.shift, degrade=degrade,
+            seed=c.seed, steps=c.steps, device=self.device, num_workers=self.workers)
 
     def train_phase(self, learn:Any, phase:TrainingPhase)->None:
         "Run the `Learner` with the recipe's schedule"

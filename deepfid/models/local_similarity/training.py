@@ -24,10 +24,10 @@ class SimilarityLoss:
 
     def __call__(self,
         out, # `SimilarityOutput`
-        y    # (label (B,), mask (B,1,H,W))
+        y    # (label (B,), mask (B,1,H,W)), or label alone where no mask is learned
     )->torch.Tensor:
         "Compute the weighted sum"
-        losses = similarity_losses(out, *y)
+        losses = similarity_losses(out, *(y if isinstance(y, (tuple, list)) else [y]))
         self.terms = {k: v.detach() for k, v in losses.items()}
         return total_loss(losses, self.alpha, self.beta)
 
