@@ -2887,8 +2887,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'deepfid/testing.py'),
                                  'deepfid.testing._PackagedFace.identity': ( 'lib/testing.html#_packagedface.identity',
                                                                              'deepfid/testing.py'),
-                                 'deepfid.testing._PackagedFace.landmarks': ( 'lib/testing.html#_packagedface.landmarks',
-                                                                              'deepfid/testing.py'),
                                  'deepfid.testing._PackagedFace.load': ('lib/testing.html#_packagedface.load', 'deepfid/testing.py'),
                                  'deepfid.testing._folder': ('lib/testing.html#_folder', 'deepfid/testing.py'),
                                  'deepfid.testing.london_manifest': ('lib/testing.html#london_manifest', 'deepfid/testing.py'),

@@ -52,8 +52,7 @@ class _PackagedFace:
     def identity(self)->str: return self.face.identity
     @property
     def consent(self)->bool: return self.face.consent
-    @property
-    def landmarks(self)->bool: return self.face.points is None # annotated ones
+    landmarks = True # annotated
 
     def fixed_split(self, seed:int=0)->str:
         from deepfid.data.london import london_split
@@ -79,7 +78,7 @@ def london_manifest(
     from deepfid.data.pairs import build_pairs
     from deepfid.quality.niqe import load_niqe
     name = f"london-{pairs}-{'-'.join(methods)}-{size}-{seed}"
-    return build_pairs([_PackagedFace(f) for f in london_faces()], Path(_folder().name)/name, methods, pairs, size,
+    return build_pairs([_PackagedFace(f) for f in london_faces(expressions='neutral')], Path(_folder().name)/name, methods, pairs, size,
         FACE_CROP['margin'], seed, workers=1, quality=load_niqe('synth').score, split_seed=0,
         align=FACE_CROP['align'], untouched=True)
 

@@ -380,10 +380,20 @@ def test_an_interrupted_training_keeps_its_table(tmp_path):
     assert [r['epoch'] for r in rows]==[1, 2] and rows[0]==first[0] and lines[0]=='resumed after epoch 1' and [line.split()[0] for line in lines[2:]]==['2/2']
     assert fit()[0]==rows # finished already
 
+@pytest.mark.parametrize('epochs', [1, 2, 3, 40])
+def test_curves_count_epochs_in_whole_numbers(epochs):
+    from deepfid.evaluate.report import plot_curves
+    figure = plot_curves([dict(train_loss=1/e, valid_loss=1/e, auc=1-1/(e+1)) for e in range(1, epochs+1)])
+    figure.canvas.draw()
+    for ax in figure.axes:
+        low, high = ax.get_xlim()
+        shown = [t for t in ax.get_xticks() if low<=t<=high]
+        assert shown and all(t==round(t) for t in shown), shown
+
 @pytest.mark.parametrize('options, words', [(['--detector', 'lisiam', '--mapping', 'rank'], ['--mapping', 'lisiam', "'mapping'"]),
     (['--detector', 'local_similarity', '--quality', 'niqe'], ['--quality', 'local_similarity']), (['--set', 'hat=1'], ['--set hat', "'hat'"]),
     (['--lr', '.1', '--set', 'lr=1'], ['--set lr', 'twice']), (['--set', 'network=3'], ['deepfidelity', 'do not go together']),
-    (['--set', 'amp=int4'], ['amp', 'bf16']), (['--size', '16'], ['size=16', 'from 32']), (['--device', 'abacus'], ['no such device']),
+    (['--set', 'amp=int4'], ['amp', 'bf16']), (['--set', 'bs=15'], ['bs=15', 'even number']), (['--size', '16'], ['size=16', 'from 32']), (['--device', 'abacus'], ['no such device']),
     (['--weights', 'gone.pt'], ['gone.pt', 'no such file'])])
 def test_settings_are_refused_before_anything_is_computed(capsys, tmp_path, monkeypatch, options, words):
     from deepfid.data.manifest import Manifest
@@ -468,7 +478,7 @@ def test_quality_of_a_folder(capsys, tmp_path):
     one_line(run(capsys, 'quality', tmp_path/'set'/'fake', tmp_path/'n.csv', '--map', 'rank'), 'no labels')
     one_line(run(capsys, 'quality', tmp_path/'gone', tmp_path/'n.csv'), 'gone')
     for text, words in (('', ['cannot be read']), ('path,label\n', ['no rows']), ('quality,label\n3,1\n1,\n', ['row 2', 'mapping']), ('quality,label\n,1\n1,0\n', ['1 of 2 rows']),
-            ('quality,label\nx,1\n', ["quality 'x'"]), ('quality\n1\n', ['no labels'])):
+            ('quality,label\nx,1\n', ["quality 'x'"]), ('quality\n1\n', ['no labels']), ('path;label\na.png;1\n', ['semicolons', 'commas']), ('path\tlabel\na.png\t1\n', ['tabs'])):
         (tmp_path/'t.csv').write_text(text)
         one_line(run(capsys, 'quality', tmp_path/'t.csv', tmp_path/'n.csv', '--map', 'rank'), 't.csv', *words)
     (tmp_path/'t.csv').write_text('quality\n1\n')

@@ -104,7 +104,7 @@ def read_manifest_csv(
     csv:str|Path, # path of the file
 )->pd.DataFrame: # its cells as text
     "Read the rows of a manifest file without converting them"
-    try: return pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False)
+    try: table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as e: # pandas' parser errors are ValueErrors
         reasons = {FileNotFoundError: 'no such manifest file; check the path, or make one with build_pairs',
             IsADirectoryError: 'is a folder; give the path of the manifest file in it',
@@ -113,6 +113,10 @@ def read_manifest_csv(
         reason = next((text for kind, text in reasons.items() if isinstance(e, kind)),
             f'cannot be read as a comma-separated table ({str(e).splitlines()[0]})')
         raise ManifestError(f'{csv}: {reason}') from None
+    for separator, name in ((';', 'semicolons'), ('\t', 'tabs')):
+        if len(table.columns)==1 and separator in table.columns[0]:
+            raise ManifestError(f'{csv}: its columns are separated by {name}; save it with commas')
+    return table
 
 # %% ../../nbs/lib/data.manifest.ipynb #e42f6c4d
 def person_key(

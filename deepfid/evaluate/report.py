@@ -167,6 +167,7 @@ def plot_curves(
     left.legend(fontsize=8, frameon=False)
     for ax, name in ((left, 'loss'), (right, 'validation AUC')):
         ax.set_xlabel('epoch', fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.set_title(name, fontsize=9, loc='left', color=INK)
     return fig
 
