@@ -9,8 +9,8 @@ __all__ = ['METRIC_TITLES', 'SHORT_METRICS', 'BUNDLED_LICENCE', 'TABLE_MARKS', '
            'training_settings', 'make_detector', 'metric_lines', 'detector_argument', 'next_command', 'print_notes',
            'train_command', 'training_summary', 'quality_command', 'export_command', 'check_score_outputs',
            'expand_sources', 'format_scores', 'format_error_rate', 'print_scored_file', 'save_explanations',
-           'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines', 'evaluation_page', 'evaluate_command',
-           'save_figure', 'save_table', 'table_command', 'save_image', 'figure_command', 'maps_command',
+           'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines', 'evaluation_page', 'save_figure',
+           'evaluate_command', 'save_table', 'table_command', 'save_image', 'figure_command', 'maps_command',
            'list_tutorials', 'notebooks_command', 'voila_warning', 'explore_command', 'doctor_command']
 
 # %% ../nbs/lib/commands.ipynb #com0004
@@ -603,6 +603,18 @@ def evaluation_page(
     page.section('Metrics').table(rows, ('metric (positive class: fake)', 'value and 95 % interval'))
     return page.section('As printed').preformatted(text)
 
+# %% ../nbs/lib/commands.ipynb #com0n24f
+def save_figure(
+    figure:Any,    # matplotlib figure
+    path:str|Path  # .jpg, .png, .svg or .pdf file; only one that this function wrote is replaced
+)->None:
+    "Write a figure, with the mark by which it is known in its metadata"
+    from deepfid.io import FILE_MARK, write_atomically
+    suffix, mark = Path(path).suffix.lower(), FILE_MARK.decode()
+    if suffix in ('.jpg', '.jpeg'): options:dict = dict(pil_kwargs=dict(comment=mark))
+    else: options = dict(metadata={'Software' if suffix=='.png' else 'Creator': mark})
+    write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=150, bbox_inches='tight', **options), FILE_MARK)
+
 # %% ../nbs/lib/commands.ipynb #com0m24
 def evaluate_command(args:Namespace)->dict:
     "Evaluate a detector on a manifest, with intervals, by manipulation method and by group"
@@ -680,17 +692,6 @@ def _manifests(names, folder, pairs=None, size=112):
 # %% ../nbs/lib/commands.ipynb #com0n27
 # what earlier files of a table hold
 TABLE_MARKS = {'.json': b'"versions"', '.md': b'Trained and tested on', '.svg': b'written by deepfid'}
-
-def save_figure(
-    figure:Any,    # matplotlib figure
-    path:str|Path  # .jpg, .png, .svg or .pdf file; only one that this function wrote is replaced
-)->None:
-    "Write a figure, with the mark by which it is known in its metadata"
-    from deepfid.io import FILE_MARK, write_atomically
-    suffix, mark = Path(path).suffix.lower(), FILE_MARK.decode()
-    if suffix in ('.jpg', '.jpeg'): options:dict = dict(pil_kwargs=dict(comment=mark))
-    else: options = dict(metadata={'Software' if suffix=='.png' else 'Creator': mark})
-    write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=150, bbox_inches='tight', **options), FILE_MARK)
 
 def save_table(
     run:Any,      # `TableRun` that has been run

@@ -78,9 +78,9 @@ def london_manifest(
     from deepfid.data.pairs import build_pairs
     from deepfid.quality.niqe import load_niqe
     name = f"london-{pairs}-{'-'.join(methods)}-{size}-{seed}"
-    return build_pairs([_PackagedFace(f) for f in london_faces(expressions='neutral')], Path(_folder().name)/name, methods, pairs, size,
-        FACE_CROP['margin'], seed, workers=1, quality=load_niqe('synth').score, split_seed=0,
-        align=FACE_CROP['align'], untouched=True)
+    sources = [_PackagedFace(f) for f in london_faces(expressions='neutral')]
+    return build_pairs(sources, Path(_folder().name)/name, methods, pairs, size, FACE_CROP['margin'], seed, workers=1,
+        quality=load_niqe('synth').score, split_seed=0, align=FACE_CROP['align'], untouched=True)
 
 # %% ../nbs/lib/testing.ipynb #e4e45b98
 def record_result(

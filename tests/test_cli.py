@@ -392,8 +392,8 @@ def test_curves_count_epochs_in_whole_numbers(epochs):
 
 @pytest.mark.parametrize('options, words', [(['--detector', 'lisiam', '--mapping', 'rank'], ['--mapping', 'lisiam', "'mapping'"]),
     (['--detector', 'local_similarity', '--quality', 'niqe'], ['--quality', 'local_similarity']), (['--set', 'hat=1'], ['--set hat', "'hat'"]),
-    (['--lr', '.1', '--set', 'lr=1'], ['--set lr', 'twice']), (['--set', 'network=3'], ['deepfidelity', 'do not go together']),
-    (['--set', 'amp=int4'], ['amp', 'bf16']), (['--set', 'bs=15'], ['bs=15', 'even number']), (['--size', '16'], ['size=16', 'from 32']), (['--device', 'abacus'], ['no such device']),
+    (['--lr', '.1', '--set', 'lr=1'], ['--set lr', 'twice']), (['--detector', 'deepfidelity', '--set', 'network=3'], ['deepfidelity', 'do not go together']),
+    (['--set', 'amp=int4'], ['amp', 'bf16']), (['--set', 'bs=15'], ['bs=15', 'even number']), (['--detector', 'deepfidelity', '--size', '16'], ['size=16', 'from 32']), (['--device', 'abacus'], ['no such device']),
     (['--weights', 'gone.pt'], ['gone.pt', 'no such file'])])
 def test_settings_are_refused_before_anything_is_computed(capsys, tmp_path, monkeypatch, options, words):
     from deepfid.data.manifest import Manifest

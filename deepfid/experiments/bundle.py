@@ -84,7 +84,9 @@ def train_bundled(
     recipe = BUNDLE_RECIPES[check_choice('bundled detector', name, tuple(BUNDLE_RECIPES))]
     detector = create_bundled(recipe, seed, start, **changes).fit(faces, preset='tiny', recipe='finetune', cbs=cbs,
         resume=Path(folder)/'training'/name)
-    detector.validated_ranges = validation_ranges(detector, faces)|dict(size_range=list(map(float, Channel().face)))
+    seen = Channel() # the faces are stored after it: their own files say nothing of size and compression
+    detector.validated_ranges = validation_ranges(detector, faces)|dict(size_range=seen.face.tolist(),
+        jpeg_range=seen.quality.tolist())
     detector.config.weights = None # they are part of the detector now
     return type(detector).load(detector.save(Path(folder)/name, half=True))
 

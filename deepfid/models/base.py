@@ -52,7 +52,7 @@ class DetectorConfig:
     size:int = setting(112, low=8, integer=True) # side of the faces, pixels
     crop_align:str = setting('similarity', choices=('similarity', 'box')) # how the faces are cropped
     crop_margin:float = setting(CROP_MARGIN, low=.1, high=20) # side of the crop relative to the face; 1 = tight
-    bs:int = setting(32, low=1, integer=True) # batch size
+    bs:int = setting(32, low=1, integer=True) # batch size, even
     epochs:Any = setting(1, low=1, integer=True) # passes over the training faces; a tuple: of each phase
     steps:int|None = setting(None, low=1, integer=True, optional=True) # batches an epoch; None: all faces
     lr:float = setting(1e-3, low=0, above=True) # learning rate
@@ -63,6 +63,7 @@ class DetectorConfig:
 
     def __post_init__(self):
         for f in fields(self): self._check_field(f.name, getattr(self, f.name), f.type, f.metadata)
+        if self.bs%2: raise DeepfidError(f'bs={self.bs}: as many real as fake in each batch need an even number')
         self.check()
 
     def _check_field(self, name, value, kind, rule):

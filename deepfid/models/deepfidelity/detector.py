@@ -84,9 +84,7 @@ class DeepFidelityConfig(DetectorConfig):
                 is_lite0 or self.weights!='imagenet',
             "arch='ssaa_lite0' has no ssaa_blocks but network=dict(stages=(0, 1)); ssaa_blocks=0 "
             "switches its mirror off":
-                not is_lite0 or not self.ssaa_blocks,
-            f'bs={self.bs}: as many real as fake in each batch need an even number':
-                self.bs%2==0}
+                not is_lite0 or not self.ssaa_blocks}
         if broken := [message for message, holds in rules.items() if not holds]:
             raise DeepfidError(broken[0])
 
