@@ -131,12 +131,12 @@ def _forge_options(p):
 # %% ../nbs/lib/cli.ipynb #cli0n10
 def _train_options(p):
     from deepfid.core import Detector
-    from deepfid.inference.hub import DEFAULT_DETECTOR, list_detectors
+    from deepfid.inference.hub import TRAINED_BY_DEFAULT, list_detectors
     from deepfid.quality.mapping import MAPPING_METHODS
     from deepfid.quality.measures import QUALITY_MEASURES
     p.add_argument('manifest', help='manifest.csv: one row per face image')
-    p.add_argument('--detector', default=DEFAULT_DETECTOR, choices=list_detectors(),
-        help=f'what to train (default: {DEFAULT_DETECTOR})')
+    p.add_argument('--detector', default=TRAINED_BY_DEFAULT, choices=list_detectors(),
+        help=f'what to train (default: {TRAINED_BY_DEFAULT}, which needs no masks)')
     p.add_argument('--out', required=True, type=Path, help='folder to save the detector to')
     p.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
     p.add_argument('--recipe', choices=('ours', 'paper', 'released', 'finetune'),
@@ -328,7 +328,8 @@ def main(
     argv = list(sys.argv[1:] if argv is None else argv)
     try: return _run(argv)
     except KeyboardInterrupt:
-        commands.print_error('interrupted')
+        # not `print_error`: it imports NumPy, which may have been interrupted half imported
+        print('deepfid: interrupted', file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nobody reads any more

@@ -344,7 +344,7 @@ def test_train_shows_its_work(capsys, tmp_path, monkeypatch):
     source = tiny_manifest((40, 20, 20)).save()
     (tmp_path/'faces').symlink_to(source.parent)
     monkeypatch.chdir(tmp_path)
-    status, out, err = run(capsys, 'train', 'faces/manifest.csv', '--out', 'lisiam', '--preset', 'tiny', '--epochs', 2, '--size', 64, '--batch-size', 16,
+    status, out, err = run(capsys, 'train', 'faces/manifest.csv', '--detector', 'deepfidelity', '--out', 'lisiam', '--preset', 'tiny', '--epochs', 2, '--size', 64, '--batch-size', 16,
         '--mapping', 'none', '--lr', '2e-3', '--workers', 1, '--device', 'cpu', '--set', 'smoothing=.2')
     lines = [line.split() for line in err.splitlines() if '/2' in line]
     assert status==0 and [line[0] for line in lines]==['1/2', '2/2'] and lines[1][-2:]==['0', 's'] and 'time  left' in err and 'warn' not in err.lower()
@@ -358,7 +358,7 @@ def test_train_shows_its_work(capsys, tmp_path, monkeypatch):
     assert text[-1]=='next: deepfid evaluate ./lisiam faces/manifest.csv' # not the bundled detector of that name
     status, out, _ = run(capsys, *shlex.split(text[-1])[2:])
     assert status==0 and f'threshold {detector.threshold:.3f}' in out
-    run(capsys, 'train', 'faces/manifest.csv', '--out', 'lisiam', '--preset', 'tiny', '--epochs', 1, '--mapping', 'none') # replaces its own
+    run(capsys, 'train', 'faces/manifest.csv', '--detector', 'deepfidelity', '--out', 'lisiam', '--preset', 'tiny', '--epochs', 1, '--mapping', 'none') # replaces its own
     assert len(open('lisiam/results.csv').readlines())==2
 
 def test_an_interrupted_training_keeps_its_table(tmp_path):
