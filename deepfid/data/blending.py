@@ -254,9 +254,8 @@ def reconstruct(
     scale = RECONSTRUCTION_SIZE/side
     matrix = np.array([[scale, 0, RECONSTRUCTION_SIZE/2-scale*centre[0]],
         [0, scale, RECONSTRUCTION_SIZE/2-scale*centre[1]]])
-    area = cv2.INTER_AREA if scale<1 else cv2.INTER_CUBIC
     small = cv2.warpAffine(cv2.GaussianBlur(image, (0, 0), max(.1, .4/scale)) if scale<.8 else image, matrix,
-        (RECONSTRUCTION_SIZE, RECONSTRUCTION_SIZE), flags=cv2.INTER_LINEAR if area==cv2.INTER_AREA else area,
+        (RECONSTRUCTION_SIZE, RECONSTRUCTION_SIZE), flags=cv2.INTER_LINEAR if scale<1 else cv2.INTER_CUBIC,
         borderMode=cv2.BORDER_REFLECT)
     made = reconstruct_faces(_as_bytes(small)[None], str(rng.choice(UPSAMPLERS)))[0].astype(np.float32)
     kind = _KINDS_OF_INTERPOLATION[rng.integers(3)]

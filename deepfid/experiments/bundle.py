@@ -11,9 +11,11 @@ import numpy as np
 import deepfid
 from ..core import DeepfidError, check_choice
 from ..data.channel import Channel
+from ..data.crops import WIDE_MARGIN
 from ..data.degrade import jpeg
 from ..data.faces import FACE_CROP
 from ..data.manifest import Manifest
+from ..data.pairs import WORKING_SCALE
 from .provenance import describe_run
 from .training_faces import (FACE_SIZE, FRESH_PARTS, HELD_OUT_METHOD, TEST_CONDITIONS,
     TRAINING_PARTS, condition_faces, training_faces)
@@ -85,7 +87,8 @@ def train_bundled(
     detector = create_bundled(recipe, seed, start, **changes).fit(faces, preset='tiny', recipe='finetune', cbs=cbs,
         resume=Path(folder)/'training'/name)
     seen = Channel() # the faces are stored after it: their own files say nothing of size and compression
-    detector.validated_ranges = validation_ranges(detector, faces)|dict(size_range=seen.face.tolist(),
+    detector.validated_ranges = validation_ranges(detector, faces)|dict(
+        size_range=[float(seen.face[0]), round(FACE_SIZE*WORKING_SCALE)/WIDE_MARGIN],
         jpeg_range=seen.quality.tolist())
     detector.config.weights = None # they are part of the detector now
     return type(detector).load(detector.save(Path(folder)/name, half=True))
