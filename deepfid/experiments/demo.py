@@ -47,7 +47,8 @@ DEMO_SETS:dict[str, dict[str, Any]] = { # pairs of train, valid and test
             '(Poisson), self-blended images, and changes of the mouth or another part alone. The first two were left '
             'out after a first run, in which they were found less often on these very test people, so the figures '
             'demonstrate and do not prove. A detector that does '
-            'well here has not met these, another camera, strong compression, a video codec, or a method that it was not '
+            'well here has not met these, another '
+            'camera, strong compression, a video codec, or a method that it was not '
             'trained on.'),
     'synthetic': dict(pairs=(1800, 200, 640), epochs=6, detector='deepfidelity', title='synthetic faces',
         credit='Faces synthesised by deepfid.',
