@@ -16,7 +16,8 @@ from .london import fit_mean_shape
 # %% auto #0
 __all__ = ['BLEND_REGIONS', 'MANIPULATIONS', 'SELF_MANIPULATIONS', 'DONOR_MANIPULATIONS', 'LANDMARK_MANIPULATIONS',
            'blend_landmarks', 'eye_distance', 'sample_region_mask', 'elastic_warp', 'soften_mask', 'jitter_colour',
-           'jitter_detail', 'blend_images', 'sbi', 'sbi_part', 'reconstruct', 'poisson', 'manipulate']
+           'jitter_detail', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part', 'reconstruct', 'poisson',
+           'manipulate']
 
 # %% ../../nbs/lib/data.blending.ipynb #ef9bc55e
 BLEND_REGIONS:dict[str, tuple] = dict( # indices of landmarks, and by how much the hull grows, in eye distances
@@ -152,11 +153,14 @@ def jitter_detail(
 def blend_images(
     source:np.ndarray, target:np.ndarray, # float32 RGB (H,W,3), 0 to 255
     mask:np.ndarray,  # float32 (H,W) in [0,1]
-    how:str='alpha'   # 'alpha'; 'linear': in linear light; 'lab': in CIELAB; 'pyramid': band by band
+    how:str='alpha'   # 'alpha'; 'linear' light; 'lab': in CIELAB; 'pyramid': band by band; 'poisson': its gradients
 )->np.ndarray: # float32 RGB (H,W,3)
     "Blend a source into a target"
-    check_choice('how', how, ('alpha', 'linear', 'lab', 'pyramid'))
+    check_choice('how', how, ('alpha', 'linear', 'lab', 'pyramid', 'poisson'))
     m = mask[..., None]
+    if how=='poisson':
+        inside = mask>.5*mask.max()
+        return target+mask.max()*inside[..., None]*(clone_gradients(source, target, inside)-target)
     if how=='alpha': return target+m*(source-target)
     if how=='linear':
         a, b = ((np.clip(x, 0, 255)/255)**2.2 for x in (source, target))
@@ -173,6 +177,20 @@ def blend_images(
         out = band if isinstance(out, int) else out+_enlarge(band, target.shape)
         low = down
     return out+_enlarge(low[1]+low[2][..., None]*(low[0]-low[1]), target.shape)
+
+def clone_gradients(
+    source:np.ndarray, target:np.ndarray, # float32 or uint8 RGB (H,W,3), 0 to 255
+    inside:np.ndarray, # bool (H,W)
+    mixed:bool=False   # keep the stronger gradient of the two images
+)->np.ndarray: # uint8 RGB (H,W,3)
+    "Put the gradients of a source into a region of a target, by Poisson's equation (Perez and others 2003)"
+    inside = inside.astype(np.uint8)
+    inside[:3], inside[-3:], inside[:, :3], inside[:, -3:] = 0, 0, 0, 0
+    if not inside.any(): return _as_bytes(target)
+    rows, columns = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
+    middle = int(columns[0]+columns[-1])//2, int(rows[0]+rows[-1])//2
+    return cv2.seamlessClone(_as_bytes(source), _as_bytes(target), 255*inside, middle,
+        cv2.MIXED_CLONE if mixed else cv2.NORMAL_CLONE)
 
 def _enlarge(x, shape):
     "An image of a pyramid's level, enlarged by steps of two to the shape of the first"
@@ -198,7 +216,7 @@ def _sampled(rng, probabilities): return str(rng.choice(list(probabilities), p=l
 
 def _finish(face, source, target, mask, rng, method, ratio):
     "Blend by a random routine, and return the pair"
-    how = rng.choice(('alpha', 'linear', 'lab', 'pyramid'), p=(.6, .12, .12, .16))
+    how = rng.choice(('alpha', 'linear', 'lab', 'pyramid', 'poisson'), p=(.6, .1, .1, .12, .08))
     fake = _as_bytes(blend_images(source, target, mask*np.float32(ratio), str(how)))
     real = _as_bytes(target)
     fake = np.where(mask[..., None]>1/512, fake, real) # what the mask leaves out is the same to the bit
@@ -285,11 +303,7 @@ def poisson(
     unit = eye_distance(target)
     copy = landmark_warp(copy, target, source@back[:, :2].T+back[:, 2], .3*unit)
     mask = sample_region_mask(target, _sampled(rng, dict(face=.3, inner=.7)), (h, w), rng)
-    mask[:3], mask[-3:], mask[:, :3], mask[:, -3:] = 0, 0, 0, 0
-    rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-    middle = int(columns[0]+columns[-1])//2, int(rows[0]+rows[-1])//2
-    fake = cv2.seamlessClone(_as_bytes(copy), image, _as_bytes(255*mask), middle,
-        cv2.NORMAL_CLONE if rng.random()<.8 else cv2.MIXED_CLONE)
+    fake = clone_gradients(copy, image, mask>0, mixed=rng.random()>=.8)
     fake = np.where(mask[..., None]>0, fake, image)
     return Forgery(image, fake, mask, 'poisson', face)
 

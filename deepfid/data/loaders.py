@@ -109,7 +109,7 @@ class FaceDataset:
         self.manifest = manifest
         self.kind = check_choice('kind', kind, TARGET_KINDS)
         self.size = size or len(manifest.image(0))
-        self.workers = workers
+        self.targets, self.cache, self.workers = targets, cache, workers
         table = manifest.table
         self.label = torch.tensor(table['label'].tolist())
         self.target = torch.as_tensor(fidelity_targets(manifest, targets)) if kind=='fidelity' else self.label
@@ -120,6 +120,12 @@ class FaceDataset:
         self.cached:Tensor|None = None
         mebibytes = len(self)*self.size**2*self.n_channels/2**20
         if mebibytes<=(2048 if cache is True else float(cache)): self.cached = self.decode(range(len(self)))
+
+    def like(self,
+        manifest:'Manifest', # faces to load
+    )->'FaceDataset':
+        "Load other faces in the same way"
+        return FaceDataset(manifest, self.kind, self.size, self.targets, self.cache, self.workers)
 
     def decode(self,
         rows:Sequence[int]|np.ndarray|Tensor, # row numbers
@@ -235,6 +241,13 @@ class FaceLoader:
         for k, v in {**changes, 'dataset': dataset or self.dataset}.items(): setattr(other, k, v)
         other._set_length()
         return other
+
+    def show(self,
+        manifest:'Manifest', # of the same kind of faces
+    )->None:
+        "Show other faces from the next epoch on"
+        self.dataset = self.dataset.like(manifest)
+        self._set_length()
 
     def shard(self,
         rank:int,       # number of this process

@@ -132,6 +132,7 @@ class PairStyle:
     channel: Any = None       # `Channel`: history of each pair; None: the camera of synthetic faces
     jitter: CropJitter|None = None # geometry of training crops; None: all alike
     untouched: bool = False   # neither camera nor channel
+    working_size: int|None = None # side of the image in which is forged, pixels; None: 1.43 times `size`
 
     def crop_matrix(self, face:Face, split:str, rng:np.random.Generator)->np.ndarray: # (2,3)
         "Compute the matrix of one pair's crop"
@@ -162,7 +163,7 @@ def make_pair(
     "Load, forge, crop, photograph and write one pair"
     from deepfid.data.faces import warp_crop
     folder, source = Path(folder), plan.source
-    working_size = round(style.size*WORKING_SCALE)
+    working_size = style.working_size or round(style.size*WORKING_SCALE)
     face, rng = source.load(working_size), np.random.default_rng([plan.seed, 1])
     forged = manipulate(face, plan.method, plan.seed, plan.donor and plan.donor.load(working_size))
     matrix, rows = style.crop_matrix(face, plan.split, rng), []
@@ -194,7 +195,7 @@ def build_pairs(
     quality:Callable|None=None,# function of an image that returns its quality, measured on each crop
     progress:bool=False,       # show a progress bar
     split_seed:int|None=None,  # of splits, where it is to differ from `seed`
-    **style:Any,               # more of `PairStyle`: align, channel, jitter, untouched
+    **style:Any,               # more of `PairStyle`: align, channel, jitter, untouched, working_size
 )->Manifest:
     "Forge pairs of real and fake faces, split by identity, the same for any number of workers"
     methods = tuple(check_choice('methods', m, MANIPULATIONS) for m in methods or FORGERS)

@@ -11,32 +11,43 @@ import numpy as np
 import deepfid
 from ..core import DeepfidError, check_choice
 from ..data.channel import Channel
-from ..data.crops import WIDE_MARGIN
+from ..data.crops import WIDE_MARGIN, WIDE_SIZE
 from ..data.degrade import jpeg
 from ..data.faces import FACE_CROP
 from ..data.manifest import Manifest
-from ..data.pairs import WORKING_SCALE
 from .provenance import describe_run
-from .training_faces import (FACE_SIZE, FRESH_PARTS, HELD_OUT_METHOD, TEST_CONDITIONS,
-    TRAINING_PARTS, condition_faces, training_faces)
+from deepfid.experiments.training_faces import (FACE_SIZE, HELD_OUT_METHOD, PART_PAIRS, TEST_CONDITIONS,
+    condition_faces, training_faces)
 from ..io import MARKER_FILE, mark_folder, read_json, save_safetensors, write_atomically, write_json
 
 # %% auto #0
-__all__ = ['START_RECIPE', 'BUNDLE_RECIPES', 'BUNDLED', 'WEIGHTS_DIR', 'create_bundled', 'train_start', 'train_bundled',
-           'evaluate_condition', 'error_rates_by_group', 'score_sensitivity', 'bundle_record', 'model_card',
-           'make_bundle', 'install_bundle', 'bundle_command']
+__all__ = ['START_RECIPE', 'BUNDLE_RECIPES', 'BUNDLED', 'WEIGHTS_DIR', 'fresh_faces', 'create_bundled', 'train_start',
+           'train_bundled', 'evaluate_condition', 'error_rates_by_group', 'score_sensitivity', 'bundle_record',
+           'model_card', 'make_bundle', 'install_bundle', 'bundle_command']
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #4a6087bb
 _CROP:dict[str, Any] = dict(crop_align=FACE_CROP['align'], crop_margin=FACE_CROP['margin'], size=FACE_SIZE)
 _PLAIN:dict[str, Any] = dict(detector='local_similarity', backbone='efficientnet_lite0', use_llsm=False, use_flm=False)
-START_RECIPE:dict[str, Any] = _PLAIN|dict(epochs=6, steps=200, bs=32) # the plain network, from ImageNet weights
+_EPOCH:dict[str, Any] = dict(steps=PART_PAIRS//16, bs=32) # one part of the faces
+START_RECIPE:dict[str, Any] = _PLAIN|_EPOCH|dict(epochs=18) # the plain network, from ImageNet weights
 BUNDLE_RECIPES:dict[str, dict[str, Any]] = { # from the start, beside each detector's own recipe `finetune`
-    'plain': _PLAIN|dict(epochs=2, steps=150, bs=32, lr=5e-4),
-    'deepfidelity': dict(detector='deepfidelity', arch='ssaa_lite0', epochs=2, steps=150, bs=32, lr=5e-4),
-    'local_similarity': dict(detector='local_similarity', backbone='efficientnet_lite0', epochs=2, steps=150, bs=32,
-        lr=5e-4),
-    'lisiam': dict(detector='lisiam', backbone='efficientnet_lite0', epochs=(1, 1, 1), steps=100, bs=16, lr=5e-4)}
+    'plain': _PLAIN|_EPOCH|dict(epochs=2, lr=5e-4),
+    'deepfidelity': _EPOCH|dict(detector='deepfidelity', arch='ssaa_lite0', epochs=2, lr=5e-4),
+    'local_similarity': _EPOCH|dict(detector='local_similarity', backbone='efficientnet_lite0', epochs=2, lr=5e-4),
+    'lisiam': dict(detector='lisiam', backbone='efficientnet_lite0', epochs=(1, 1, 1), steps=125, bs=16, lr=5e-4)}
 BUNDLED = tuple(name for name in BUNDLE_RECIPES if name!='plain')
+
+def fresh_faces(
+    folder:str|Path,   # gets the faces, a folder for each part
+    recipe:dict,       # of `START_RECIPE` or `BUNDLE_RECIPES`
+    first:int=0,       # number of the part of the first epoch
+    seed:int=0,
+    workers:int|None=None, # processes; default: one a core
+)->Any: # fastai callback
+    "Return the callback that shows a training another part of the faces in each epoch"
+    from deepfid.models.callbacks import FreshFaces
+    epochs = recipe['epochs'] if isinstance(recipe['epochs'], int) else sum(recipe['epochs'])
+    return FreshFaces(lambda epoch: training_faces(first+epoch, folder, seed=seed, workers=workers), epochs)
 
 def create_bundled(
     recipe:dict,        # of `START_RECIPE` or `BUNDLE_RECIPES`
@@ -88,7 +99,7 @@ def train_bundled(
         resume=Path(folder)/'training'/name)
     seen = Channel() # the faces are stored after it: their own files say nothing of size and compression
     detector.validated_ranges = validation_ranges(detector, faces)|dict(
-        size_range=[float(seen.face[0]), round(FACE_SIZE*WORKING_SCALE)/WIDE_MARGIN],
+        size_range=[float(seen.face[0]), WIDE_SIZE/WIDE_MARGIN],
         jpeg_range=seen.quality.tolist())
     detector.config.weights = None # they are part of the detector now
     return type(detector).load(detector.save(Path(folder)/name, half=True))
@@ -173,8 +184,9 @@ def bundle_record(
     table:Any = faces.table
     counts = {str(d): t['split'].value_counts().to_dict() for d, t in table.groupby('dataset')}
     people = table.groupby('split')['identity'].nunique().to_dict()
+    epochs = detector.config.epochs
     return describe_run(detector.config.to_dict(), 'london, portraits, congress', seed, seconds, metrics, name=name,
-        results=results, groups=error_rates_by_group(detector, tests['channel']), faces=counts, people=people,
+        parts=START_RECIPE['epochs']+(epochs if isinstance(epochs, int) else sum(epochs)), results=results, groups=error_rates_by_group(detector, tests['channel']), faces=counts, people=people,
         sensitivity=score_sensitivity(detector, tests['channel']), curves=detector.history,
         plain=plain and dict(results={c: {k: r[k] for k in ('auc', 'sets', 'methods')}
             for c, r in plain['results'].items()}))
@@ -208,14 +220,14 @@ def model_card(
     groups = [(g['what'], g['group'], g['people'], _show(g['false_alarms']), _show(g['misses']))
         for g in record['groups']]
     faces = '; '.join(f"{k}: {v.get('train', 0)} training and {v.get('valid', 0)} validation faces"
-        for k, v in record['faces'].items())
+        for k, v in record['faces'].items())+f', in each of {record["parts"]} epochs other training faces'
     config = {k: v for k, v in record['config'].items() if v not in (None, (), {}, [])}
     return '\n\n'.join([f"# {record['name']}", _INTENDED_USE, '## Data',
         f"{faces}; {record['people']} people, split by person over all sets. Face Research Lab London Set (DeBruine & "
         'Jones 2017, CC BY 4.0); portraits of U.S. representatives and of members of the U.S. Congress (public '
-        'domain). Fakes: self-blended faces and parts of faces, and faces rendered anew by an autoencoder; everybody '
-        'stays themselves. Real and fake went through the same camera, sizes and codecs. London also as Poisson swaps '
-        'between two people, for the test alone.', '## Training',
+        'domain). Fakes: self-blended faces and parts of faces, in which everybody stays themselves; of London also '
+        'Poisson swaps between two people. Real and fake went through the same camera, sizes and codecs. For the test '
+        'alone: faces that an autoencoder rendered anew, of the same people.', '## Training',
         f"`python -m deepfid.experiments.bundle {record['name']}`, seed {record['seed']}, commit {record['commit']}, "
         f"{record['hardware']}, {record['seconds']/60:.0f} minutes from the common start. Settings: "
         +', '.join(f'{k}={v}' for k, v in config.items())+'.',
@@ -238,15 +250,16 @@ def make_bundle(
     check_choice('bundled detector', name, tuple(BUNDLE_RECIPES))
     out = Path(out)
     if (out/name/'record.json').is_file(): return out/name
-    faces = training_faces(out/'faces', seed=seed, workers=workers)
-    fresh = training_faces(out/'faces', seed=seed, workers=workers, parts=FRESH_PARTS, first=len(TRAINING_PARTS))
-    tests = {c: condition_faces(c, out/'faces', workers=workers) for c in TEST_CONDITIONS}
-    start = train_start(faces, out, seed, cbs)
+    def shown(recipe, first): return [*(cbs or []), fresh_faces(out/'faces', recipe, first, seed, workers)]
+    faces, first = training_faces(0, out/'faces', seed=seed, workers=workers), START_RECIPE['epochs']
+    start = train_start(faces, out, seed, shown(START_RECIPE, 0))
     if name!='plain': make_bundle('plain', out, seed, cbs, workers)
     began = time.time()
-    detector = train_bundled(name, fresh, start, out, seed, cbs)
+    faces = training_faces(first, out/'faces', seed=seed, workers=workers)
+    detector = train_bundled(name, faces, start, out, seed, shown(BUNDLE_RECIPES[name], first))
+    tests = {c: condition_faces(c, out/'faces', workers=workers) for c in TEST_CONDITIONS}
     plain = None if name=='plain' else read_json(out/'plain'/'record.json')
-    record = bundle_record(name, detector, fresh, tests, time.time()-began, seed, plain)
+    record = bundle_record(name, detector, faces, tests, time.time()-began, seed, plain)
     write_atomically(out/name/'MODEL_CARD.md', model_card(record))
     write_json(out/name/'record.json', record)
     mark_folder(out/name, 'saved detector', ['record.json', 'MODEL_CARD.md'])

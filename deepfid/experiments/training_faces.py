@@ -9,23 +9,21 @@ from typing import Any
 import pandas as pd
 from ..core import check_choice
 from ..data.channel import Channel
-from ..data.crops import WideCrop, cut_wide_crops
+from ..data.crops import WIDE_SIZE, WideCrop, cut_wide_crops
 from ..data.faces import FACE_CROP
 from ..data.manifest import Manifest
 from ..data.pairs import CropJitter, build_pairs
 
 # %% auto #0
-__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'SELF_BLENDED', 'TRAINED_METHODS', 'TRAINING_PARTS', 'FRESH_PARTS', 'HELD_OUT_METHOD',
-           'TEST_CONDITIONS', 'merge_manifests', 'photograph_crops', 'training_faces', 'condition_faces']
+__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'PART_PAIRS', 'TEST_CONDITIONS',
+           'merge_manifests', 'photograph_crops', 'training_faces', 'condition_faces']
 
 # %% ../../nbs/lib/experiments.training_faces.ipynb #88de2937
 PHOTOGRAPH_SETS = ('london', 'portraits', 'congress')
 FACE_SIZE = 160 # pixels: side of the faces
-SELF_BLENDED = ('sbi', 'sbi', 'sbi_part') # in turn: whole faces twice as often as parts of a face
-TRAINED_METHODS = (*SELF_BLENDED, 'reconstruct')
-TRAINING_PARTS = (SELF_BLENDED,)*6+(('reconstruct',),)*2 # methods of each part of the faces of the common start
-FRESH_PARTS = (SELF_BLENDED,)*3+(('reconstruct',),) # and of the faces on which each detector goes on
-HELD_OUT_METHOD = 'poisson'
+TRAINED_METHODS = ('sbi', 'sbi', 'sbi_part', 'sbi', 'poisson') # in turn; Poisson swaps of London's people only
+HELD_OUT_METHOD = 'reconstruct' # in no training and no threshold
+PART_PAIRS = 3000 # training pairs that are made at a time: those of one epoch
 TEST_CONDITIONS:dict[str, dict[str, Any]] = { # what happens to test faces after blending
     'untouched': dict(untouched=True), 'channel': dict(channel=Channel()),
     'c23': dict(channel=Channel(crf=(23, 23), video=1, strength=0)),
@@ -33,16 +31,13 @@ TEST_CONDITIONS:dict[str, dict[str, Any]] = { # what happens to test faces after
 
 def merge_manifests(
     manifests:dict, # name of a folder -> `Manifest` that lies in it
-    folder:Path,    # above those folders; gets the table
-    name:str='manifest.csv', # of the table
+    folder:Path,    # above those folders
 )->Manifest:
     "Merge several manifests into one; no person may be in two splits of them"
     def prefixed(name, t):
         return t.assign(**{c: t[c].map(lambda s: s and f'{name}/{s}') for c in ('path', 'mask', 'pair')})
     tables = [prefixed(name, m.table) for name, m in manifests.items()]
-    merged = Manifest(pd.concat(tables, ignore_index=True), folder, 'the merged manifest').check()
-    merged.save(folder/name)
-    return merged
+    return Manifest(pd.concat(tables, ignore_index=True), folder, ' and '.join(manifests)).check()
 
 # %% ../../nbs/lib/experiments.training_faces.ipynb #trf00009
 def photograph_crops(
@@ -55,35 +50,33 @@ def photograph_crops(
     return cut_wide_crops([s for name in PHOTOGRAPH_SETS for s in getattr(datasets, name)(root)], folder)
 
 def _pairs(crops, path, methods, pairs, seed, workers, **style)->Manifest:
-    "Pairs in one folder; existing ones are read"
+    "Pairs in one folder, forged at the full size of the wide crop; existing ones are read"
     if (path/'manifest.csv').is_file(): return Manifest.read(path/'manifest.csv')
-    return build_pairs(crops, path, methods, pairs, FACE_SIZE, FACE_CROP['margin'], seed, workers, progress=True,
-        split_seed=0, align=FACE_CROP['align'], **style)
+    return build_pairs(crops, path, methods, pairs, FACE_SIZE, FACE_CROP['margin'], seed, workers,
+        split_seed=0, align=FACE_CROP['align'], working_size=WIDE_SIZE, **style)
 
 def training_faces(
-    folder:str|Path,  # gets a folder for each part, and manifest.csv for all; existing parts are read
-    parts:tuple=TRAINING_PARTS, # methods of each part; an interrupted run loses one part at most
-    pairs:int=1500,   # training pairs in each part
-    valid:int=600,    # validation pairs, of all methods that are trained
+    part:int,         # number of the part, from 0: each shows the same people in other forgeries
+    folder:str|Path,  # gets a folder for each part and one for validation; existing ones are read
+    pairs:int=PART_PAIRS, # training pairs of the part
+    valid:int=600,    # validation pairs, the same for all parts
     seed:int=0,
     workers:int|None=None, # processes; default: one a core
     root:str|Path|None=None, # folder with the photographs; default: DEEPFID_DATA
-    first:int=0,      # number of the first part: other numbers give other forgeries
 )->Manifest:
-    "Make the training and validation pairs of the bundled detectors, all of them sent through the channel"
-    folder, made = Path(folder), {}
+    "Make one part of the training pairs, and the validation pairs, all of them sent through the channel"
+    folder = Path(folder)
     crops = photograph_crops(folder/'wide', root)
-    sent:dict = dict(channel=Channel(), jitter=CropJitter())
-    made['valid'] = _pairs(crops, folder/'valid', TRAINED_METHODS, (0, valid, 0), seed, workers, **sent)
-    for k, methods in enumerate(parts, first):
-        made[f'train-{k}'] = _pairs(crops, folder/f'train-{k}', methods, (pairs, 0, 0), seed+k, workers, **sent)
-    return merge_manifests(made, folder, f'faces-{first}.csv')
+    def made(name, counts, seed):
+        return _pairs(crops, folder/name, TRAINED_METHODS, counts, seed, workers, channel=Channel(), jitter=CropJitter())
+    return merge_manifests({'valid': made('valid', (0, valid, 0), seed),
+        f'train-{part}': made(f'train-{part}', (pairs, 0, 0), seed+part)}, folder)
 
 def condition_faces(
     condition:str,    # one of `TEST_CONDITIONS`
-    folder:str|Path,  # gets a folder for the condition; existing faces are read
+    folder:str|Path,  # gets folders for the condition; existing faces are read
     split:str='test', # or 'valid'
-    pairs:int=600,    # of trained manipulations, and a quarter as many Poisson swaps of London's people
+    pairs:int=600,    # of trained manipulations; a quarter as many more of London, and of the held-out manipulation
     seed:int=100,
     workers:int|None=None,
     root:str|Path|None=None # folder with the photographs; default: DEEPFID_DATA
@@ -91,12 +84,9 @@ def condition_faces(
     "Make held-out pairs that all went through one condition, the held-out manipulation among them"
     style, folder = TEST_CONDITIONS[check_choice('condition', condition, TEST_CONDITIONS)], Path(folder)
     crops = photograph_crops(folder/'wide', root)
-    annotated = [c for c in crops if c.dataset=='london']
+    london = [c for c in crops if c.dataset=='london']
     def counts(n): return (0, n, 0) if split=='valid' else (0, 0, n)
     name = f'{split}-{condition}'
-    made = {f'{name}-{k}': _pairs(c, folder/f'{name}-{k}', methods, counts(n), seed, workers, **style)
+    return merge_manifests({f'{name}-{k}': _pairs(c, folder/f'{name}-{k}', methods, counts(n), seed, workers, **style)
         for k, c, methods, n in (('trained', crops, TRAINED_METHODS, pairs),
-            ('london', annotated, TRAINED_METHODS, pairs//4), ('held-out', annotated, (HELD_OUT_METHOD,), pairs//4))}
-    tables = [m.table.assign(**{c: m.table[c].map(lambda s, k=k: s and f'{k}/{s}') for c in ('path', 'mask', 'pair')})
-        for k, m in made.items()]
-    return Manifest(pd.concat(tables, ignore_index=True), folder, name).check()
+            ('london', london, TRAINED_METHODS, pairs//4), ('held-out', crops, (HELD_OUT_METHOD,), pairs//4))}, folder)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['unwrap_model', 'TypedCallback', 'EMA', 'optimizer', 'LossTerm', 'FidelityAUC', 'history', 'BestWeights', 'EpochSeed',
-           'read_checkpoint', 'Checkpoint', 'Autocast', 'precision_callbacks', 'distributed_callbacks',
+           'read_checkpoint', 'Checkpoint', 'FreshFaces', 'Autocast', 'precision_callbacks', 'distributed_callbacks',
            'broadcast_weights']
 
 # %% ../../nbs/lib/models.callbacks.ipynb #1f9906d4
 import io, json, warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -226,6 +228,26 @@ class Checkpoint(TypedCallback):
         torch.save(dict(epoch=self.epoch+1, model=model, opt=opt, history=history, callbacks=callbacks), data)
         write_json(self.path.with_suffix('.json'), self.config)
         write_atomically(self.path, data.getvalue())
+
+# %% ../../nbs/lib/models.callbacks.ipynb #frf00002
+class FreshFaces(TypedCallback):
+    "Train each epoch on faces of its own, made while the epoch before is trained"
+    order = 2
+    def __init__(self,
+        make:Callable, # number of the epoch, counted over all phases -> `Manifest`
+        epochs:int,    # of all phases
+    ): self.make, self.epochs, self.jobs, self.pool = make, epochs, {}, ThreadPoolExecutor(1)
+
+    def request(self, epoch:int)->None:
+        "Have the faces of an epoch made, if it is one and they are not yet"
+        if epoch<self.epochs and epoch not in self.jobs: self.jobs[epoch] = self.pool.submit(self.make, epoch)
+
+    def before_train(self)->None:
+        loader = self.dls.train
+        self.request(loader.epoch)
+        faces = self.jobs.pop(loader.epoch).result()
+        self.request(loader.epoch+1)
+        loader.show(faces.of('train'))
 
 # %% ../../nbs/lib/models.callbacks.ipynb #8c37ac6c
 def _to_float32(output):
