@@ -3,7 +3,7 @@ import json
 import numpy as np, pandas as pd, pytest
 from sklearn import metrics as sk
 from deepfid.core import DeepfidError
-from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, average_precision, bootstrap_counts, choose_threshold, confusion_matrix, equal_error_rate, evaluate, mask_iou, oracle_threshold, auc_per_method, pixel_auc, roc_curve, video_keys, video_scores
+from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, average_precision, bootstrap_counts, boundary_f1, choose_threshold, confusion_matrix, equal_error_rate, evaluate, localisation_report, mask_iou, oracle_threshold, auc_per_method, pixel_auc, roc_curve, score_face_mask, video_keys, video_scores
 
 
 def scores(n=60, seed=0, gap=.2, decimals=None, p_real=.5):
@@ -185,6 +185,30 @@ def test_masks():
     for bad in (a[:5], a[0], np.full((10, 10), np.nan)):
         with pytest.raises(DeepfidError, match='mask'): mask_iou(bad, a)
     with pytest.raises(MetricError, match='0 fake'): pixel_auc(a, a*0)
+
+
+def test_boundary_f1_by_hand():
+    a = np.zeros((20, 20)); a[5:15, 5:15] = 1 # an outline of 36 pixels
+    assert boundary_f1(a, a) == 1 and boundary_f1(np.roll(a, 1, 1), a) == 1 # one pixel aside is near
+    assert boundary_f1(a*0, a*0) == 1 and boundary_f1(a*0, a) == 0 == boundary_f1(a, a*0)
+    b = np.zeros((20, 20)); b[5:15, 12:20] = 1 # its left edge is far from a's, and the border is no outline
+    # near a lie, of b's 24 pixels, columns 12 to 15 of both lines and two of its left edge; of a's 36, columns 11 to 14
+    # of both lines and two of its right edge
+    precision, recall = 10/24, 10/36
+    assert boundary_f1(b, a) == pytest.approx(2*precision*recall/(precision+recall))
+
+
+def test_localisation_report_by_hand():
+    a, b = np.zeros((2, 20, 20)); a[5:15, 5:15] = 1; b[5:15, 10:20] = 1
+    empty, faint = np.zeros((20, 20)), np.full((20, 20), .6)
+    scores = [score_face_mask(p, t, b) for p, t in ((a, a), (b, a), (empty, empty), (faint, empty))]
+    assert [s.get('iou') for s in scores] == [1, pytest.approx(1/3), None, None]
+    assert scores[3]['max'] == pytest.approx(.6) and scores[3]['area'] == 1 and scores[0]['area'] == .25
+    r = localisation_report(scores, [0, 0, 1, 1], [True, False, False, True])
+    assert r['iou'] == pytest.approx(2/3) and r['iou_gain'] == pytest.approx(1/3)
+    assert r['iou_gain_flagged'] == pytest.approx(2/3) and r['iou_gain_missed'] == 0
+    assert r['marked_reals'] == .5 and r['auc_by_max'] == 1 and r['auc_by_area'] == pytest.approx(.5)
+    assert localisation_report(scores[:2], [0, 0], [True, True])['marked_reals'] is None
 
 
 # --- bad input ---

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+import cv2
 import numpy as np
 from ..core import DeepfidError, check_array, check_choice, check_number
 if TYPE_CHECKING:
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 # %% auto #0
-__all__ = ['MetricError', 'validate_scores', 'confusion_matrix', 'auc', 'average_precision', 'equal_error_rate', 'RocCurve',
-           'roc_curve', 'choose_threshold', 'oracle_threshold', 'video_keys', 'VideoScores', 'video_scores',
+__all__ = ['MASK_RULES', 'MetricError', 'validate_scores', 'confusion_matrix', 'auc', 'average_precision', 'equal_error_rate',
+           'RocCurve', 'roc_curve', 'choose_threshold', 'oracle_threshold', 'video_keys', 'VideoScores', 'video_scores',
            'bootstrap_counts', 'Interval', 'auc_interval', 'Metrics', 'evaluate', 'ReliabilityCurve',
            'reliability_curve', 'calibration_error', 'auc_difference', 'average_over_seeds', 'auc_per_method',
-           'mask_iou', 'mask_f1', 'pixel_auc']
+           'mask_iou', 'mask_f1', 'pixel_auc', 'boundary_f1', 'score_face_mask', 'localisation_report']
 
 # %% ../../nbs/50_metrics.ipynb #305e91f4
 class MetricError(DeepfidError):
@@ -517,3 +518,68 @@ def pixel_auc(
     "Compute the probability that a forged pixel outranks a genuine one, over all pixels given"
     p, t = _masks(pred, target)
     return auc(-p.ravel(), (t.ravel()<=threshold).astype(int))
+
+# %% ../../nbs/50_metrics.ipynb #loc00001
+def _outline(mask):
+    "The pixels of a mask that touch its outside; the border of the image is no outside"
+    mask = mask.astype(np.uint8)
+    return (mask-cv2.erode(mask, np.ones((3, 3), np.uint8)))>0
+
+def boundary_f1(
+    pred:ArrayLike,   # (H,W) predicted, 1 = forged
+    target:ArrayLike, # (H,W) truth, 1 = forged
+    threshold:float=.5, # pixels above it count as forged, in both
+    tolerance:float=.02, # outlines this near to each other agree, in sides of the image
+)->float: # 0 to 1; 1 where both are empty
+    "Compute the harmonic mean of precision and recall of the outline's pixels"
+    check_number('tolerance', tolerance, 0, 1)
+    p, t = (_outline(m>threshold) for m in _masks(pred, target))
+    if not p.any() or not t.any(): return float(p.any()==t.any())
+    near = max(1, tolerance*max(p.shape))
+    def share(a, b): # of the outline a that lies near the outline b
+        away = cv2.distanceTransform((~b).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return (away[a]<=near).mean()
+    precision, recall = share(p, t), share(t, p)
+    return float(2*precision*recall/max(precision+recall, 1e-12))
+
+# %% ../../nbs/50_metrics.ipynb #loc00002
+MASK_RULES = dict( # mask (H,W) -> how much it says that the face is fake, 0 to 1
+    max=lambda mask: float(mask.max()), mean=lambda mask: float(mask.mean()),
+    area=lambda mask: float((mask>.5).mean()))
+
+def score_face_mask(
+    pred:np.ndarray, # float (h,w) predicted, 1 = forged; resized to `target`
+    target:np.ndarray, # float (H,W) truth, 1 = forged
+    mean_mask:np.ndarray|None=None, # float, of the training fakes: the baseline
+)->dict: # of each `MASK_RULES`; of a fake also iou, f1, boundary_f1, iou_gain (None: no baseline)
+    "Score the mask of one face"
+    def fit(m):
+        m = cv2.resize(np.asarray(m, np.float32), target.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return np.clip(m, 0, 1)
+    pred, found = fit(pred), {}
+    if 0<(target>.5).mean()<1: # else there is nothing to localise
+        iou = float(mask_iou(pred, target))
+        gain = None if mean_mask is None else iou-float(mask_iou(fit(mean_mask), target))
+        found = dict(iou=iou, f1=float(mask_f1(pred, target)),
+            boundary_f1=boundary_f1(pred, target), iou_gain=gain)
+    return found|{rule: f(pred) for rule, f in MASK_RULES.items()}
+
+# %% ../../nbs/50_metrics.ipynb #loc00003
+def localisation_report(
+    scores:Sequence[dict], # of `score_face_mask`, one a face
+    label:ArrayLike,       # (n,) 1 = real, 0 = fake
+    flagged:ArrayLike,     # bool (n,): the score calls the face fake
+)->dict: # name -> number; None where there are no such faces
+    "Summarise masks: gain over the mean mask, found and missed fakes apart, and marks on reals"
+    real, flagged = np.asarray(label)==1, np.asarray(flagged, bool)
+    def mean(key, use):
+        values = [s[key] for s, u in zip(scores, use) if u and s.get(key) is not None]
+        return float(np.mean(values)) if values else None
+    def rule_auc(rule):
+        return auc([-s[rule] for s in scores], real.astype(int)) if 0<real.sum()<len(real) else None
+    return dict(iou=mean('iou', ~real), iou_gain=mean('iou_gain', ~real),
+        iou_gain_flagged=mean('iou_gain', ~real&flagged),
+        iou_gain_missed=mean('iou_gain', ~real&~flagged), boundary_f1=mean('boundary_f1', ~real),
+        marked_reals=float(np.mean([s['area']>0 for s, r in zip(scores, real) if r]))
+            if real.any() else None,
+        **{f'auc_by_{rule}': rule_auc(rule) for rule in MASK_RULES})
