@@ -1,11 +1,11 @@
 "Command line: help at once, one clear line when something is wrong, nothing half-written"
-import json, os, shutil, subprocess, sys
+import json, os, shutil, signal, subprocess, sys, tempfile, time
 from importlib.util import find_spec
 import cv2, numpy as np, pytest
 import deepfid
 from deepfid.inference.decisions import BLIND_SPOT, DECISIONS
 from deepfid.inference.hub import list_bundled
-from deepfid.cli import COMMANDS, main
+from deepfid.cli import COMMANDS, main, prompt_interrupts
 from deepfid.io import read_image
 from deepfid.quality.measures import QUALITY_MEASURES
 
@@ -64,19 +64,61 @@ def test_help_and_cheap_errors_are_quick():
     out, seconds = process(code.format(argvs=wrong, heavy=['torch', 'pandas', 'fastai', 'timm', 'matplotlib']))
     assert out.split()==['1', '1', '1', '1', '1', '1', '2', '2', '1', '1', '[]'] and seconds<2
 
-@pytest.mark.parametrize('seconds', [0, .05, .15, .3]) # after `main` has begun: before, Python itself is interrupted
-def test_an_interruption_is_one_line_from_the_beginning(seconds):
-    "Also while the options are looked up and libraries are imported"
-    code = ("import sys, deepfid.cli as c; run = c._run; c._run = lambda argv: (print('up', flush=True), run(argv))[1]; "
+def interrupted(seconds):
+    "(status, standard error) of a command that gets SIGINT so long after `main` has begun: before, Python itself is interrupted"
+    code = ("import signal, sys, deepfid.cli as c; signal.signal(signal.SIGINT, signal.default_int_handler); run = c._run; "
+        "c._run = lambda argv: (print('up', flush=True), run(argv))[1]; "
         "sys.exit(c.main(['table', 'ablation', '--manifest', 'synthetic', '--out', sys.argv[1]]))")
-    import signal, tempfile, time
     with tempfile.TemporaryDirectory() as tmp:
         p = subprocess.Popen([sys.executable, '-c', code, tmp], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         p.stdout.readline()
         time.sleep(seconds)
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=60)
-    assert (p.returncode, err)==(130, 'deepfid: interrupted\n')
+    return p.returncode, err
+
+@pytest.mark.parametrize('seconds', [0, .05, .15, .3, .7])
+def test_an_interruption_is_one_line_from_the_beginning(seconds):
+    "Also while the options are looked up and libraries are imported"
+    assert interrupted(seconds)==(130, 'deepfid: interrupted\n')
+
+@pytest.mark.slow
+def test_no_interruption_of_the_first_seconds_is_lost():
+    moments = np.random.default_rng(0).uniform(0, 2, 30)
+    assert [interrupted(t) for t in moments]==30*[(130, 'deepfid: interrupted\n')]
+
+@pytest.fixture
+def interruptible():
+    "SIGINT as in a terminal: where tests run in the background it is ignored"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+@pytest.mark.parametrize('body', [
+    'try: signal.raise_signal(signal.SIGINT)\nexcept BaseException: pass', # as a library that can do without another one
+    'signal.raise_signal(signal.SIGINT)'])
+def test_an_interruption_waits_for_the_end_of_an_import(tmp_path, monkeypatch, interruptible, body):
+    (tmp_path/'interrupted_while_imported.py').write_text(f'import signal\n{body}\nwhole = True')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        with prompt_interrupts():
+            import interrupted_while_imported
+            assert interrupted_while_imported.whole
+            time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    sys.modules.pop('interrupted_while_imported')
+
+@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
+def test_an_interruption_in_a_callback_is_not_swallowed(interruptible):
+    import weakref
+    class Thing: pass
+    thing, hook = Thing(), sys.unraisablehook
+    kept = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        with prompt_interrupts():
+            del thing
+            time.sleep(5)
+    assert kept() is None and sys.unraisablehook is hook
 
 def test_every_command_has_help_with_an_example(capsys):
     for command in COMMANDS:
