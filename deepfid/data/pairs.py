@@ -129,7 +129,7 @@ class PairStyle:
     size: int = 112           # side of the crops, pixels
     margin: float = 1.3       # of the crop, see `deepfid.data.faces`
     align: str = 'similarity' # or 'box': a square around the face box of a wide crop
-    channel: Any = None       # `Channel`: history of each pair; None: the camera of synthetic faces
+    channel: Any = None       # `Channel`, or several that pairs draw from; None: the camera of synthetic faces
     jitter: CropJitter|None = None # geometry of training crops; None: all alike
     untouched: bool = False   # neither camera nor channel
     working_size: int|None = None # side of the image in which is forged, pixels; None: 1.43 times `size`
@@ -142,12 +142,19 @@ class PairStyle:
         jitter = self.jitter if split=='train' and self.jitter else CropJitter((self.margin, self.margin), 0, 0)
         return jitter.matrix(centre, box_side, self.size, rng)
 
+    def sample_steps(self, face:Face, rng:np.random.Generator)->list: # of `Channel.sample_steps`; [] without a channel
+        "Sample the history of one pair"
+        channel = self.channel
+        if isinstance(channel, tuple): channel = channel[int(rng.integers(len(channel)))]
+        return channel.sample_steps(rng, face.meta['box_side']) if channel else []
+
     def photograph(self, image:np.ndarray, matrix:np.ndarray, seed:int, steps:list)->bytes: # JPEG file
         "Pass an image through the channel and crop it, or crop it and pass it through the camera"
         from deepfid.data.faces import warp_crop
         from deepfid.data.synth import camera_jpeg
         if self.channel is None and not self.untouched: return camera_jpeg(warp_crop(image, matrix, self.size), seed)
-        sent = self.channel.apply(image, steps) if self.channel and not self.untouched else image
+        channel = self.channel[0] if isinstance(self.channel, tuple) else self.channel
+        sent = channel.apply(image, steps) if channel and not self.untouched else image
         factor, half = np.array(image.shape[1::-1])/sent.shape[1::-1], np.array([.5, .5])
         moved = np.c_[matrix[:, :2]*factor, matrix[:, 2]+matrix[:, :2]@(half*factor-half)] # pixel centres
         crop = warp_crop(sent, moved, self.size)
@@ -167,7 +174,7 @@ def make_pair(
     face, rng = source.load(working_size), np.random.default_rng([plan.seed, 1])
     forged = manipulate(face, plan.method, plan.seed, plan.donor and plan.donor.load(working_size))
     matrix, rows = style.crop_matrix(face, plan.split, rng), []
-    steps = style.channel.sample_steps(rng, face.meta['box_side']) if style.channel else []
+    steps = style.sample_steps(face, rng)
     mask = np.rint(255*np.clip(warp_crop(forged.mask, matrix, style.size), 0, 1)).astype(np.uint8)
     (folder/'masks'/f'{plan.name}.png').write_bytes(cv2.imencode('.png', mask)[1].tobytes())
     for label, image in ((1, forged.real), (0, forged.fake)):

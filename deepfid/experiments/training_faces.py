@@ -15,8 +15,8 @@ from ..data.manifest import Manifest
 from ..data.pairs import CropJitter, build_pairs
 
 # %% auto #0
-__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'PART_PAIRS', 'TEST_CONDITIONS',
-           'merge_manifests', 'photograph_crops', 'training_faces', 'condition_faces']
+__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'PART_PAIRS', 'TRAINING_CHANNELS',
+           'TEST_CONDITIONS', 'merge_manifests', 'photograph_crops', 'training_faces', 'condition_faces']
 
 # %% ../../nbs/lib/experiments.training_faces.ipynb #88de2937
 PHOTOGRAPH_SETS = ('london', 'portraits', 'congress')
@@ -24,6 +24,8 @@ FACE_SIZE = 160 # pixels: side of the faces
 TRAINED_METHODS = ('sbi', 'sbi', 'sbi_part', 'sbi', 'poisson') # in turn; Poisson swaps of London's people only
 HELD_OUT_METHOD = 'reconstruct' # in no training and no threshold
 PART_PAIRS = 3000 # training pairs that are made at a time: those of one epoch
+# half of the training pairs keep more of their detail, so that there is something to learn from the first step on
+TRAINING_CHANNELS = (Channel(), Channel(crf=(15, 30), quality=(60, 98), face=(100, 300), strength=.6))
 TEST_CONDITIONS:dict[str, dict[str, Any]] = { # what happens to test faces after blending
     'untouched': dict(untouched=True), 'channel': dict(channel=Channel()),
     'c23': dict(channel=Channel(crf=(23, 23), video=1, strength=0)),
@@ -67,10 +69,10 @@ def training_faces(
     "Make one part of the training pairs, and the validation pairs, all of them sent through the channel"
     folder = Path(folder)
     crops = photograph_crops(folder/'wide', root)
-    def made(name, counts, seed):
-        return _pairs(crops, folder/name, TRAINED_METHODS, counts, seed, workers, channel=Channel(), jitter=CropJitter())
-    return merge_manifests({'valid': made('valid', (0, valid, 0), seed),
-        f'train-{part}': made(f'train-{part}', (pairs, 0, 0), seed+part)}, folder)
+    def made(name, counts, seed, channel):
+        return _pairs(crops, folder/name, TRAINED_METHODS, counts, seed, workers, channel=channel, jitter=CropJitter())
+    return merge_manifests({'valid': made('valid', (0, valid, 0), seed, Channel()),
+        f'train-{part}': made(f'train-{part}', (pairs, 0, 0), seed+part, TRAINING_CHANNELS)}, folder)
 
 def condition_faces(
     condition:str,    # one of `TEST_CONDITIONS`
