@@ -11,7 +11,7 @@ __all__ = ['METRIC_TITLES', 'SHORT_METRICS', 'BUNDLED_LICENCE', 'TABLE_MARKS', '
            'expand_sources', 'format_scores', 'format_error_rate', 'print_scored_file', 'save_explanations',
            'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines', 'evaluation_page', 'save_figure',
            'evaluate_command', 'save_table', 'table_command', 'save_image', 'figure_command', 'maps_command',
-           'list_tutorials', 'notebooks_command', 'voila_warning', 'explore_command', 'doctor_command']
+           'list_tutorials', 'open_command', 'notebooks_command', 'voila_warning', 'explore_command', 'doctor_command']
 
 # %% ../nbs/lib/commands.ipynb #com0004
 import contextlib, json, os, re, subprocess, sys, tempfile
@@ -786,6 +786,16 @@ def list_tutorials()->list[Path]:
         if found := sorted(folder.glob('*.ipynb')): return found
     raise DataMissingError('this installation has no tutorial notebooks; install deepfid again')
 
+def open_command(
+    folder:str|Path # with notebooks
+)->str: # quoted for a shell
+    "Return a command that opens notebooks with this Python; it installs JupyterLab where there is no Jupyter"
+    import shlex
+    installed = next((package for package in ('jupyterlab', 'notebook') if find_spec(package)), None)
+    python, package = shlex.quote(sys.executable), installed or 'jupyterlab'
+    install = '' if installed else f'{python} -m pip install {package} && '
+    return f'{install}{python} -m {package} {shlex.quote(str(folder))}'
+
 def notebooks_command(args:Namespace)->dict:
     "Copy the tutorial notebooks to a folder, without replacing any"
     from deepfid.core import DeepfidError
@@ -795,7 +805,7 @@ def notebooks_command(args:Namespace)->dict:
     if existing: raise DeepfidError(f'{folder/existing[0]}: exists already and may hold your work; name another folder')
     with report_write_errors(folder, 'name another folder'):
         saved = [str(write_atomically(folder/p.name, p.read_bytes())) for p in found]
-    return dict(saved=str(folder), files=saved, text='\n'.join([*saved, f'open them with: jupyter lab {folder}']))
+    return dict(saved=str(folder), files=saved, text='\n'.join([*saved, f'open them with: {open_command(folder)}']))
 
 # %% ../nbs/lib/commands.ipynb #com0031
 def voila_warning(
@@ -815,14 +825,14 @@ def voila_warning(
 
 def explore_command(args:Namespace)->dict:
     "Open a notebook of explorers as an app in the browser (needs Voila)"
-    from deepfid.core import DeepfidError, check_choice
+    from deepfid.core import DeepfidError, check_choice, install_hint
     known = {p.stem: p for p in list_tutorials()}
     name = args.name or ('explorers' if 'explorers' in known else next(iter(known)))
     check_choice('explorer', name, list(known))
     if find_spec('voila') is None:
         raise DeepfidError(
-            'explorers as an app need Voila: pip install "deepfid[app]"; without it: deepfid notebooks DIR, then '
-            'jupyter lab DIR')
+            f'explorers as an app need Voila: {install_hint("app")}; without it, deepfid notebooks DIR copies the '
+            'notebooks and says how to open them')
     if warning := voila_warning(): print_error(warning)
     command = [sys.executable, '-m', 'voila', str(known[name]), *(['--no-browser'] if args.no_browser else []),
         *([f'--port={args.port}'] if args.port else [])]

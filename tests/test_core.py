@@ -2,7 +2,7 @@
 import io, os, struct, subprocess, sys
 import numpy as np, pytest
 from PIL import Image, ImageCms
-from deepfid.core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, WeightsError, check_array, check_choice, check_image, check_number,
+from deepfid.core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, WeightsError, check_array, check_choice, check_image, check_number, install_hint,
     data_dir, face_region, five_points, get_preset, platt_scaling, printable, set_seed)
 from deepfid.io import atomic_folder, fetch_model_file, file_hash, montage, read_image, read_json, write_atomically, write_json
 
@@ -106,6 +106,15 @@ def test_checks_return_what_is_good():
     for shape in ((4, 4), (4, 4, 4), (0, 4, 3)):
         with pytest.raises(ImageError, match='^fake: .*RGB'): check_image('fake', np.zeros(shape, np.uint8))
     with pytest.raises(ImageError, match='not str'): check_image('fake', 'a.jpg')
+
+def test_hints_name_what_can_be_installed(tmp_path, monkeypatch):
+    from deepfid import core
+    assert install_hint('app').startswith("pip install '.[app]' in ") # tests run in a clone
+    monkeypatch.setattr(core, 'requires', lambda name: ['torch>=2', 'voila>=0.5; extra == "app"', "accelerate>=1.0; extra == 'multi'"])
+    assert install_hint('app', tmp_path)=="pip install 'voila>=0.5'"
+    def absent(name): raise core.PackageNotFoundError(name)
+    monkeypatch.setattr(core, 'requires', absent)
+    assert install_hint('app', tmp_path)=="pip install '.[app]' in a clone of deepfid"
 
 def test_killed_while_writing_leaves_nothing(tmp_path):
     code = ("import os, sys\nfrom deepfid.io import atomic_folder\n"

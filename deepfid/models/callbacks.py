@@ -21,7 +21,7 @@ from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 from torch import nn
-from ..core import DeepfidError, check_choice, supports_bf16, set_seed
+from ..core import DeepfidError, check_choice, install_hint, supports_bf16, set_seed
 from ..io import claim_folder, read_json, to_json, write_atomically, write_json
 
 # %% ../../nbs/lib/models.callbacks.ipynb #73ced2e5
@@ -300,7 +300,7 @@ def distributed_callbacks(
     if not num_distrib(): return []
     try: import accelerate # noqa: F401
     except ImportError:
-        raise DeepfidError("training with several processes needs accelerate: pip install 'deepfid[multi]'") from None
+        raise DeepfidError(f'training with several processes needs accelerate: {install_hint("multi")}') from None
     from fastai.distributed import DistributedTrainer
     class ShardedTrainer(DistributedTrainer):
         "`DistributedTrainer` with `FaceLoader`s"
