@@ -76,7 +76,8 @@ def _demo_options(p):
 def _score_options(p):
     from deepfid.inference.hub import DEFAULT_DETECTOR, list_bundled
     p.add_argument('sources', nargs='+', metavar='SOURCE',
-        help="images, videos or folders; patterns such as 'album/**/*.jpg'; - for standard input")
+        help="images, videos, folders or tables with a column path (faces.csv, manifest.csv); patterns such as "
+            "'album/**/*.jpg'; - for standard input")
     _detector_option(p, action='append',
         help=f"bundled detector ({', '.join(list_bundled())}; default: {DEFAULT_DETECTOR}), or a folder that one "
              'was saved to; may be given several times; all = every bundled one')
@@ -99,18 +100,19 @@ def _score_options(p):
 
 # %% ../nbs/lib/cli.ipynb #cli0009
 def _faces_options(p):
-    p.add_argument('source', help='folder of a data set; or one with videos or photographs in real/ and fake/')
+    p.add_argument('source', help='folder of a data set; one with videos or photographs in real/ and fake/; or one '
+        'without these, whose faces are cut for deepfid score, not for a training')
     p.add_argument('--out', required=True, type=Path,
-        help='folder for faces and manifest.csv; an interrupted extraction resumes')
+        help='folder for faces and manifest.csv, or faces.csv where there are no labels; an interrupted extraction resumes')
     p.add_argument('--dataset', default='folder',
         help='layout of the source: folder (default), ffpp, dfd, celebdf-v1, celebdf-v2, wilddeepfake ...')
-    p.add_argument('--size', type=number_type(16, 2048), default=224,
-        help='side of the crops, pixels, 16 to 2048 (default: 224)')
-    p.add_argument('--margin', type=number_type(.5, 4, integer=False), default=1.3,
-        help='side of the crop relative to the face, 0.5 to 4 (default: 1.3)')
+    p.add_argument('--size', type=number_type(16, 2048),
+        help='side of the crops, pixels, 16 to 2048 (default: 224; without labels 320)')
+    p.add_argument('--margin', type=number_type(.5, 4, integer=False),
+        help='side of the crop relative to the face, 0.5 to 4 (default: 1.3; without labels 1.6)')
     p.add_argument('--frames', type=_count, default=32, help='of each video, from 1 (default: 32)')
-    p.add_argument('--align', default='similarity', choices=('similarity', 'box'),
-        help='align the face by a similarity transform (default), or crop an upright square')
+    p.add_argument('--align', choices=('similarity', 'box'),
+        help='align the face by a similarity transform (default), or crop an upright square (without labels)')
     p.add_argument('--compression', choices=('raw', 'c23', 'c40'), help='of FaceForensics++ and DFD (default: c23)')
     p.add_argument('--workers', type=_count, help='processes, from 1 (default: one a core)')
     p.add_argument('--engine', default='local', choices=('local', 'ray'), help='where processes run (default: local)')
@@ -266,8 +268,12 @@ COMMANDS = {
         'Status 0: every file was scored; 1: some were not; 130: interrupted. With --json, one JSON object a line and '
         'file.'),
     'faces': Command(commands.faces_command, _faces_options, ['deepfid faces videos --out faces',
-        'deepfid faces FaceForensics --dataset ffpp --compression c40 --out faces-c40'],
-        'Status 0: every clip and photograph gave a face; 3: done, but some gave none.'),
+        'deepfid faces FaceForensics --dataset ffpp --compression c40 --out faces-c40',
+        'deepfid faces album --out cut && deepfid score cut/faces.csv   # no labels: only scored'],
+        'Status 0: every clip and photograph gave a face; 3: done, but some gave none, each with its cause in '
+        'skipped.csv.\nOfficial splits of public sets do not come with deepfid: ffpp needs train.json, val.json and '
+        'test.json of\ngithub.com/ondyari/FaceForensics (dataset/splits), celebdf List_of_testing_videos.txt and dfdcp '
+        'dataset.json, which\ncome with these sets.'),
     'synth': Command(commands.synth_command, _synth_options, ['deepfid synth --out synthetic --n 100']),
     'forge': Command(commands.forge_command, _forge_options, ['deepfid forge photos --out forged'],
         'Of people about whose consent nothing is known: a face is only ever blended with itself.'),

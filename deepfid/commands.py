@@ -146,7 +146,7 @@ def demo_command(args:Namespace)->dict:
         workers=args.workers)
 
 def faces_command(args:Namespace)->dict:
-    "Extract face crops from videos or photographs into a manifest"
+    "Extract face crops from videos or photographs into a manifest; without labels, for scoring"
     from deepfid.core import DeepfidError
     if args.compression and args.dataset not in ('ffpp', 'dfd'):
         raise DeepfidError(f'--compression: {args.dataset} has only one; leave it out')

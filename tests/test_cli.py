@@ -561,6 +561,8 @@ def test_faces_of_a_folder(capsys, photos, tmp_path):
     assert status==0 and json.loads(out)['faces']==4
     one_line(run(capsys, 'faces', tmp_path/'set', '--out', tmp_path/'out', '--compression', 'c40'), '--compression')
     one_line(run(capsys, 'faces', tmp_path, '--out', tmp_path/'none'), 'real')
+    text = run(capsys, 'faces', '--help')[1]
+    assert 'github.com/ondyari/FaceForensics (dataset/splits)' in text and 'List_of_testing_videos.txt' in text and 'deepfid score' in text
 
 def test_a_table_states_what_it_needs_before_it_generates_a_face(capsys, tmp_path):
     one_line(run(capsys, 'table', 'lisiam-cross', '--manifest', 'synthetic', '--out', tmp_path/'out'), 'needs 2 manifests')

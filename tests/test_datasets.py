@@ -167,7 +167,7 @@ def test_ffpp_errors(ff):
     official(ff, ((('000', '003'),), (('003', '672'),), ()))
     with pytest.raises(ManifestError, match="'003' is in train and valid"): ffpp(ff)
     (ff/'train.json').unlink()
-    with pytest.raises(DataMissingError, match='dataset/splits'): ffpp(ff)
+    with pytest.raises(DataMissingError, match='train.json, val.json and test.json come from dataset/splits of github.com/ondyari'): ffpp(ff)
     with pytest.raises(DataMissingError, match='form at github.com/ondyari'): ffpp(ff/'nowhere')
 
 def test_dfd(tmp_path):
@@ -193,7 +193,7 @@ def test_celebdf(tmp_path, version):
     tests.write_text('0 YouTube-real/00170.mp4\n')
     with pytest.raises(ManifestError, match='1 is real and 0 is fake'): celebdf(tmp_path, version)
     tests.unlink()
-    with pytest.raises(DataMissingError, match='List_of_testing'): celebdf(tmp_path, version)
+    with pytest.raises(DataMissingError, match='List_of_testing_videos.txt comes with the set.*github.com/yuezunli'): celebdf(tmp_path, version)
 
 def test_wilddeepfake_and_dfdcp(tmp_path):
     touch(tmp_path/'deepfake_in_the_wild', *(f'{p}/{a}/{p[:4]}/{s}/{f}.png' for p in ('real_train', 'real_test', 'fake_train', 'fake_test') for a in (0, 1) for s in (4, 17) for f in (3, 20)))

@@ -8,6 +8,7 @@ from deepfid.data import extract
 from deepfid.data.datasets import Clip, ffpp, clips_from_folder, read_clips
 from deepfid.data.extract import OutputError, clip_folder, extract_faces, extract_dataset, source_folder
 from deepfid.data.manifest import Manifest
+from deepfid.inference.scorer import score_stream
 from deepfid.parallel import map_items
 from deepfid.data.video import synthetic_clip, write_video
 
@@ -79,7 +80,7 @@ def test_bad_files_cost_a_line_each(videos, complete):
     why = log[log['frame'].isna()].groupby('video')['reason'].first()
     for name, text in {'empty.mp4': 'empty', 'prose.mp4': 'no video in a known format', 'image.mp4': 'is an image', 'tone.mp4': 'no video stream', 'video.jpg': 'not an image',
                       'bomb.png': 'max_pixels', 'self.mp4': 'no such file'}.items(): assert text in why[name] and '\n' not in why[name]
-    assert set(log[log['video']=='wall.mp4']['reason'])=={'no face found'} and log[log['video']=='truncated.mp4']['reason'].str.contains('cannot be decoded').all()
+    assert set(log[log['video']=='wall.mp4']['reason'])=={'no face found', 'without a face, in all 4 frames that were looked at'} and log[log['video']=='truncated.mp4']['reason'].str.contains('cannot be decoded').all()
     table = Manifest.read(complete['saved']).table
     assert complete['status']==3 and complete['failed']>=7 and 'line\nbreak é.mp4' in set(table['video'])
     assert table['path'].str.fullmatch(r'[\w./-]+', flags=re.ASCII).all()
@@ -138,6 +139,58 @@ def test_settings_may_not_change_and_leaks_are_refused_first(videos, complete, t
     with pytest.raises(DeepfidError, match='video` of its own'): extract_faces([Clip('a', 1, 'ann', 'train', 'x')]*2, tmp_path/'o')
     with pytest.raises(DeepfidError, match='engine='): extract_faces([Clip('a', 1, 'ann', 'train', 'x')], tmp_path/'o', engine='steam')
     with pytest.raises(DeepfidError, match='no face in any of the 1 clips'): extract_faces([Clip(str(tmp_path/'no.mp4'), 1, 'ann', 'train', 'x')], tmp_path/'o', progress=False)
+
+def test_each_clip_without_faces_has_its_cause_and_all_clips_are_counted(videos, complete, people, tmp_path):
+    log = pd.read_csv(complete['log'])
+    cause = log.dropna(subset='cause').set_index('video')['cause']
+    assert cause.index.is_unique and log.dropna(subset='cause')['frame'].isna().all()
+    assert cause['wall.mp4']=='without a face' and {cause[n] for n in ('empty.mp4', 'prose.mp4', 'bomb.png', 'video.jpg', 'tone.mp4')}=={'cannot be read'}
+    assert complete['causes']==cause.value_counts().to_dict() and complete['failed']==len(cause)
+    n = len(clips_from_folder(videos))
+    assert complete['clips']==n and f"{n} clips found: {complete['faces']} faces of {n-len(cause)}; no face of {len(cause)} ({complete['causes']['cannot be read']} cannot be read, 1 without a face)" in complete['text']
+    root = tmp_path/'FaceForensics++'
+    for part, pairs in (('train', [['000', '003']]), ('val', [['001', '002']]), ('test', [])): write_json(root/f'{part}.json', pairs)
+    for i in (0, 7): (p := root/f'original_sequences/youtube/c23/videos/00{i}.mp4').parent.mkdir(parents=True, exist_ok=True); write_video(people[0], p, fps=10)
+    result = extract_dataset(tmp_path, tmp_path/'out', 'ffpp', **SMALL, workers=1)
+    assert result['causes']=={'in no split': 1} and result['status']==0 and result['clips']==2
+    assert pd.read_csv(result['log'])['reason'].tolist()==['in no split: no split file names 007']
+
+def test_reasons_fall_under_their_causes():
+    from deepfid.data.extract import skip_cause
+    for reasons, cause in ((['no face found']*3+['the face is tiny'], 'without a face'), (['the face is tiny'], 'face too small'), (['in no split: no split file names 1'], 'in no split'),
+        (['too short: there is no frame in it'], 'too short'), (['is empty (0 bytes)'], 'cannot be read')): assert skip_cause(reasons)==cause
+
+def test_faces_without_labels_are_cut_for_scoring_only(people, tmp_path):
+    album = tmp_path/'album'
+    (album/'summer').mkdir(parents=True)
+    write_video(people[0], album/'clip.mp4', fps=10)
+    cv2.imwrite(str(album/'summer'/'1.png'), cv2.copyMakeBorder(people[1][0], *4*(60,), cv2.BORDER_REPLICATE)[..., ::-1])
+    (album/'broken.jpg').write_text('no image')
+    result = extract_dataset(album, tmp_path/'out', frames=3, workers=1, progress=False)
+    table = pd.read_csv(result['saved'])
+    assert Path(result['saved']).name=='faces.csv' and list(table)==['path', 'video', 'frame', 'flags', 'dataset'] and not (tmp_path/'out'/'manifest.csv').exists()
+    assert table['video'].tolist()==['clip.mp4']*3+['summer/1.png'] and result['status']==3 and result['causes']=={'cannot be read': 1}
+    assert 'cut for scoring; nothing can be trained' in result['text'] and result['text'].splitlines()[-1]==f"next: deepfid score {result['saved']}"
+    with pytest.raises(DeepfidError, match="no column 'label'"): Manifest.read(result['saved'])
+    files = list(score_stream(Path(result['saved']), frames=1))
+    assert [f.path for f in files]==[str(tmp_path/'out'/p) for p in table['path']] and all(len(f.faces)==1 for f in files)
+    direct = next(iter(score_stream(album/'summer'/'1.png'))).faces[0].scores[0].fidelity
+    assert abs(files[-1].faces[0].scores[0].fidelity-direct)<.1
+    before = contents(tmp_path/'out')
+    extract_dataset(album, tmp_path/'out', frames=3, workers=1, progress=False)
+    assert contents(tmp_path/'out')==before
+    (tmp_path/'out'/'faces.csv').write_text('notes of mine')
+    with pytest.raises(DeepfidError, match='faces.csv: exists already and was not written by deepfid'): extract_dataset(album, tmp_path/'out', frames=3, workers=1, progress=False)
+    assert (tmp_path/'out'/'faces.csv').read_text()=='notes of mine'
+
+def test_a_folder_that_was_meant_to_have_labels_is_not_taken_for_one_without(tmp_path):
+    (tmp_path/'set'/'Fakes').mkdir(parents=True)
+    with pytest.raises(DeepfidError, match="'Fakes'; labelled clips.* rename"): extract_dataset(tmp_path/'set', tmp_path/'out')
+    (tmp_path/'set'/'Fakes').rename(tmp_path/'set'/'fake')
+    with pytest.raises(DeepfidError, match='set: has .* give this folder'): extract_dataset(tmp_path, tmp_path/'out')
+    (tmp_path/'none').mkdir()
+    with pytest.raises(DeepfidError, match='no photograph or video'): extract_dataset(tmp_path/'none', tmp_path/'out')
+    assert not (tmp_path/'out').exists()
 
 def test_a_repaired_file_is_extracted(people, tmp_path):
     (tmp_path/'set'/'real').mkdir(parents=True)

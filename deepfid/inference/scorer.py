@@ -7,7 +7,7 @@ __all__ = ['MEDIA_SUFFIXES', 'MIN_TURN_GAIN', 'media_kind', 'iter_sources', 'rea
            'crop_detections', 'prefetch', 'Scorer', 'mask_overlay_uri', 'score_stream', 'score']
 
 # %% ../../nbs/lib/inference.scorer.ipynb #sco0004
-import hashlib, os, re, stat, threading
+import csv, hashlib, os, re, stat, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,14 +56,23 @@ def _folder_media(folder, passed_over):
         elif passed_over is not None: passed_over(path)
     if not found: yield Path(folder)
 
+def _table_images(table):
+    "Yield the images that a CSV table names in its column `path`; the table itself if there are none"
+    try:
+        with open(table, newline='', encoding='utf-8') as f:
+            paths = [row.get('path') for row in csv.DictReader(f)]
+    except (OSError, ValueError, csv.Error): paths = []
+    return [table.parent/p for p in paths if p] or [table]
+
 def iter_sources(
-    source:Any, # path, folder, uint8 array or `Face`, or a list or iterator of any of these
+    source:Any, # path, folder, table with a column `path`, uint8 array or `Face`, or a list or iterator of these
     passed_over:Callable[[Path], Any]|None=None # called with each file of a folder that is neither image nor video
 )->Iterator[tuple[str, Any]]: # (name, path or array)
     "Yield everything that a source contains, one by one"
     if isinstance(source, (np.ndarray, Face)): yield 'array', source
     elif isinstance(source, (str, os.PathLike)):
         if Path(source).is_dir(): yield from ((str(path), path) for path in _folder_media(source, passed_over))
+        elif Path(source).suffix.lower()=='.csv': yield from ((str(path), path) for path in _table_images(Path(source)))
         else: yield str(source), Path(source)
     elif isinstance(source, (list, tuple)) or hasattr(source, '__next__'):
         for i, part in enumerate(source, 1):
