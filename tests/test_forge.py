@@ -5,7 +5,8 @@ from multiprocessing import get_context
 import cv2, numpy as np, pytest
 from deepfid.core import ConsentError, DeepfidError, Face
 from deepfid.data.faces import alignment_matrix, warp_crop
-from deepfid.data.forge import FORGERS, STRENGTHS, allowed_forgers, alpha_blend, feather_mask, forge, global_statistics, region_size, shortcut_probe
+from deepfid.data.forge import (FORGERS, REGIONS, STRENGTHS, allowed_forgers, alpha_blend, face_axes, feather_mask, forge, global_statistics,
+    one_sided, region_size, regions, shortcut_probe)
 from deepfid.data.synth import simulate_camera, synthetic_face
 
 @pytest.mark.parametrize('method', FORGERS)
@@ -85,3 +86,47 @@ def test_public_doors_refuse_what_is_no_image_or_mask():
     for seed, strength in ((-1, 1), (1.5, 1), (0, -1), (0, float('nan'))):
         with pytest.raises(DeepfidError, match='^seed=|^strength='): forge(synthetic_face(1, size=64), 'selfblend', seed, strength=strength)
     assert region_size(mask>-1)==64
+
+# -- one side, one region --
+@pytest.mark.parametrize('side', ['left', 'right', 'random'])
+def test_one_sided_forgery_leaves_the_other_side_as_it_was(side):
+    for seed, method in enumerate(FORGERS):
+        face = synthetic_face(seed, size=112)
+        whole = forge(face, method, seed, synthetic_face(50+seed, size=112))
+        f = one_sided(whole, side, seed)
+        np.testing.assert_array_equal(f.real[f.mask==0], f.fake[f.mask==0])
+        centre, across, unit = face_axes(face)
+        y, x = np.mgrid[:112, :112]
+        away = (x-centre[0])*across[0]+(y-centre[1])*across[1]
+        shares = [f.mask[away<0].sum()/whole.mask[away<0].sum(), f.mask[away>0].sum()/whole.mask[away>0].sum()]
+        assert max(shares)>.9 and min(shares)<.2
+        if side!='random': assert (shares[0]>shares[1])==(side=='left')
+    assert one_sided(whole, 'both') is whole
+    assert len({one_sided(whole, 'random', s).fake.tobytes() for s in range(12)})==2
+    with pytest.raises(DeepfidError, match="side='up'"): one_sided(whole, 'up')
+
+def test_regions_lie_where_they_say():
+    face, centres = synthetic_face(3, size=160), {}
+    for region in REGIONS:
+        found = [regions(face, seed, region=region) for seed in range(6)]
+        for f in found:
+            np.testing.assert_array_equal(f.real[f.mask==0], f.fake[f.mask==0])
+            assert f.mask.max()>.5 and np.abs(f.real.astype(int)-f.fake)[f.mask>.5].mean()>1
+        centres[region] = [np.argwhere(f.mask>.5).mean(0)[::-1] for f in found]
+    eyes, unit = face.points[:2], np.linalg.norm(face.points[1]-face.points[0])
+    assert all(np.linalg.norm(eyes-c, axis=1).min()<.15*unit for c in centres['eye'])
+    assert all(np.linalg.norm(face.points[2]-c)<.4*unit for c in centres['nose'])
+    masks = np.stack([regions(face, s).mask>.5 for s in range(60)]).astype(float)
+    assert len({regions(face, s).mask.tobytes() for s in range(20)})==20
+    mean = masks.mean(0)>.5 # the mean mask is worth little here
+    iou = [(mean&(m>0)).sum()/max((mean|(m>0)).sum(), 1) for m in masks]
+    assert np.mean(iou)<.3
+
+def test_pairs_of_one_side(tmp_path):
+    from deepfid.data.pairs import build_pairs, synthetic_sources
+    made = {side: build_pairs(synthetic_sources(8, 2, 5), tmp_path/side, ('swap',), (4, 0, 0), 64, workers=1, side=side)
+        for side in ('both', 'left')}
+    both, left = ([m.mask(i) for i in range(len(m)) if m.table['mask'][i]] for m in made.values())
+    assert sum(m[:, 32:].sum() for m in left)<.2*sum(m[:, 32:].sum() for m in both)
+    assert sum(m[:, :32].sum() for m in left)>.8*sum(m[:, :32].sum() for m in both)
+    assert (made['both'].image(0)==made['left'].image(0)).all() # the real face

@@ -12,11 +12,12 @@ from ..core import (ConsentError, DeepfidError, Face, check_array, check_choice,
     check_image, check_number, face_region)
 
 # %% auto #0
-__all__ = ['STRENGTHS', 'FORGERS', 'STATISTIC_NAMES', 'Forgery', 'check_consent', 'check_landmarks', 'random_signed',
-           'check_mask', 'region_size', 'feather_mask', 'face_mask', 'alpha_blend', 'match_colour', 'laplacian_std',
-           'colour_sharpness_jitter', 'bottleneck_resample', 'resynth', 'landmark_warp', 'half_face_width',
-           'move_expression', 'reenact', 'swap', 'mouth_mask', 'mouth', 'selfblend', 'allowed_forgers', 'forge',
-           'global_statistics', 'shortcut_probe']
+__all__ = ['STRENGTHS', 'SIDES', 'REGIONS', 'FORGERS', 'STATISTIC_NAMES', 'Forgery', 'check_consent', 'check_landmarks',
+           'random_signed', 'check_mask', 'region_size', 'feather_mask', 'face_mask', 'alpha_blend', 'match_colour',
+           'laplacian_std', 'colour_sharpness_jitter', 'bottleneck_resample', 'resynth', 'landmark_warp',
+           'half_face_width', 'move_expression', 'reenact', 'swap', 'mouth_mask', 'mouth', 'selfblend', 'face_axes',
+           'half_mask', 'one_sided', 'region_mask', 'regions', 'allowed_forgers', 'forge', 'global_statistics',
+           'shortcut_probe']
 
 # %% ../../nbs/02_forge.ipynb #1eb7138b
 class Forgery(NamedTuple):
@@ -323,6 +324,88 @@ def selfblend(
         borderMode=cv2.BORDER_REFLECT)
     copy = colour_sharpness_jitter(copy, image, mask, rng, 'selfblend', strength)
     return Forgery(face.image, alpha_blend(face.image, copy, mask), mask, 'selfblend', face)
+
+# %% ../../nbs/02_forge.ipynb #sid00002
+SIDES = ('both', 'left', 'right', 'random') # of the image
+
+def face_axes(
+    face:Face # with five points
+)->tuple: # middle between eyes and mouth (2,), unit vector to the right (2,), eye distance; pixels
+    "Return centre, direction across and scale of a face"
+    points = np.asarray(face.points, np.float64)
+    eyes, mouth = points[:2].mean(0), points[3:].mean(0)
+    down = (mouth-eyes)/max(np.linalg.norm(mouth-eyes), 1e-6)
+    return (eyes+mouth)/2, np.array([down[1], -down[0]]), float(np.linalg.norm(points[1]-points[0]))
+
+def half_mask(
+    face:Face, # with five points
+    side:str,  # 'left' or 'right' of the image
+    soft:float=.15 # width of the transition, in eye distances
+)->np.ndarray: # float32 (H,W) in [0,1]
+    "Compute a soft half of the image, along the axis of the face"
+    check_choice('side', side, ('left', 'right'))
+    centre, across, unit = face_axes(face)
+    h, w = face.image.shape[:2]
+    y, x = np.mgrid[:h, :w]
+    away = (x-centre[0])*across[0]+(y-centre[1])*across[1]
+    return np.clip(.5+(1 if side=='right' else -1)*away/(soft*unit), 0, 1).astype(np.float32)
+
+def one_sided(
+    forgery:Forgery, # of a face with five points
+    side:str='random', # one of `SIDES`; 'random': of a side with a quarter of the mask, at least
+    seed:int=0
+)->Forgery: # equal to the real image on the other side
+    "Confine a forgery to one side of the face"
+    if check_choice('side', side, SIDES)=='both': return forgery
+    halves = {s: half_mask(forgery.face, s) for s in ('left', 'right')}
+    if side=='random':
+        total = forgery.mask.sum()
+        filled = [s for s, half in halves.items() if (half*forgery.mask).sum()>=.25*total]
+        side = filled[np.random.default_rng([6, seed]).integers(len(filled))]
+    fake = alpha_blend(forgery.real, forgery.fake.astype(np.float32), halves[side])
+    return forgery._replace(fake=fake, mask=halves[side]*forgery.mask)
+
+# %% ../../nbs/02_forge.ipynb #sid00003
+REGIONS = ('eye', 'nose', 'cheek', 'half', 'face', 'blobs')
+
+def region_mask(
+    face:Face, # with landmarks or five points
+    region:str, # one of `REGIONS`
+    rng:np.random.Generator
+)->np.ndarray: # float32 (H,W) in [0,1]
+    "Sample the soft mask of a region"
+    check_choice('region', region, REGIONS)
+    points, (_, across, unit) = np.asarray(face.points, np.float64), face_axes(face)
+    down, k = np.array([-across[1], across[0]]), int(rng.integers(2))
+    if region in ('half', 'face'):
+        mask = face_mask(face, rng)
+        return mask if region=='face' else mask*half_mask(face, ('left', 'right')[k])
+    outwards = (-1 if k==0 else 1)*across
+    inside = np.argwhere(face_region(face)>.5)[:, ::-1]
+    spots = dict(eye=[(points[k], .36, .26)], nose=[(points[2]-.22*unit*down, .24, .42)],
+        cheek=[(.45*points[k]+.55*points[3+k]+.22*unit*outwards, .3, .32)],
+        blobs=[(rng.choice(inside), *rng.uniform(.15, .4, 2)) for _ in range(rng.integers(1, 4))])
+    mask, angle = np.zeros(face.image.shape[:2], np.uint8), np.degrees(np.arctan2(*across[::-1]))
+    for centre, *axes in spots[region]:
+        a, b = (max(2, int(round(x*unit*rng.uniform(.85, 1.15)))) for x in axes)
+        x, y = (int(round(float(c))) for c in centre)
+        turn = float(rng.uniform(0, 180)) if region=='blobs' else float(angle)
+        cv2.ellipse(mask, (x, y), (a, b), turn, 0, 360, (1,), -1)
+    return feather_mask(mask, rng.uniform(.02, .06)*unit)
+
+# %% ../../nbs/02_forge.ipynb #sid00004
+def regions(
+    face:Face,         # with landmarks or five points; the face stays its own
+    seed:int=0,
+    strength:float=1., # of the change in colour and sharpness
+    region:str|None=None # one of `REGIONS`; None: a random one
+)->Forgery:
+    "Blend a resynthesised copy into one region: eye, nose, cheek, half face, face or random blobs"
+    rng, image = np.random.default_rng([7, seed]), face.image.astype(np.float32)
+    mask = region_mask(face, region or str(rng.choice(REGIONS)), rng)
+    copy = bottleneck_resample(image, rng.uniform(*STRENGTHS['bottleneck']), rng)
+    copy = colour_sharpness_jitter(copy, image, mask, rng, 'resynth', strength)
+    return Forgery(face.image, alpha_blend(face.image, copy, mask), mask, 'regions', face)
 
 # %% ../../nbs/02_forge.ipynb #1338627d
 FORGERS:dict[str, Callable[..., Forgery]] = dict(swap=swap, resynth=resynth,

@@ -22,7 +22,7 @@ from ..core import Face, ManifestError, check_choice
 from ..io import atomic_folder, read_image
 from deepfid.data.blending import (DONOR_MANIPULATIONS, LANDMARK_MANIPULATIONS, MANIPULATIONS, SELF_MANIPULATIONS,
     manipulate)
-from .forge import FORGERS
+from .forge import FORGERS, one_sided
 from .manifest import SPLITS, Manifest, split_sources
 from ..parallel import map_processes
 
@@ -133,6 +133,7 @@ class PairStyle:
     jitter: CropJitter|None = None # geometry of training crops; None: all alike
     untouched: bool = False   # neither camera nor channel
     working_size: int|None = None # side of the image in which is forged, pixels; None: 1.43 times `size`
+    side: str = 'both'        # of the face that is forged, one of `deepfid.data.forge.SIDES`
 
     def crop_matrix(self, face:Face, split:str, rng:np.random.Generator)->np.ndarray: # (2,3)
         "Compute the matrix of one pair's crop"
@@ -173,6 +174,7 @@ def make_pair(
     working_size = style.working_size or round(style.size*WORKING_SCALE)
     face, rng = source.load(working_size), np.random.default_rng([plan.seed, 1])
     forged = manipulate(face, plan.method, plan.seed, plan.donor and plan.donor.load(working_size))
+    forged = one_sided(forged, style.side, plan.seed)
     matrix, rows = style.crop_matrix(face, plan.split, rng), []
     steps = style.sample_steps(face, rng)
     mask = np.rint(255*np.clip(warp_crop(forged.mask, matrix, style.size), 0, 1)).astype(np.uint8)
@@ -202,7 +204,7 @@ def build_pairs(
     quality:Callable|None=None,# function of an image that returns its quality, measured on each crop
     progress:bool=False,       # show a progress bar
     split_seed:int|None=None,  # of splits, where it is to differ from `seed`
-    **style:Any,               # more of `PairStyle`: align, channel, jitter, untouched, working_size
+    **style:Any,               # more of `PairStyle`: align, channel, jitter, untouched, working_size, side
 )->Manifest:
     "Forge pairs of real and fake faces, split by identity, the same for any number of workers"
     methods = tuple(check_choice('methods', m, MANIPULATIONS) for m in methods or FORGERS)
