@@ -103,7 +103,7 @@ def _faces_options(p):
     p.add_argument('source', help='folder of a data set; one with videos or photographs in real/ and fake/; or one '
         'without these, whose faces are cut for deepfid score, not for a training')
     p.add_argument('--out', required=True, type=Path,
-        help='folder for faces and manifest.csv, or faces.csv where there are no labels; an interrupted extraction resumes')
+        help='folder for faces and manifest.csv (without labels: faces.csv); an interrupted extraction resumes')
     p.add_argument('--dataset', default='folder',
         help='layout of the source: folder (default), ffpp, dfd, celebdf-v1, celebdf-v2, wilddeepfake ...')
     p.add_argument('--size', type=number_type(16, 2048),

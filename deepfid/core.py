@@ -181,7 +181,8 @@ def install_hint(
     try: needed = requires('deepfid') or []
     except PackageNotFoundError: needed = []
     names = [n.partition(';')[0].strip() for n in needed if re.search(f"extra *== *['\"]{extra}['\"]", n)]
-    return ' '.join(['pip install', *(f"'{n}'" for n in names)]) if names else f"pip install '.[{extra}]' in a clone of deepfid"
+    if not names: return f"pip install '.[{extra}]' in a clone of deepfid"
+    return ' '.join(['pip install', *(f"'{n}'" for n in names)])
 
 # %% ../nbs/lib/core.ipynb #ed2fd7fa
 def five_points(

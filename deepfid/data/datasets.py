@@ -46,8 +46,8 @@ class DatasetInfo:
 SPLIT_FILES = {
     'ffpp': 'train.json, val.json and test.json come from dataset/splits of github.com/ondyari/FaceForensics; put them '
         'into the folder of the set, or into splits/ there',
-    'celebdf': 'List_of_testing_videos.txt comes with the set, beside Celeb-real; its owners give it out by the form at '
-        'github.com/yuezunli/celeb-deepfakeforensics',
+    'celebdf': 'List_of_testing_videos.txt comes with the set, beside Celeb-real; its owners give it out by the form '
+        'at github.com/yuezunli/celeb-deepfakeforensics',
     'dfdcp': 'dataset.json comes with the set, beside original_videos, from ai.meta.com/datasets/dfdc',
     'wilddeepfake': 'its folders real_train, real_test, fake_train and fake_test are the split'}
 
@@ -574,8 +574,8 @@ def unlabelled_clips(
         _require(not labelled_branches(root/name), f"{root/name}: has 'real' or 'fake' in it; give this folder")
     files = [root] if root.is_file() else list(iter_files(root, VIDEO_SUFFIXES+IMAGE_SUFFIXES))
     _require(root.is_file() or files!=[root], f'{root}: permission denied; make the folder readable')
-    _require(files, f"{root}: has no photograph or video in it, and no folder 'real' or 'fake'; name another folder, or "
-        'the dataset that this is')
+    _require(files, f"{root}: has no photograph or video in it, and no folder 'real' or 'fake'; name another folder, "
+        'or the dataset that this is')
     names = [p.relative_to(root).as_posix() if p!=root else p.name for p in files]
     return [Clip(str(p), UNLABELLED, name, 'test', name, 'unlabelled', root.resolve().name,
         kind='photo' if name.lower().endswith(IMAGE_SUFFIXES) else 'video') for p, name in zip(files, names)]

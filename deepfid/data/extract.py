@@ -345,7 +345,8 @@ def collect_rows(
 SKIP_CAUSES = {
     'in no split': 'in no split', 'a copy of a face in another split': 'the same image as',
     'too short': 'too short|the source has this frame', 'without a face': 'no face found|tracked face is not visible',
-    'face too small': 'the face is tiny', 'face turned away': 'the face is turned', 'face blurred': 'the face is blurred',
+    'face too small': 'the face is tiny', 'face turned away': 'the face is turned',
+    'face blurred': 'the face is blurred',
     'cannot be read': ''}
 
 def skip_cause(
@@ -366,7 +367,8 @@ def _with_causes(clips, rows, skipped)->list:
         if cause and len(group)>1 and all(r['frame']!='' for r in group):
             reason = f'{cause}, in all {len(group)} frames that were looked at'
             group = [group[0]|dict(frame='', reason=reason), *group]
-        found += [r|dict(cause=cause if i==0 else '') for i, r in enumerate(sorted(group, key=lambda r: r['frame']!=''))]
+        first, *others = sorted(group, key=lambda r: r['frame']!='')
+        found += [first|dict(cause=cause), *(r|dict(cause='') for r in others)]
     return found
 
 def _write_skipped(clips, rows, skipped, config)->None:
@@ -382,7 +384,7 @@ def describe_causes(
     log:pd.DataFrame, # of skipped.csv
 )->str:
     "Count the clips that gave no face by cause"
-    return ', '.join(f'{n} {cause}' for cause, n in log['cause'][log['cause'].fillna('')!=''].value_counts().items())
+    return ', '.join(f'{n} {cause}' for cause, n in Counter(filter(None, log['cause'].fillna(''))).most_common())
 
 # %% ../../nbs/lib/data.extract.ipynb #a2cadc02
 def _with_pairs(rows)->pd.DataFrame:
@@ -498,8 +500,8 @@ def _labelled_lines(clips, dataset, manifest)->list:
 
 def _unlabelled_lines(clips, source, saved)->list:
     "Lines about clips without labels; the last one is about what to do next"
-    return [f"{source}: no folders 'real' and 'fake', so nobody says which of its {len(clips)} clips are fake: the main "
-        'face of each is cut for scoring; nothing can be trained or evaluated on it',
+    return [f"{source}: no folders 'real' and 'fake', so nobody says which of its {len(clips)} clips are fake: the "
+        'main face of each is cut for scoring; nothing can be trained or evaluated on it',
         f'next: deepfid score {shlex.quote(str(saved))}']
 
 # %% ../../nbs/lib/data.extract.ipynb #1c20a995
@@ -521,8 +523,8 @@ def extract_dataset(
     started = time.perf_counter()
     if dataset=='folder' and not labelled_branches(source): dataset = 'unlabelled'
     clips = read_clips(dataset, source, **options)
-    given = dict(size=size, margin=margin, frames=frames, align=align, drop=drop, workers=workers, engine=engine,
-        progress=progress)
+    given:dict[str, Any] = dict(size=size, margin=margin, frames=frames, align=align, drop=drop, workers=workers,
+        engine=engine, progress=progress)
     given = {k: v for k, v in given.items() if v is not None}
     if dataset=='unlabelled':
         saved = extract_unlabelled(clips, out, **given)
