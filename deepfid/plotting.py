@@ -7,11 +7,14 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['REAL', 'FAKE', 'INK', 'GRID', 'DIAGRAM_FILLS', 'set_style', 'new_figure', 'figure_svg', 'diagram']
+__all__ = ['REAL', 'FAKE', 'INK', 'GRID', 'DIAGRAM_FILLS', 'MASK', 'set_style', 'new_figure', 'figure_svg', 'diagram',
+           'paint_mask', 'mask_figure']
 
 # %% ../nbs/lib/plotting.ipynb #0ec30b8a
 REAL, FAKE = '#1b7f79', '#d1603d' # colours of the two classes
@@ -105,3 +108,40 @@ def diagram(
     ax.set(xlim=(min(x)-dx, max(x)+dx), ylim=(min(y)-dy, max(y)+dy), aspect='equal' if sizes else 'auto')
     ax.axis('off')
     return ax
+
+# %% ../nbs/lib/plotting.ipynb #msk00002
+MASK = '#2a6bff' # colour in which masks are painted over faces, far from any skin's
+
+def paint_mask(
+    face:np.ndarray, # uint8 RGB (H,W,3)
+    mask:np.ndarray, # float (H,W), 1 = manipulated
+    opacity:float=.7 # where the mask is 1
+)->np.ndarray: # uint8 RGB (H,W,3)
+    "Paint a mask over a face; where the mask is 0 the face shows"
+    import numpy as np
+    from matplotlib.colors import to_rgb
+    weight = opacity*np.clip(np.asarray(mask, float), 0, 1)[..., None]
+    return np.rint((1-weight)*face+weight*255*np.array(to_rgb(MASK))).astype(np.uint8)
+
+def mask_figure(
+    faces:Sequence[np.ndarray], # uint8 RGB (H,W,3), one a column
+    rows:dict[str, Sequence],   # name of a row -> masks (H,W), one a column; None leaves the column out
+    titles:Sequence[str],       # one a column
+    legend:str='manipulated pixels', # what the colour means
+    width:float=1.35            # of a face, inches
+)->Figure:
+    "Show faces, and below them the same faces with masks painted over them"
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    shape = 1+len(rows), len(faces)
+    fig = Figure(figsize=(width*shape[1]+.3, (width+.05)*shape[0]+.45), layout='constrained')
+    axes = fig.subplots(*shape, squeeze=False)
+    for line, (name, masks) in zip(axes, {'': [None]*len(faces), **rows}.items()):
+        line[0].set_ylabel(name, fontsize=8, color=INK)
+        for ax, face, mask in zip(line, faces, masks):
+            if mask is not None or not name: ax.imshow(face if mask is None else paint_mask(face, mask))
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=8, color=INK)
+    fig.legend(handles=[Patch(color=MASK, label=legend)], loc='outside upper right', frameon=False, fontsize=8)
+    return fig
