@@ -46,7 +46,7 @@ class EpochTable(TypedCallback):
         log:Callable=print, # called with each line
         n_boot:int=1000,    # resamples behind the interval, from 0
     ):
-        self.detector, self.log, self.n_boot = detector, log, n_boot
+        self.detector, self.write, self.n_boot = detector, log, n_boot
         self.rows:list[dict] = [] # one an epoch: names and numbers
         self.scores:list = []
         self.began, self.epochs_run, self.header_done, self.phase = 0., 0, False, 0
@@ -88,18 +88,18 @@ class EpochTable(TypedCallback):
     )->None:
         "Print the last row"
         if not self.header_done:
-            self.log('   epoch  train loss  valid loss  validation AUC [95 % by person]    time  left')
+            self.write('   epoch  train loss  valid loss  validation AUC [95 % by person]    time  left')
         self.header_done, row = True, self.rows[-1]
         auc = f"{row['auc']:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]" if row['auc']==row['auc'] else '-'
         losses = '  '.join(f"{row.get(k, float('nan')):10.3f}" for k in ('train_loss', 'valid_loss'))
         left = (time.time()-self.began)/self.epochs_run*(total-row['epoch'])
         count = f"{row['epoch']}/{total}"
-        self.log(f"{count:>8}  {losses}  {auc:31}  {format_duration(row['seconds']):>6}  {format_duration(left)}")
+        self.write(f"{count:>8}  {losses}  {auc:31}  {format_duration(row['seconds']):>6}  {format_duration(left)}")
 
     def state_dict(self)->dict: return dict(rows=self.rows)
     def load_state_dict(self, state:dict)->None:
         self.rows = [dict(row) for row in state['rows']]
-        if self.rows and not rank_distrib(): self.log(f'resumed after epoch {len(self.rows)}')
+        if self.rows and not rank_distrib(): self.write(f'resumed after epoch {len(self.rows)}')
 
 # %% ../../nbs/lib/evaluate.training.ipynb #trn00008
 RESULTS_FILE, CURVES_FILE = 'results.csv', 'curves.png'
