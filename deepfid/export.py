@@ -66,7 +66,8 @@ def export_metadata(
         output='fidelity (batch): 1 = real, 0 = fake, raw; below low: manipulated, from high upwards: no manipulation '
             'found, between: undecided; P(real) = 1/(1 + exp(-(slope*fidelity + offset))) by the calibration',
         positive_class='fake', size=int(detector.size), crop_align=align, crop_margin=float(margin),
-        template=alignment_template(int(detector.size), margin).round(4).tolist(), threshold=float(detector.threshold),
+        template=alignment_template(int(detector.size), margin, align if align!='box' else 'similarity').round(4).tolist(),
+        threshold=float(detector.threshold),
         low=float(low), high=float(high), calibration=list(detector.calibration) if detector.calibration else None,
         licence=licence or 'not stated', card_sha256=file_hash(card) if card and card.is_file() else '')
 
@@ -188,6 +189,7 @@ _CROP_RULES = { # -> the number that is needed, and what gives a and b: crop = a
         'np.array(template)@[1, 1j], rcond=None)[0]'),
     'box': ('crop_margin', 'a = size/(crop_margin*max(face[2:4])) + 0j; '
         'b = size/2*(1 + 1j) - a*((face[:2] + face[2:4]/2)@[1, 1j])')}
+_CROP_RULES['symmetric'] = _CROP_RULES['similarity'] # with another template
 
 def runtime_snippet(
     path:str|Path, # of the exported file

@@ -186,8 +186,8 @@ def test_dlib_finder_has_the_same_interface(monkeypatch, tmp_path):
         def width(self): return 100
         def height(self): return 90
     class Shape:
-        def parts(self): return [types.SimpleNamespace(x=x, y=y) for x, y in face.landmarks]
-    fake = types.SimpleNamespace(get_frontal_face_detector=lambda: types.SimpleNamespace(run=lambda image, up, low: ([Rect(), Rect()], [.2, 1.4], [0, 0])),
+        def parts(self): return [types.types.SimpleNamespace(x=x, y=y) for x, y in face.landmarks]
+    fake = types.types.SimpleNamespace(get_frontal_face_detector=lambda: types.SimpleNamespace(run=lambda image, up, low: ([Rect(), Rect()], [.2, 1.4], [0, 0])),
                                  shape_predictor=lambda path: lambda image, rect: Shape())
     monkeypatch.setitem(sys.modules, 'dlib', fake)
     with pytest.raises(DataMissingError, match='dlib-models'): DlibFaceFinder(tmp_path/'m.dat')
@@ -216,3 +216,28 @@ def test_crops_have_a_sensible_size_and_margin(size, margin):
 @pytest.mark.parametrize('image', [np.zeros((0, 4, 3), np.uint8), np.full((4, 4), np.nan), np.zeros(5), np.array([['a']])])
 def test_warping_refuses_what_is_no_image(image):
     with pytest.raises(DeepfidError, match='image'): warp_crop(image, np.float32([[1, 0, 0], [0, 1, 0]]), 8)
+
+# -- the axis of the face --
+@pytest.mark.parametrize('size', [64, 112, 160, 224, 250, 299])
+@pytest.mark.parametrize('margin', [1., 1.3, 1.6])
+def test_symmetric_crops_have_the_axis_of_the_face_where_an_image_is_mirrored(size, margin):
+    template = alignment_template(size, margin, 'symmetric')
+    mirrored = (template*[-1, 1]+[size-1, 0])[[1, 0, 2, 4, 3]] # as `image[:, ::-1]` does
+    np.testing.assert_allclose(mirrored, template, atol=.05)
+    # the same scale and height as the template of face recognition, half a pixel aside
+    assert np.abs(template-alignment_template(size, margin)).max()<1.1*size/112
+    points = template@np.array([[.8, .6], [-.6, .8]])*1.7+[30, 5]
+    m = alignment_matrix(points, size, margin, 'symmetric')
+    np.testing.assert_allclose(points@m[:, :2].T+m[:, 2], template, atol=1e-3)
+
+def test_mirrored_photograph_has_the_mirrored_symmetric_crop():
+    image = np.random.default_rng(0).integers(0, 255, (200, 240, 3), np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 3)
+    points = np.array([[90., 80], [150, 84], [121, 110], [98, 140], [146, 142]])
+    flipped = (points*[-1, 1]+[239, 0])[[1, 0, 2, 4, 3]]
+    def crop(im, p): return warp_crop(im, face_crop_matrix(types.SimpleNamespace(points=p), 112, 1.3, 'symmetric'), 112)
+    a, b = crop(image, points), crop(image[:, ::-1].copy(), flipped)
+    assert np.abs(a[:, ::-1].astype(int)-b).max()<=4
+
+def test_saved_detectors_keep_their_crop_rule():
+    assert alignment_template(112, 1.3)[:, 0].tolist()==pytest.approx([42.377, 69.485, 56.023, 44.885, 67.331], abs=1e-3)

@@ -20,17 +20,19 @@ from ..core import (DataMissingError, DeepfidError, Face, NoFaceError, check_arr
 from ..io import fetch_model_file, read_image, read_json
 
 # %% auto #0
-__all__ = ['ARCFACE_TEMPLATE', 'CROP_MARGIN', 'FACE_CROP', 'YUNET_FILE', 'YUNET_SHA256', 'YUNET_URL', 'MIN_FACE_SIZE',
-           'MAX_NOSE_OFFSET', 'MIN_SHARPNESS', 'check_crop_size', 'alignment_template', 'alignment_matrix', 'warp_crop',
-           'align_face', 'yunet_path', 'FaceDetection', 'sort_left_right', 'FaceFinder', 'box_distance', 'main_face',
-           'default_face_finder', 'find_face', 'DlibFaceFinder', 'nose_offset', 'face_sharpness', 'quality_flags',
-           'face_crop_matrix', 'crop_face', 'crop_face_file', 'crop_faces', 'read_crop_rule']
+__all__ = ['ARCFACE_TEMPLATE', 'CROP_MARGIN', 'CROP_RULES', 'FACE_CROP', 'YUNET_FILE', 'YUNET_SHA256', 'YUNET_URL',
+           'MIN_FACE_SIZE', 'MAX_NOSE_OFFSET', 'MIN_SHARPNESS', 'check_crop_size', 'alignment_template',
+           'alignment_matrix', 'warp_crop', 'align_face', 'yunet_path', 'FaceDetection', 'sort_left_right',
+           'FaceFinder', 'box_distance', 'main_face', 'default_face_finder', 'find_face', 'DlibFaceFinder',
+           'nose_offset', 'face_sharpness', 'quality_flags', 'face_crop_matrix', 'crop_face', 'crop_face_file',
+           'crop_faces', 'read_crop_rule']
 
 # %% ../../nbs/05_faces.ipynb #1c74e5a0
 # pixels of a tight crop of 112 x 112: eye centres, nose tip, mouth corners (Deng et al. 2019)
 ARCFACE_TEMPLATE = np.array([[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37],
     [70.73, 92.20]], np.float32)
 CROP_MARGIN = 1.3
+CROP_RULES = ('similarity', 'symmetric', 'box') # how a face is cropped, see `face_crop_matrix`
 # crop of new detectors: arguments of `face_crop_matrix`
 FACE_CROP:dict[str, Any] = dict(align='box', margin=1.3)
 
@@ -44,21 +46,28 @@ def check_crop_size(
 
 def alignment_template(
     size:int=112,            # side of the crop, pixels
-    margin:float=CROP_MARGIN # 1 = tight; 1.3 = 30 % more of everything around
+    margin:float=CROP_MARGIN,# 1 = tight; 1.3 = 30 % more of everything around
+    align:str='similarity'   # or 'symmetric': the axis of the face is the axis of the crop
 )->np.ndarray: # float32 (5,2) pixels
     "Compute the positions of the five points in an aligned crop"
     check_crop_size(size, margin)
-    return ((ARCFACE_TEMPLATE-56)/margin+56)*np.float32(size/112)
+    if check_choice('align', align, ('similarity', 'symmetric'))=='similarity':
+        return ((ARCFACE_TEMPLATE-56)/margin+56)*np.float32(size/112)
+    middle = np.float32(55.5) # of 112 pixels, counted from the centre of the first
+    mirrored = ARCFACE_TEMPLATE[[1, 0, 2, 4, 3]]*np.float32([-1, 1])+np.float32([111, 0])
+    offsets = (ARCFACE_TEMPLATE+mirrored)/2-middle
+    return offsets*np.float32(size/112/margin)+np.float32((size-1)/2)
 
 # %% ../../nbs/05_faces.ipynb #60efb0ef
 def alignment_matrix(
     points:Any,              # (5,2) pixels: eye centres, nose tip, mouth corners, left ones first
     size:int=112,            # side of the crop, pixels
-    margin:float=CROP_MARGIN # 1 = tight
+    margin:float=CROP_MARGIN,# 1 = tight
+    align:str='similarity'   # or 'symmetric', see `alignment_template`
 )->np.ndarray: # float32 (2,3), from image to crop
     "Fit the similarity transform that brings five points closest to the template (least squares)"
     points = check_array('points', points, (5, 2), np.float64)
-    target = alignment_template(size, margin).astype(np.float64)
+    target = alignment_template(size, margin, align).astype(np.float64)
     p, q = points-points.mean(0), target-target.mean(0)
     spread = (p**2).sum()
     if spread<1e-6: raise DeepfidError('alignment needs five different points; these coincide')
@@ -283,12 +292,13 @@ def face_crop_matrix(
     detection:Any,            # object with `points` (5,2) and `box` (4,)
     size:int=224,             # side of the crop, pixels
     margin:float=CROP_MARGIN, # 1 = tight
-    align:str='similarity'    # or 'box': a square, `margin` times the longer side of the box
+    # or 'symmetric': aligned, face axis = mirror axis; 'box': `margin` times the box's longer side
+    align:str='similarity'
 )->np.ndarray: # float32 (2,3), from image to crop
     "Compute the matrix of a face crop; use one for a real frame, its fake and their mask"
-    check_choice('align', align, ('similarity', 'box'))
+    check_choice('align', align, CROP_RULES)
     check_crop_size(size, margin)
-    if align=='similarity': return alignment_matrix(detection.points, size, margin)
+    if align!='box': return alignment_matrix(detection.points, size, margin, align)
     x, y, w, h = np.asarray(detection.box, np.float64)
     scale = size/(margin*max(w, h, 1e-3))
     shift = size/2-scale*np.array([x+w/2, y+h/2])
@@ -358,5 +368,5 @@ def read_crop_rule(
         except DeepfidError: return None
         rule = rule if isinstance(rule, dict) else {}
         align, margin = rule.get('align'), rule.get('margin')
-        if align not in ('similarity', 'box') or not isinstance(margin, int|float): return None
+        if align not in CROP_RULES or not isinstance(margin, int|float): return None
         return align, float(margin)

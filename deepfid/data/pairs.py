@@ -128,7 +128,7 @@ class PairStyle:
     "How pairs are cropped and what happens to them after blending"
     size: int = 112           # side of the crops, pixels
     margin: float = 1.3       # of the crop, see `deepfid.data.faces`
-    align: str = 'similarity' # or 'box': a square around the face box of a wide crop
+    align: str = 'similarity' # or 'symmetric'; or 'box': a square around the face box of a wide crop
     channel: Any = None       # `Channel`, or several that pairs draw from; None: the camera of synthetic faces
     jitter: CropJitter|None = None # geometry of training crops; None: all alike
     untouched: bool = False   # neither camera nor channel
@@ -138,7 +138,7 @@ class PairStyle:
     def crop_matrix(self, face:Face, split:str, rng:np.random.Generator)->np.ndarray: # (2,3)
         "Compute the matrix of one pair's crop"
         from deepfid.data.faces import alignment_matrix
-        if self.align=='similarity': return alignment_matrix(face.points, self.size, self.margin)
+        if self.align!='box': return alignment_matrix(face.points, self.size, self.margin, self.align)
         centre, box_side = np.full(2, len(face.image)/2-.5), face.meta['box_side']
         jitter = self.jitter if split=='train' and self.jitter else CropJitter((self.margin, self.margin), 0, 0)
         return jitter.matrix(centre, box_side, self.size, rng)

@@ -20,7 +20,7 @@ import numpy as np, torch
 from torch import nn
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
     default_device, get_preset, set_seed)
-from ..data.faces import CROP_MARGIN, read_crop_rule
+from ..data.faces import CROP_MARGIN, CROP_RULES, read_crop_rule
 from ..data.loaders import faces_to_batch
 from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, to_json, write_json
 from .layers import fold_batch_norms
@@ -50,7 +50,7 @@ class DetectorConfig:
     recipe:str = 'ours' # how trained: one of the detector's `recipes`
     seed:int = setting(0, low=0, integer=True) # of the weights and of the order of the batches
     size:int = setting(112, low=8, integer=True) # side of the faces, pixels
-    crop_align:str = setting('similarity', choices=('similarity', 'box')) # how the faces are cropped
+    crop_align:str = setting('similarity', choices=CROP_RULES) # how the faces are cropped
     crop_margin:float = setting(CROP_MARGIN, low=.1, high=20) # side of the crop relative to the face; 1 = tight
     bs:int = setting(32, low=1, integer=True) # batch size, even
     epochs:Any = setting(1, low=1, integer=True) # passes over the training faces; a tuple: of each phase
