@@ -1,5 +1,10 @@
 "Deepfake detection: three published detectors, built from their parts"
+import warnings
+
 __version__ = "0.2.0"
+
+# Importing fastai makes torch say so of two functions of fastai's; nobody who uses deepfid can do anything about it
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
 
 # Modules and packages in the order in which they may use each other: imports go from later to earlier only.
 IMPORT_ORDER = ('core', 'io', 'parallel', 'plotting', 'data', 'quality', 'models', 'evaluate', 'explain', 'export',
