@@ -22,9 +22,8 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # The environment is up to date if this file exists: its name is a checksum of all that decides what is installed, and where.
 READY := $(VENV)/.ready-$(firstword $(shell (cat settings.ini setup.py constraints.txt; pwd) | cksum))
-# One thread to each notebook's arithmetic, or two workers fight over two cores; `agg` draws without a screen.
-QUIET := PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-NBENV := $(QUIET) OMP_NUM_THREADS=1 MPLBACKEND=agg
+# One thread to each process, or two workers fight over two cores; `agg` draws without a screen.
+NBENV := PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 MPLBACKEND=agg
 
 .PHONY: help setup demo bundle check test test-notebooks test-python lab export docs site run clean
 .DEFAULT_GOAL := help
@@ -46,10 +45,10 @@ test: check test-notebooks test-python ## Check, run every notebook (cells flagg
 
 test-notebooks: $(READY) ## Only the notebooks (NB=nbs/02_forge.ipynb: one of them)
 	@test -e "$(NB)" || { echo "NB=$(NB): no such notebook or folder" >&2; exit 1; }
-	@$(NBENV) $(BIN)/nbdev-test $(NB) --n-workers $(NB_WORKERS) --do-print --timing
+	@$(NBENV) $(BIN)/python .ci/notebooks.py test $(NB) --workers $(NB_WORKERS)
 
 test-python: $(READY) ## Only pytest (PYTEST_FLAGS="-k house": some of it)
-	@$(QUIET) OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest tests -n $(PY_WORKERS) --dist loadfile --durations 10 $(PYTEST_FLAGS)
+	@$(NBENV) $(BIN)/python -m pytest tests -n $(PY_WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 $(PYTEST_FLAGS)
 
 bundle: $(READY) ## Train the bundled detectors from nothing, and put them into the package (hours on a CPU)
 	@$(BIN)/python -m deepfid.experiments.bundle --install

@@ -1,11 +1,13 @@
 """Keeps the notebooks in order. `make run`, `make docs` and tests/test_house.py use it.
 
+    python .ci/notebooks.py test [FILE ...]         run them as tests, --workers at a time; exit status 1 if one fails
     python .ci/notebooks.py run nbs/lib/core.ipynb   execute as nbdev-test does, keep the outputs, clean
     python .ci/notebooks.py clean [FILE ...]        clean (all of them, if none is named)
     python .ci/notebooks.py check [FILE ...]        say what is out of order; exit status 1 if anything is
     python .ci/notebooks.py readme                  render README.md from nbs/index.ipynb
 """
-import argparse, base64, copy, hashlib, io, json, os, posixpath, re, subprocess, sys, time
+import argparse, base64, copy, gc, hashlib, importlib, io, json, multiprocessing, os, posixpath, re, subprocess, sys, time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,6 +15,9 @@ NBS, IMAGES = ROOT/'nbs', 'images'
 MAX_KB, MAX_LINES = 400, {'lib': 60} # lines of a cell without a class; in a lesson 30
 MAX_WIDTH = {'lib': 120} # characters of a line of code; of a lesson, which is read in a browser, 100
 MAX_LESSONS, MAX_LINES_BEFORE_PROSE = 26, 12
+# Loaded once, before many notebooks are tested
+PRELOADED = ('torch', 'torchvision', 'timm', 'fastai.vision.all', 'pandas', 'scipy.stats', 'sklearn.metrics', 'cv2', 'matplotlib.pyplot',
+             'ipywidgets', 'nbdev.test')
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 def notebooks():
@@ -103,6 +108,48 @@ def run(paths):
         clean([p])
         print(f"{p.relative_to(ROOT)}: {'FAILED' if bad else 'ok'}, {time.time()-start:.0f} s, {p.stat().st_size/1024:.0f} KB")
         failed += bool(bad)
+    return failed
+
+# -- testing --------------------------------------------------------------------------------------------------------
+
+def _warm_up(paths):
+    "Import, make and train once what many notebooks need: their processes, forks of this one, find it in memory"
+    for name in PRELOADED: importlib.import_module(name)
+    import cv2, torch
+    from deepfid import testing
+    torch.set_num_threads(1), cv2.setNumThreads(1) # a fork does not have the threads of its parent
+    text = ' '.join(p.read_text(encoding='utf-8') for p in paths)
+    for name, epochs in sorted(set(re.findall(r'\b(tiny_manifest|tiny_detector)\((\d*)\)', text))):
+        getattr(testing, name)(*map(int, epochs))
+    gc.collect(), gc.freeze()
+
+def _run_test(path, flags):
+    "Run one notebook, in a process of its own; exit status 1 if it fails"
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    config = get_config(ROOT)
+    passed, seconds = test_nb(path, skip_flags=config.tst_flags.split(), force_flags=flags, basepath=config.config_path,
+                              cell_timeout=int(config.cell_timeout))
+    used = sum(os.times()[:4])
+    print(f"{os.path.relpath(path, ROOT)}: {'ok' if passed else 'FAILED'}, {seconds:.0f} s, {used:.1f} s of processor time", flush=True)
+    sys.exit(not passed)
+
+def test(paths, workers=2, flags=()):
+    "Run notebooks, `workers` at a time, the short ones of `lib` last; returns those that failed"
+    forked = sys.platform == 'linux' # then each notebook runs in a fork of this process
+    if forked and len(paths) > workers: _warm_up(paths)
+    context = multiprocessing.get_context('fork' if forked else 'spawn')
+    waiting, running, failed = sorted(paths, key=lambda p: (p.parent.name == 'lib', p)), {}, []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            path = waiting.pop(0)
+            process = context.Process(target=_run_test, args=(path, flags))
+            process.start()
+            running[process.sentinel] = process, path
+        for ended in wait(running):
+            process, path = running.pop(ended)
+            process.join()
+            if process.exitcode: failed.append(path)
     return failed
 
 # -- checking -------------------------------------------------------------------------------------------------------
@@ -217,12 +264,18 @@ def write_readme():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('command', choices=['run', 'clean', 'check', 'readme'])
+    parser.add_argument('command', choices=['test', 'run', 'clean', 'check', 'readme'])
     parser.add_argument('files', nargs='*', help='notebooks, or folders of them; all if none is named')
-    args = parser.parse_args()
+    parser.add_argument('--workers', type=int, default=2, help='test: how many notebooks at a time')
+    parser.add_argument('--flags', default='', help='test: also cells with these flags, for instance "slow cuda"')
+    args = parser.parse_intermixed_args()
     paths = [p for f in map(lambda f: Path(f).resolve(), args.files) for p in ([f] if f.is_file() else
              [p for p in notebooks() if f in p.parents])] if args.files else notebooks()
     if args.files and not paths: sys.exit(f'no notebook: {" ".join(args.files)}')
+    if args.command == 'test':
+        failed = test(paths, args.workers, args.flags.split())
+        if failed: sys.exit(f"{len(failed)} of {len(paths)} notebooks failed: {' '.join(os.path.relpath(p, ROOT) for p in failed)}")
+        print(f'{len(paths)} notebooks passed')
     if args.command == 'run': sys.exit(run(paths))
     if args.command == 'clean': clean(paths)
     if args.command == 'readme': write_readme()

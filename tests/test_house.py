@@ -107,6 +107,20 @@ def test_tidy_keeps_what_a_reader_wants():
     assert [set(o['data']) for o in cell['outputs'][1:]] == [{'image/jpeg', 'text/plain'}]
     assert keeper.tidy(nb, 'x') == nb
 
+def test_failing_notebooks_fail_the_tests(tmp_path):
+    "Each is named, with its traceback; the others run; cells flagged slow are left out unless asked for"
+    cell = lambda source: dict(id='a', cell_type='code', metadata={}, source=source, outputs=[], execution_count=None)
+    for name, source in dict(good='assert True', slow='#| slow\n1/0', bad='1/0', killed='import os; os._exit(3)').items():
+        keeper.write(tmp_path/f'{name}.ipynb', dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[cell(source)]))
+    def tested(*argv):
+        done = subprocess.run([sys.executable, ROOT/'.ci/notebooks.py', 'test', '--workers', '4', *argv], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    status, out, err = tested('good.ipynb', 'slow.ipynb', 'bad.ipynb', 'killed.ipynb')
+    assert status == 1 and out.count(': ok') == 2 and 'ZeroDivisionError' in err
+    last = err.splitlines()[-1]
+    assert last.startswith('2 of 4 notebooks failed:') and 'bad.ipynb' in last and 'killed.ipynb' in last
+    assert tested('slow.ipynb', '--flags', 'slow')[0] == 1 and tested('good.ipynb')[0] == 0
+
 # -- README and version ---------------------------------------------------------------------------------------------
 
 def test_readme_is_its_notebook():
