@@ -721,7 +721,7 @@ def table_command(args:Namespace)->dict:
     overrides = dict(args.set or [])|(dict(epochs=args.epochs) if args.epochs else {})
     manifests = _manifests(args.manifest, args.out, args.pairs, args.size)
     runs = [TableRun(t, manifests, args.seeds, args.preset, args.out, log, **overrides) for t in tables]
-    done = [save_table(run, args.out) for run in run_tables(runs, args.jobs)]
+    done = [save_table(run, args.out) for run in run_tables(runs, args.jobs, args.engine)]
     if len(done)==1: return done[0]
     return dict(text='\n\n'.join(d['text'] for d in done), records=[d['record'] for d in done],
         saved=', '.join(d['saved'] for d in done))
