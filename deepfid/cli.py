@@ -212,12 +212,15 @@ def _table_options(p):
     p.add_argument('--manifest', action='append', required=True,
         help='manifest.csv, or synthetic, london, portraits, congress, moving; several may be given, cross tables '
              'train on the first')
-    p.add_argument('--seeds', type=_count, default=3, help='trainings of each row, from 1 (default: 3)')
+    p.add_argument('--seeds', type=_count, help='trainings of each row, from 1 (default: as the table declares)')
     p.add_argument('--jobs', type=_count, default=1, help='trainings at a time, each a process, from 1 (default: 1)')
+    p.add_argument('--engine', choices=('local', 'ray'), default='local',
+        help='ray: trainings on the machines of a Ray cluster, which all see the folder of --out (default: local)')
     p.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
     p.add_argument('--epochs', type=_count, help='passes over the training faces, from 1 (default: the recipe\'s)')
     p.add_argument('--set', type=parse_setting, action='append', metavar='NAME=VALUE',
-        help='any other setting of the detectors, such as amp=bf16')
+        help='any other setting of the detectors, such as amp=bf16; train_steps=2000 gives every classifier so many '
+             'steps (default: as the table declares, unless --epochs is given)')
     p.add_argument('--pairs', type=_count,
         help='of real and fake faces in all, where they are generated, from 1 (default: that of the demo)')
     p.add_argument('--size', type=number_type(16, 2048), default=112,

@@ -9,7 +9,8 @@ from deepfid.data.manifest import Manifest
 from deepfid.experiments import conditions
 from deepfid.experiments.deepfidelity import in_quality_range
 from deepfid.experiments.local_similarity import EvidenceDetector
-from deepfid.experiments.runner import Column, Row, Table, TableRun, score_mask, transfer_columns
+from deepfid.evaluate.metrics import score_face_mask
+from deepfid.experiments.runner import Column, Row, Table, TableRun, transfer_columns
 from deepfid.models.local_similarity.detector import LocalSimilarity
 from deepfid.testing import tiny_manifest
 
@@ -27,21 +28,24 @@ class LeftHalfDetector(Detector):
 
 def run(manifest, cache, rows, metrics, seeds=1):
     table = Table('t', 't', rows, lambda names: [Column('x', 'x', 'x', metrics=metrics)])
-    r = TableRun(table, {'x': manifest}, seeds, 'tiny', cache, lambda line: None).run()
+    r = TableRun(table, {'x': manifest}, seeds, 'tiny', cache, lambda line: None, probes=False).run()
     return {(f['row'], f['metric']): f for f in r.results(50)}
 
 def test_mask_scores():
     true = np.zeros((8, 8)); true[:4] = 1
-    assert score_mask(true, true)==dict(iou=1., f1=1., pixel_auc=1.) and score_mask(true, np.zeros((8, 8))) is None
-    assert score_mask(1-true, true)['iou']==0 and score_mask(np.kron(true, np.ones((2, 2))), true)['pixel_auc']==1
+    found = score_face_mask(true, true, true)
+    assert (found['iou'], found['f1'], found['boundary_f1'], found['iou_gain'])==(1, 1, 1, 0)
+    assert 'iou' not in score_face_mask(true, np.zeros((8, 8))) and score_face_mask(1-true, true)['iou']==0
+    assert score_face_mask(np.kron(true, np.ones((2, 2))), true)['iou']==1
 
 def test_masks_in_a_table(faces, tmp_path):
     rows = [Row('with', LeftHalfDetector), Row('without', LeftHalfDetector, dict(masks=False))]
-    found = run(faces, tmp_path, rows, ('auc', 'iou', 'pixel_auc'), 2)
+    found = run(faces, tmp_path, rows, ('auc', 'iou', 'iou_gain'), 2)
     fakes = faces.of('test').where(label=0)
     masks = [p.mask for p in LeftHalfDetector().predict_manifest(fakes)]
-    expected = np.mean([score_mask(m, fakes.mask(i))['iou'] for i, m in enumerate(masks)])
+    expected = np.mean([score_face_mask(m, fakes.mask(i))['iou'] for i, m in enumerate(masks)])
     assert found['with', 'iou']['value']==pytest.approx(expected) and found['with', 'iou']['faces']==len(fakes)
+    assert found['with', 'iou_gain']['value']<found['with', 'iou']['value']
     assert found['without', 'iou']['value'] is None and found['without', 'auc']['value'] is not None
 
 def test_videos_in_a_table(tmp_path):

@@ -6,11 +6,10 @@ import pytest
 from deepfid import cli
 from deepfid.core import DataMissingError, DeepfidError, Detector, Prediction
 from deepfid.data.manifest import Manifest
-from deepfid.evaluate.metrics import MetricError, auc, average_over_seeds
+from deepfid.evaluate.metrics import MetricError, auc, average_over_seeds, score_face_mask
 from deepfid.experiments.registry import get_figure, get_table, list_figures, list_tables
 from deepfid.experiments.records import RecordReader, read_record, significance, upgrade_record
-from deepfid.experiments.runner import (Row, Column, Table, TableRun, cache_key, mean_mask_baseline, run_tables, score_mask,
-    score_test_faces)
+from deepfid.experiments.runner import (Row, Column, Table, TableRun, cache_key, mean_mask_baseline, run_tables, score_test_faces)
 from deepfid.experiments.markdown import comparison_table, markdown_table, record_markdown
 from deepfid.experiments.provenance import describe_code, source_hash
 from deepfid.testing import tiny_manifest
@@ -51,8 +50,8 @@ TABLE = Table('toy', 'A toy', [A, B, Row('c', after='b', settings=dict(noise=9.)
 def manifests(): return {'x': tiny_manifest((24, 8, 20))}
 
 def silent(line): pass
-def run(manifests, cache, table=TABLE, seeds=2, **settings):
-    return TableRun(table, manifests, seeds, 'tiny', cache, silent, **settings).run()
+def run(manifests, cache, table=TABLE, seeds=2, probes=False, **settings):
+    return TableRun(table, manifests, seeds, 'tiny', cache, silent, probes=probes, **settings).run()
 
 @pytest.fixture(scope='module')
 def done(manifests, tmp_path_factory): return run(manifests, tmp_path_factory.mktemp('done'))
@@ -72,7 +71,7 @@ def test_each_row_is_trained_once_and_read_from_the_cache(manifests, tmp_path):
 
 def test_tables_in_worker_processes_share_trainings(manifests, tmp_path):
     log, half = [], Table('half', '', TABLE.rows[:1], columns)
-    def make(t): return TableRun(t, manifests, 2, 'tiny', tmp_path/'a', log.append)
+    def make(t): return TableRun(t, manifests, 2, 'tiny', tmp_path/'a', log.append, probes=False)
     found = run_tables([make(TABLE), make(half)], 2)
     assert len(log)==4 and log[-1].startswith('4 of 4 trainings') # two rows, two seeds; row c starts from b
     calls.clear()
@@ -208,9 +207,9 @@ def test_mean_mask_baseline(manifests):
     m = manifests['x']
     train, test = (m.where(split=s, label=0) for s in ('train', 'test'))
     mean = np.mean([train.mask(i) for i in range(len(train))], 0)
-    by_hand = [score_mask(mean, test.mask(i)) for i in range(len(test))]
+    by_hand = [score_face_mask(mean, test.mask(i)) for i in range(len(test))]
     found = mean_mask_baseline(m, m)
-    assert found['iou']==pytest.approx(np.mean([s['iou'] for s in by_hand])) and .8<found['pixel_auc']<=1
+    assert found['iou']==pytest.approx(np.mean([s['iou'] for s in by_hand]))
     assert mean_mask_baseline(m, Manifest(m.table.assign(mask=''), m.folder)) is None
 
 def test_lower_error_rates_are_better():
@@ -246,7 +245,7 @@ def test_every_registered_table_can_be_set_up(manifests, tmp_path, monkeypatch):
     for name in list_tables():
         t = get_table(name)
         if t.derive_manifests: # only names are needed here, not the images
-            derived = {f'{m}, {v}': x for m in 'xy' for v in ('c0', 'c23', 'c40', 'SSIM')}
+            derived = {f'{m}, {v}': x for m in 'xy' for v in ('c0', 'c23', 'c40', 'SSIM', 'seen')}
             t = Table(**vars(t)|dict(derive_manifests=lambda manifests, folder, derived=derived: derived))
         try: r = TableRun(t, {'x': x, 'y': x}, 1, 'tiny', tmp_path)
         except DataMissingError as e: # BRISQUE's model, where it is neither at hand nor to be fetched
@@ -256,7 +255,7 @@ def test_every_registered_table_can_be_set_up(manifests, tmp_path, monkeypatch):
 
 def test_rows_that_depend_on_the_networks_size(manifests, tmp_path):
     two = {'x': manifests['x'], 'y': manifests['x']}
-    def rows(preset, **kw): return list(TableRun(get_table('blocks'), two, 1, preset, tmp_path, **kw).rows)
+    def rows(preset, **kw): return list(TableRun(get_table('blocks'), two, 1, preset, tmp_path, probes=False, **kw).rows)
     assert rows('tiny')==[f'{n} blocks' for n in range(5)] and rows('full')==[f'{n} blocks' for n in range(16)]
     assert rows('full', arch='ssaaformer_small')[-1]=='7 blocks'
 
@@ -273,7 +272,7 @@ def test_command(manifests, tmp_path, capsys):
     out = capsys.readouterr().out
     assert status==0 and 'SSAA and mapping' in out and 'other data' in out
     record = json.loads((tmp_path/'table-ablation.json').read_text())
-    assert record['seed']==[0] and len(record['results'])==8
+    assert record['seed']==[0] and len(record['results'])==10 and record['verdicts']
     assert list(tmp_path.glob('detectors/*/network.safetensors'))
 
 @pytest.mark.parametrize('argv, message', [(['cross', '--manifest', 'synthetic'], 'needs 2 manifests'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMPRESSION_LEVELS', 'QUALITY_CORRUPTIONS', 'SEEN_CORRUPTIONS', 'UNSEEN_CORRUPTIONS', 'CORRUPTION_STRENGTHS',
-           'compressed_manifests', 'level_columns', 'uncompressed_columns', 'single_forger_manifest',
-           'forger_manifests', 'transfer_matrix', 'add_noise', 'tint', 'recode', 'lanczos_resample',
-           'simulate_screenshot', 'denoise_and_sharpen', 'corrupted_manifests', 'corruption_columns',
-           'corruption_curves', 'plot_corruption_curves', 'plot_corruption_table', 'remask_training',
-           'mask_source_manifests', 'mask_source_columns', 'render_clip_pair', 'synthetic_video_set']
+           'compressed_manifests', 'level_columns', 'uncompressed_columns', 'forgers_manifest', 'forger_manifests',
+           'transfer_matrix', 'add_noise', 'tint', 'recode', 'lanczos_resample', 'simulate_screenshot',
+           'denoise_and_sharpen', 'corrupted_manifests', 'corruption_columns', 'corruption_curves',
+           'plot_corruption_curves', 'plot_corruption_table', 'remask_training', 'mask_source_manifests',
+           'mask_source_columns', 'render_clip_pair', 'synthetic_video_set']
 
 # %% ../../nbs/lib/experiments.conditions.ipynb #ff880504
 import re
@@ -60,13 +60,13 @@ def uncompressed_columns(
         for a, level in (n.split(', ') for n in names if ', ' in n) if level in levels]
 
 # %% ../../nbs/lib/experiments.conditions.ipynb #a8c13832
-def single_forger_manifest(
+def forgers_manifest(
     manifest:Manifest,
-    forger:str, # a value of the column `method`
+    *forgers:str, # values of the column `method`
 )->Manifest:
-    "Keep one forger's fakes and the real faces of their pairs; all real faces without a pair where a fake has none"
+    "Keep some forgers' fakes and the real faces of their pairs; all real faces without a pair where a fake has none"
     t = manifest.table
-    fake, real = (t['label']==0)&(t['method']==forger), t['label']==1
+    fake, real = (t['label']==0)&t['method'].isin(forgers), t['label']==1
     pair = t['dataset']+'/'+t['pair']
     kept = fake|(real&pair.isin(list(pair.to_numpy()[fake])))
     return Manifest(t.loc[kept].reset_index(drop=True), manifest.folder, manifest.name)
@@ -76,7 +76,7 @@ def forger_manifests(
     folder:Path|None=None, # not used: no image is written
 )->dict:                   # 'name, forger' -> `Manifest`
     "Split each manifest by forger"
-    return {f'{name}, {forger}': single_forger_manifest(m, forger) for name, m in manifests.items()
+    return {f'{name}, {forger}': forgers_manifest(m, forger) for name, m in manifests.items()
         for forger in sorted(set(m.table['method'][m.table['label']==0]))}
 
 def transfer_matrix(

@@ -20,7 +20,9 @@ from ..models.local_similarity.detector import LocalSimilarity
 XCEPTION_PLAIN_ROW = Row('Xception', LocalSimilarity, dict(use_llsm=False, use_flm=False))
 XCEPTION_DEGRADED_ROW = Row('Xception, degraded augmentation', LocalSimilarity,
     dict(use_llsm=False, use_flm=False, degrade_p=.5))
-LISIAM_ROW = Row('LiSiam', LiSiam)
+_SCHEDULE = dict(schedule='one-cycle') # that of the rows beside it, begun anew in each phase
+LISIAM_ROW = Row('LiSiam', LiSiam, _SCHEDULE)
+_STEPS = 2000 # of every classifier, whatever the phases of its training
 _ROWS = [XCEPTION_PLAIN_ROW, XCEPTION_DEGRADED_ROW, LISIAM_ROW]
 
 _PAPER_TABLES_IV_V = """| video AUC, trained on → tested on | C0 → C0, C23, C40 | C23 → | C40 → |
@@ -30,10 +32,12 @@ _PAPER_TABLES_IV_V = """| video AUC, trained on → tested on | C0 → C0, C23, 
 | LiSiam | 99.93, 98.12, 83.52 | 99.50, 99.52, 87.82 | 93.88, 93.80, 94.65 |"""
 lisiam_levels_table = Table('lisiam-levels',
     'Table IV, first line: trained on uncompressed faces, tested at each level', _ROWS,
-    uncompressed_columns, _PAPER_TABLES_IV_V, derive_manifests=compressed_manifests)
+    uncompressed_columns, _PAPER_TABLES_IV_V, derive_manifests=compressed_manifests,
+    train_steps=_STEPS)
 lisiam_compression_table = Table('lisiam-compression',
     'Tables IV and V: trained at one compression level, tested at each', _ROWS, transfer_columns,
-    _PAPER_TABLES_IV_V, derive_manifests=compressed_manifests, notes=transfer_matrix)
+    _PAPER_TABLES_IV_V, derive_manifests=compressed_manifests, notes=transfer_matrix,
+    train_steps=_STEPS)
 
 # %% ../../nbs/57_experiments_lisiam.ipynb #60f1029b
 _VARIANTS = dict(A='full method', B='both branches supervised', C='no segmentation loss',
@@ -57,8 +61,9 @@ def _original_and_c40(names):
     return columns
 
 lisiam_ablation_table = Table('lisiam-ablation', 'Table VI: ablation of losses and branches',
-    [*(Row(f'{k}: {v}', LiSiam, dict(ablation=k)) for k, v in _VARIANTS.items()),
-    XCEPTION_PLAIN_ROW], _original_and_c40, _PAPER_TABLE_VI, derive_manifests=compressed_manifests)
+    [*(Row(f'{k}: {v}', LiSiam, _SCHEDULE|dict(ablation=k)) for k, v in _VARIANTS.items()),
+    XCEPTION_PLAIN_ROW], _original_and_c40, _PAPER_TABLE_VI, derive_manifests=compressed_manifests,
+    train_steps=_STEPS)
 
 # %% ../../nbs/57_experiments_lisiam.ipynb #8d4bdb19
 _PAPER_TABLE_I = """| frame Acc / AUC on FF++ | c23 | c40 |
@@ -79,12 +84,12 @@ def _video_columns(names): return within_columns(names, (*SCORE_METRICS, *VIDEO_
 def _cross_columns(names): return cross_columns(names, SCORE_AND_MASK_METRICS, within=False)
 
 lisiam_frames_table = Table('lisiam-frames', 'Table I: frames', _ROWS, _frame_columns,
-    _PAPER_TABLE_I)
+    _PAPER_TABLE_I, train_steps=_STEPS)
 lisiam_videos_table = Table('lisiam-videos',
     'Table II: videos, of manifests that have a column `video`', _ROWS, _video_columns,
-    _PAPER_TABLE_II)
+    _PAPER_TABLE_II, train_steps=_STEPS)
 lisiam_cross_table = Table('lisiam-cross', 'Table III: trained on one set, tested on others', _ROWS,
-    _cross_columns, _PAPER_TABLE_III, min_manifests=2)
+    _cross_columns, _PAPER_TABLE_III, min_manifests=2, train_steps=_STEPS)
 
 # %% ../../nbs/57_experiments_lisiam.ipynb #ad4e0934
 _PAPER_TABLE_VII = """| video Acc / AUC | c23 | c40 |
@@ -99,6 +104,6 @@ def _corrupted(manifests, folder):
     return corrupted_manifests(manifests, folder, SEEN_CORRUPTIONS|UNSEEN_CORRUPTIONS)
 
 lisiam_robustness_table = Table('lisiam-robustness', 'Corruptions seen and unseen in training',
-    [*_ROWS, Row('LiSiam, clean pairs', LiSiam, dict(p=0.)),
+    [*_ROWS, Row('LiSiam, clean pairs', LiSiam, _SCHEDULE|dict(p=0.)),
     Row('local similarity', LocalSimilarity)], corruption_columns, derive_manifests=_corrupted,
-    figure=plot_corruption_table)
+    figure=plot_corruption_table, train_steps=_STEPS)

@@ -71,6 +71,52 @@ def _baseline_text(record):
         f'Mean-mask baseline (the mean of the training masks, the same for every face): {scores}. A detector whose '
         'masks score below it has not shown that it localises.')
 
+def _lines(head, rows):
+    "A Markdown table; empty without rows"
+    lines = [f"| {' | '.join(map(str, r))} |" for r in rows]
+    return '\n'.join([f"| {' | '.join(head)} |", '|---'*len(head)+'|', *lines]) if lines else ''
+
+def _trainings_text(record):
+    "Start, length and duration of each training, and what was measured of it"
+    trainings = record.get('trainings', [])
+    several = len({t['train'] for t in trainings})>1
+    def line(t):
+        measured = '; '.join(f'{k} {v:.3g}' for k, v in t['measured'].items())
+        return [t['row']+(f", {t['train']}" if several else ''), t.get('start', '–'), t.get('steps', '–'),
+            t.get('bs', '–'), t.get('schedule', '–'), f"{t['seconds']:.0f}", f"{t['images_per_second']:.0f}",
+            ' '.join(part for part in (measured, t['why']) if part) or '–']
+    return _lines(['training', 'start', 'classifier steps', 'batch', 'schedule', 'seconds', 'images a second', 'remarks'],
+        map(line, trainings))
+
+def _localisation_text(record):
+    "What masks gain over the mean mask, found and missed fakes apart; marks on real faces; the mask alone as a score"
+    def percent(v): return '–' if v is None else f'{100*v:.1f}'
+    keys = dict(iou_gain='IoU gain', iou_gain_flagged='of fakes found', iou_gain_missed='of fakes missed',
+        boundary_f1='boundary F1', marked_reals='real faces with a mark', auc_by_max='AUC by its maximum',
+        auc_by_mean='by its mean', auc_by_area='by its area')
+    return _lines(['masks', 'column', *keys.values()],
+        [[r['row'], r['column'], *(percent(r[k]) for k in keys)] for r in record.get('localisation', [])])
+
+def _control_text(record):
+    "The training on shuffled labels, collapsed trainings, and the smallest difference that could have been seen"
+    if 'verdicts' not in record: return ''
+    shuffled = ', '.join(f"{c} {100*p['value']:.1f} [{100*p['low']:.1f}, {100*p['high']:.1f}]"
+        f"{'' if p['passed'] else ' (not 50)'}" for c, p in record['permutation'].items())
+    smallest = ', '.join(f"{c} {'unknown with one seed' if v is None else f'{100*v:.1f}'}"
+        for c, v in record['smallest_difference'].items())
+    collapsed = '; '.join(f"{c['row']}, trained on {c['train']}, seed {c['seed']} ({c['why']})" for c in record['collapsed'])
+    texts = {'AUC after training on shuffled labels, which must be 50': shuffled,
+        f'Smallest difference that could have been seen (four times in five, {len(record["seeds"])} seeds), in points':
+        smallest, 'Collapsed trainings, outside the means': collapsed or 'none'}
+    return '\n'.join(f'- {k}: {v}.' for k, v in texts.items() if v)
+
+def _verdicts_text(record):
+    "The verdict on each row"
+    table = _lines(['row', 'control', 'verdict', 'in points'],
+        [[v['row'], v['control'] or '–', v['verdict'], v['reason']] for v in record.get('verdicts', [])])
+    said = record.get('prediction', '')
+    return '\n\n'.join(p for p in (f'**Predicted before it was run.** {said}' if said else '', table) if p)
+
 def record_markdown(
     record:dict,            # of `TableRun.record`, of any version
     table:Table|None = None,# for notes and the published numbers
@@ -87,7 +133,8 @@ def record_markdown(
         f"`{record['config']['preset']}`{settings}, {record['hardware']}). In each cell: mean over seeds "
         '[95 % interval over the people tested] ± standard deviation of the seeds. Positive class: fake. Threshold '
         'chosen on validation faces.',
-        _baseline_text(record), table.notes(record) if table and table.notes else '', compared]
+        _trainings_text(record), _baseline_text(record), _localisation_text(record),
+        table.notes(record) if table and table.notes else '', compared, _control_text(record), _verdicts_text(record)]
     if table and table.paper_results:
         parts += ['**Published numbers**, on the paper’s data. These are *other data* and cannot be compared with ours '
             'cell by cell:', table.paper_results]

@@ -12,7 +12,8 @@ from scipy.stats import t as student_t
 from ..io import read_json
 
 # %% ../../nbs/lib/experiments.records.ipynb #rec00005
-METRIC_LABELS = dict(accuracy='Acc', auc='AUC', ap='AP (fake)', eer='EER', iou='mask IoU', f1='mask F1',
+METRIC_LABELS = dict(accuracy='Acc', auc='AUC', ap='AP (fake)', eer='EER', iou='mask IoU', iou_gain='mask IoU gain',
+    boundary_f1='boundary F1', f1='mask F1',
     pixel_auc='pixel AUC', video_accuracy='video Acc', video_auc='video AUC', video_auc_majority='video AUC (majority)',
     video_auc_window='video AUC (window)')
 LOWER_IS_BETTER = ('eer',) # of `METRIC_LABELS`

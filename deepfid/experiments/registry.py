@@ -26,6 +26,7 @@ _TABLES:dict = { # name -> (title, 'module:attribute' or `Table`)
     'quality': ('Quality measures (Table 5), and a predicted difficulty', _D+'quality_table'),
     'ranges': ('Accuracy by image quality (Table 6)', _D+'ranges_table'),
     'blocks': ('Number of SSAA blocks (Figure 5)', _D+'blocks_table'),
+    'symmetry': ('SSAA where both sides are forged, and where one is', _D+'symmetry_table'),
     'recipes': ('Training recipes', _D+'recipes_table'),
     'targets': ('Training targets: labels or fidelity', _D+'targets_table'),
     'regressors': ('Fidelity regressors', _D+'regressors_table'),
@@ -49,6 +50,7 @@ _TABLES:dict = { # name -> (title, 'module:attribute' or `Table`)
     'lisiam-ablation': ('Table VI: ablation of losses and branches', _L+'lisiam_ablation_table'),
     'lisiam-masks': ('Table VII: mask sources', _L+'lisiam_masks_table'),
     'lisiam-robustness': ('Corruptions seen and unseen in training', _L+'lisiam_robustness_table'),
+    'overall': ('One table over all: each idea on EfficientNet-Lite0', 'deepfid.experiments.overall:overall_table'),
 }
 
 # %% ../../nbs/lib/experiments.registry.ipynb #c6be31a0

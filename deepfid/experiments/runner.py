@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MASK_METRICS', 'VIDEO_METRICS', 'SCORE_METRICS', 'SCORE_AND_MASK_METRICS', 'Row', 'Column', 'Table', 'within_columns',
-           'cross_columns', 'transfer_columns', 'resolve_settings', 'cache_key', 'score_mask', 'score_test_faces',
-           'mean_mask_baseline', 'TableRun', 'run_tables']
+           'cross_columns', 'pairwise_columns', 'transfer_columns', 'resolve_settings', 'cache_key', 'score_test_faces',
+           'mean_training_mask', 'mean_mask_baseline', 'TableScores', 'TableRun', 'run_tables']
 
 # %% ../../nbs/lib/experiments.runner.ipynb #07adf0aa
-import hashlib, inspect, json, os, time
+import hashlib, inspect, json, os, shutil, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 import cv2, numpy as np
 import deepfid
-from ..core import DeepfidError, get_preset
+from ..core import DeepfidError, check_choice, get_preset
 from ..data.manifest import Manifest
-from ..evaluate.metrics import mask_f1, mask_iou, average_over_seeds, pixel_auc, video_scores
+from ..evaluate.metrics import average_over_seeds, localisation_report, score_face_mask, video_scores
+from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, row_verdict,
+    shuffle_labels, smallest_difference, starting_weights, training_length, validation_auc)
 from .provenance import describe_code, describe_machine, describe_run, source_hash
 from ..io import mark_folder, read_json, to_json, write_json
-from ..parallel import limit_threads, map_processes
+from ..parallel import limit_threads, map_processes, map_ray
 
 # %% ../../nbs/lib/experiments.runner.ipynb #f6ea32c0
-MASK_METRICS = dict(iou=mask_iou, f1=mask_f1, pixel_auc=pixel_auc) # of one fake face's mask
+MASK_METRICS = ('iou', 'iou_gain', 'boundary_f1', 'f1') # of one fake face's mask, see `score_face_mask`
 VIDEO_METRICS = dict(video_accuracy=('accuracy', 'majority'), video_auc=('auc', 'mean'), # metric, frame aggregation
     video_auc_majority=('auc', 'majority'), video_auc_window=('auc', 'window'))
 SCORE_METRICS = ('accuracy', 'auc')
-SCORE_AND_MASK_METRICS = (*SCORE_METRICS, *MASK_METRICS)
+SCORE_AND_MASK_METRICS = (*SCORE_METRICS, 'iou', 'iou_gain', 'boundary_f1')
 
 # %% ../../nbs/lib/experiments.runner.ipynb #a30f10e8
 @dataclass
@@ -43,6 +45,10 @@ class Row:
     # (detector, manifest, **settings) -> detector: a function at the top of a module; default: its `refit` method
     refit:Callable|None = None
     check:Callable|None = None          # called before any training; raises `DeepfidError` if something is missing
+    why:str = ''                        # reason for another start, length or schedule of training than the baseline's
+    frozen:bool = False                 # not trained: a logistic regression on the features of the untrained network
+    change:Callable|None = None         # (manifest) -> manifest that the row is trained on; at the top of a module
+    measure:Callable|None = None        # (trained detector) -> {name: number} to record; at the top of a module
 
     def create(self, **overrides:Any)->Any: # a `Detector`
         "Create the row's detector, untrained"
@@ -73,6 +79,11 @@ class Table:
     figure:Callable|None = None         # (record) -> matplotlib Figure
     derive_manifests:Callable|None = None # ({name: Manifest}, folder) -> {name: Manifest}: more, made from them
     rows_for_preset:Callable|None = None  # (preset, overrides) -> rows, where they depend on the network's size
+    metric:str = 'auc'                  # key of `METRIC_LABELS`: the one that the verdicts are about
+    controls:dict = field(default_factory=dict) # row -> row that has everything but its idea
+    prediction:str = ''                 # what is expected, written before anything is run
+    seeds:int = 3                       # trainings of each row
+    train_steps:int|None = None         # of each row's classifier; None: by the recipes' epochs
 
     def require_manifests(self,
         n:int, # number of manifests
@@ -98,6 +109,13 @@ def cross_columns(
     "Train on the first manifest, test on each"
     first = names[0]
     return [Column(n if n==first else f'{first} to {n}', first, n, metrics=metrics) for n in names[0 if within else 1:]]
+
+def pairwise_columns(
+    names:list[str],               # of manifests
+    metrics:tuple = SCORE_METRICS,
+)->list[Column]:
+    "Train on each manifest, test on each"
+    return [Column(a if a==b else f'{a} to {b}', a, b, metrics=metrics) for a in names for b in names]
 
 def transfer_columns(
     names:list[str],               # of manifests; those that count are named 'set, variant'
@@ -141,48 +159,274 @@ def cache_key(
         refits.append(dict(settings=row.settings, refit=_identity(row.refit)))
         row = rows[row.after]
     about = dict(detector=_identity(row.detector), config=resolve_settings(row, preset, overrides), refits=refits,
-        seed=seed, data=data, version=deepfid.__version__, code=code or source_hash())
+        frozen=row.frozen, change=_identity(row.change), seed=seed, data=data, version=deepfid.__version__,
+        code=code or source_hash())
     return hashlib.sha256(to_json(about).encode()).hexdigest()[:24]
 
 # %% ../../nbs/lib/experiments.runner.ipynb #dc993ed3
-def score_mask(
-    predicted:np.ndarray, # float (H,W), 1 = manipulated; resized to `true`
-    true:np.ndarray,      # float (H,W), 1 = manipulated
-)->dict|None:             # metric -> value; None where no pixel is manipulated, or all are: nothing to localise
-    "Compute `MASK_METRICS` of one face"
-    if not 0<(true>.5).mean()<1: return None
-    predicted = cv2.resize(np.asarray(predicted, np.float32), true.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return {name: float(metric(predicted, true)) for name, metric in MASK_METRICS.items()}
-
 def score_test_faces(
     detector:Any,      # trained `Detector`
     manifest:Manifest,
-)->dict: # fidelity: (n,), threshold, mask_metrics: metric -> (n,) with None for real faces; or None without masks
+    mean_mask:np.ndarray|None=None, # of the training fakes
+)->dict: # fidelity: (n,), threshold, seconds, masks: of `score_face_mask`, one a face; or None without masks
     "Score the test faces of a manifest, and the predicted masks; masks for some faces only are refused"
-    test, fidelity, masks = manifest.of('test'), [], []
+    test, fidelity, masks, seconds = manifest.of('test'), [], [], 0.
     for start in range(0, len(test), 512): # not all predicted masks in memory at once
         part = Manifest(test.table.iloc[start:start+512].reset_index(drop=True), test.folder, test.name)
+        began = time.time()
         predictions = detector.predict_manifest(part)
+        seconds += time.time()-began
         fidelity += [float(p.fidelity) for p in predictions]
-        masks += [score_mask(p.mask, part.mask(i)) for i, p in enumerate(predictions) if p.mask is not None]
+        masks += [score_face_mask(p.mask, part.mask(i), mean_mask) for i, p in enumerate(predictions)
+            if p.mask is not None]
     if len(masks) not in (0, len(test)):
         raise DeepfidError(f'{detector.name}: predicts a mask for {len(masks)} of {len(test)} faces; mask metrics need '
             'one for every face, or none at all')
-    return dict(fidelity=fidelity, threshold=float(detector.threshold),
-        mask_metrics={k: [m and m[k] for m in masks] for k in MASK_METRICS} if masks else None)
+    return dict(fidelity=fidelity, threshold=float(detector.threshold), seconds=seconds, masks=masks or None)
 
 # %% ../../nbs/lib/experiments.runner.ipynb #d2c07b4e
+def mean_training_mask(
+    manifest:Manifest,
+)->np.ndarray|None: # float32 (H,W); None where masks are missing
+    "Average the masks of the training fakes"
+    train = manifest.where(split='train', label=0)
+    if not len(train) or '' in set(train.table['mask']): return None
+    size = train.mask(0).shape[::-1]
+    return np.mean([cv2.resize(train.mask(i), size, interpolation=cv2.INTER_AREA) for i in range(len(train))], 0)
+
 def mean_mask_baseline(
     train:Manifest, # its training masks are averaged
     test:Manifest,  # its fake test faces are scored
-)->dict|None:       # mean of each of `MASK_METRICS`; None where masks are missing
+)->dict|None:       # mean of iou, boundary_f1 and f1; None where masks are missing
     "Score the mean training mask on every fake test face"
-    train, test = train.where(split='train', label=0), test.where(split='test', label=0)
-    if not (len(train) and len(test)) or '' in {*train.table['mask'], *test.table['mask']}: return None
-    size = test.mask(0).shape[::-1]
-    mean = np.mean([cv2.resize(train.mask(i), size, interpolation=cv2.INTER_AREA) for i in range(len(train))], 0)
-    scores = [s for i in range(len(test)) if (s := score_mask(mean, test.mask(i)))]
-    return {k: float(np.mean([s[k] for s in scores])) for k in MASK_METRICS} if scores else None
+    mean, test = mean_training_mask(train), test.where(split='test', label=0)
+    if mean is None or not len(test) or '' in set(test.table['mask']): return None
+    scores = [s for i in range(len(test)) if 'iou' in (s := score_face_mask(mean, test.mask(i)))]
+    return {k: float(np.mean([s[k] for s in scores])) for k in ('iou', 'boundary_f1', 'f1')} if scores else None
+
+# %% ../../nbs/lib/experiments.runner.ipynb #run00002
+class TableScores:
+    "What follows from the scores of a table's cells: values, differences, verdicts and the record"
+    table:Table; rows:dict; columns:list; seeds:list; manifests:dict; baseline:Row; shuffled:Row|None
+    cells:dict # (row, train, test, seed) -> what `TableRun.cell` returns
+    preset:str; overrides:dict; data:str
+
+    def test_table(self,
+        column:Column,
+    )->tuple: # DataFrame (n rows), bool (n,)
+        "Return the table of a column's test faces, and which of them count"
+        test = self.manifests[column.test].of('test').table.reset_index(drop=True)
+        return test, np.ones(len(test), bool) if column.subset is None else np.asarray(column.subset(test), bool)
+
+    def results(self,
+        n_boot:int = 1000, # bootstrap resamples of the people
+    )->list[dict]: # row, column, metric, faces, people, value, low, high, seeds, difference (from the baseline), collapsed
+        "Compute every number of the table; value is None where a cell lacks faces, masks or one of the classes"
+        return [r for column in self.columns for metric in column.metrics
+            for r in self._metric_results(column, metric, n_boot)]
+
+    def _metric_results(self, column, metric, n_boot):
+        "The results of all rows in one column by one metric"
+        faces = self.counted_faces(column, metric)
+        about = dict(column=column.name, metric=metric, faces=int(faces.sum()),
+            people=int(self.test_table(column)[0]['identity'][faces].nunique()))
+        return [dict(row=row.name, **about, **self._summarise(row, column, metric, n_boot)) for row in self.table.rows]
+
+    def counted_faces(self, column:Column, metric:str)->np.ndarray: # bool (n,)
+        "Select the test faces that count in a column by a metric"
+        test, counted = self.test_table(column)
+        if metric not in MASK_METRICS: return counted
+        scored = [c['masks'] for (_, *at, _), c in self.cells.items()
+            if at==[column.train, column.test] and c['masks'] and c['masks'][0] is not None]
+        if not scored: return np.zeros(len(test), bool)
+        return counted&np.array([m.get(metric) is not None for m in scored[0]])
+
+    def collapsed_seeds(self, row:Row, train:str)->dict: # seed -> why
+        "List the trainings of a row that collapsed; the frozen probe is not trained"
+        cells = {s: c for (r, t, _, s), c in self.cells.items() if (r, t)==(row.name, train) and not row.frozen}
+        return {s: why for s, c in cells.items() if (why := collapse(c['validation'], c['fidelity']))}
+
+    def _used_seeds(self, column, *rows):
+        "The seeds whose trainings count: those that did not collapse in any of the rows; all, where every one did"
+        collapsed = {s for row in rows for s in self.collapsed_seeds(row, column.train)}
+        return [s for s in self.seeds if s not in collapsed] or self.seeds
+
+    def _seed_runs(self, row, column, metric, seeds):
+        "(values (n,), threshold) for each seed; none where masks are wanted and the row predicts none"
+        cells = [self.cells[row.name, column.train, column.test, s] for s in seeds]
+        faces = self.counted_faces(column, metric)
+        if metric not in MASK_METRICS: return [(np.array(c['fidelity'])[faces], c['threshold']) for c in cells]
+        if not all(c['masks'] for c in cells): return []
+        return [(np.array([m.get(metric) for m in c['masks']], float)[faces], None) for c in cells]
+
+    def _video_runs(self, column, selected, label, metric, *several):
+        "Aggregate frames to videos: label and person of each video, and for each list of runs the runs of the videos"
+        test, how = self.test_table(column)[0][selected], VIDEO_METRICS[metric][1]
+        def videos(fidelity, threshold): return video_scores(fidelity, label, test, how, threshold=threshold)
+        out = [[(videos(f, t).fidelity, .5 if how=='majority' else t) for f, t in runs] for runs in several]
+        v = videos(np.zeros(len(label)), .5)
+        first = np.unique(v.video_index, return_index=True)[1]
+        return v.label, test['identity'].to_numpy()[first], out
+
+    def compare(self,
+        row:Row, base:Row|None, # None: the row's own value
+        column:Column,
+        metric:str = 'auc',
+        n_boot:int = 1000, # bootstrap resamples of the people
+    )->dict|None: # value, low, high, seeds; None where one of them lacks faces, masks or one of the classes
+        "Compute a row's mean over its seeds, or by how much it differs from another row's, with the people's interval"
+        rows = [row] if base is None else [row, base]
+        seeds, faces = self._used_seeds(column, *rows), self.counted_faces(column, metric)
+        test = self.test_table(column)[0]
+        label, groups = test['label'].to_numpy()[faces], test['identity'].to_numpy()[faces]
+        runs = [self._seed_runs(r, column, metric, seeds) for r in rows]
+        one_class = metric in ('accuracy', 'video_accuracy', *MASK_METRICS)
+        if not all(runs) or not len(label) or not (one_class or len(set(label))==2): return None
+        if metric in VIDEO_METRICS: label, groups, runs = self._video_runs(column, faces, label, metric, *runs)
+        kind = 'mean' if metric in MASK_METRICS else VIDEO_METRICS.get(metric, (metric,))[0]
+        by_seed = np.array([[average_over_seeds([r], label, kind, n_boot=0).value for r in some] for some in runs])
+        found = average_over_seeds(runs[0], label, kind, groups, None if base is None else runs[1], n_boot)._asdict()
+        return found|dict(seeds=(by_seed[0] if base is None else by_seed[0]-by_seed[1]).tolist())
+
+    def _summarise(self, row, column, metric, n_boot):
+        "Mean over seeds with its interval, each seed's value, and the difference from the baseline row"
+        own = self.compare(row, None, column, metric, n_boot)
+        if own is None: return dict(value=None, low=None, high=None, seeds=[], difference=None, collapsed=[])
+        difference = None if row is self.baseline else self.compare(row, self.baseline, column, metric, n_boot)
+        return dict(own, difference=difference, collapsed=list(self.collapsed_seeds(row, column.train)))
+
+    def mean_mask_baselines(self)->dict: # column -> mask metric -> value
+        "Score the mean-mask baseline of each column in which masks were scored"
+        columns = [c for c in self.columns if set(c.metrics)&set(MASK_METRICS) and self.counted_faces(c, 'iou').any()]
+        scores = {c.name: mean_mask_baseline(self.manifests[c.train], self.manifests[c.test]) for c in columns}
+        return {name: s for name, s in scores.items() if s}
+
+    def headline(self, column:Column)->str:
+        "Return the metric that the verdicts are about: of videos where there are clips"
+        video = f'video_{self.table.metric}'
+        return video if video in column.metrics else self.table.metric
+
+    def permutation(self)->dict: # column -> value, low, high, passed
+        "Test the training on shuffled labels: nothing can be learned from them"
+        if not self.shuffled: return {}
+        out, row = {}, self.shuffled
+        for column in self.columns:
+            test, counted = self.test_table(column)
+            scores, label = self.cells[row.name, column.train, column.test, self.seeds[0]]['fidelity'], test['label']
+            if label[counted].nunique()<2: continue
+            run = [(np.array(scores)[counted], None)]
+            found = average_over_seeds(run, label[counted].to_numpy(), 'auc', test['identity'][counted])._asdict()
+            out[column.name] = found|dict(passed=found['low']<=.5<=found['high'])
+        return out
+
+    def verdicts(self,
+        results:list[dict], # of `results`
+    )->tuple[list[dict], dict]: # row, control, verdict, reason; and the smallest detectable difference of each column
+        "Judge each row by its differences from the baseline and from its control"
+        found, smallest, permutation = {}, {}, self.permutation()
+        for c in self.columns:
+            for r in results:
+                if (r['column'], r['metric'])==(c.name, self.headline(c)) and r['difference']:
+                    found.setdefault(r['row'], []).append((c, r))
+        ideas = [r for r in self.table.rows if r.name in found and not r.frozen
+            and r.name not in self.table.controls.values()]
+        for c in self.columns:
+            own = [r['difference'] for row in ideas for column, r in found[row.name] if column is c]
+            smallest[c.name] = smallest_difference(own) if own else None
+        out = []
+        for row in ideas:
+            control = self.table.controls.get(row.name, '')
+            cells = [dict(column=c.name, difference=r['difference'], smallest=smallest[c.name], control=control,
+                control_difference=self.compare(row, self.rows[control], c, self.headline(c)) if control else None,
+                problem=self._problem(row, c, permutation)) for c, r in found[row.name]]
+            verdict, reason = row_verdict(cells, self.table.metric)
+            out.append(dict(row=row.name, control=control, verdict=verdict, reason=reason))
+        return out, smallest
+
+    def _problem(self, row, column, permutation):
+        "Why a column cannot answer whether a row helps; '' where it can"
+        if len(self.seeds)<2: return 'one seed: the spread of trainings is not known'
+        if not permutation.get(column.name, dict(passed=True))['passed']:
+            return 'something was found in shuffled labels'
+        for r in (row, self.baseline):
+            if len(self.collapsed_seeds(r, column.train))>=len(self.seeds)-1: return f'{r.name}: trainings collapsed'
+        return ''
+
+    def localisation(self)->list[dict]: # row, column, and what `localisation_report` returns
+        "Summarise the masks of each row, averaged over seeds"
+        out = []
+        for c in self.columns:
+            if not set(c.metrics)&set(MASK_METRICS): continue
+            test, counted = self.test_table(c)
+            label = test['label'].to_numpy()[counted]
+            for row in self.table.rows:
+                cells = [self.cells[row.name, c.train, c.test, s] for s in self._used_seeds(c, row)]
+                if not all(cell['masks'] for cell in cells): continue
+                reports = [localisation_report([m for m, use in zip(cell['masks'], counted) if use], label,
+                    np.array(cell['fidelity'])[counted]<cell['threshold']) for cell in cells]
+                known = {k: [r[k] for r in reports if r[k] is not None] for k in reports[0]}
+                out.append(dict(row=row.name, column=c.name, **{k: float(np.mean(v)) if v else None
+                    for k, v in known.items()}))
+        return out
+
+    def trainings(self)->list[dict]: # row, train, start, steps, bs, schedule, why, seconds, images_per_second, measured
+        "Describe each training: start, length, duration, and what was measured of the trained detector"
+        out = []
+        for train in dict.fromkeys(c.train for c in self.columns):
+            for row in [*self.table.rows, *([self.shuffled] if self.shuffled else [])]:
+                cells = [c for (r, t, _, _), c in self.cells.items() if (r, t)==(row.name, train)]
+                faces, seconds = sum(len(c['fidelity']) for c in cells), sum(c['seconds'] for c in cells)
+                length = self.training_length(self.base_row(row), train) or {}
+                if row.frozen: length |= dict(steps=0)
+                names = dict.fromkeys(k for c in cells for k in c['measured'])
+                out.append(dict(row=row.name, train=train, **length, why=row.why,
+                    seconds=float(np.mean([c['trained']['seconds'] for c in cells])),
+                    images_per_second=faces/max(seconds, 1e-9),
+                    measured={k: float(np.mean([c['measured'][k] for c in cells])) for k in names}))
+        return out
+
+    def record(self)->dict: # JSON-able; see `record_markdown`
+        "Describe the whole table as it is written to disk"
+        results = self.results()
+        metrics = {f"{r['row']} | {r['column']} | {r['metric']}": {k: r[k] for k in ('value', 'low', 'high')}
+            for r in results if r['value'] is not None}
+        rows = [dict(name=r.name, settings=json.loads(to_json(r.settings)), after=r.after,
+            recipe=resolve_settings(r, self.preset, self.overrides)['recipe'] if r.detector else r.recipe)
+            for r in self.table.rows]
+        trained = list({to_json(c['trained']): c['trained'] for c in self.cells.values()}.values())
+        code = {to_json(t): t for t in ({k: v for k, v in t.items() if k!='seconds'} for t in trained)}
+        machines = sorted({t['hardware'] for t in trained if 'hardware' in t}) or [describe_machine()['hardware']]
+        splits = {k: {s: int(n) for s, n in m.table['split'].value_counts().items()}
+            for k, m in self.manifests.items()}
+        trainings, (verdicts, smallest) = self.trainings(), self.verdicts(results)
+        collapsed = [dict(row=row.name, train=train, seed=seed, why=why) for row in self.table.rows
+            for train in dict.fromkeys(c.train for c in self.columns)
+            for seed, why in self.collapsed_seeds(row, train).items()]
+        return describe_run(dict(table=self.table.name, preset=self.preset, rows=rows, overrides=self.overrides),
+            self.data, self.seeds, sum(t['seconds'] for t in trained), metrics,
+            title=self.table.title, baseline=self.baseline.name, results=results,
+            mean_mask_baseline=self.mean_mask_baselines(), hardware='; '.join(machines),
+            trained_at=[code[k] for k in sorted(code)], faces=splits, metric=self.table.metric, seeds=self.seeds,
+            steps={t['row']: t.get('steps') for t in trainings}, start={t['row']: t.get('start') for t in trainings},
+            controls=self.table.controls, prediction=self.table.prediction, smallest_difference=smallest,
+            permutation=self.permutation(), collapsed=collapsed, verdicts=verdicts, trainings=trainings,
+            localisation=self.localisation())
+
+    def base_row(self, row:Row)->Row:
+        "Return the row whose network a row uses: itself, unless it has `after`"
+        while row.after: row = self.rows[row.after]
+        return row
+
+    def training_length(self,
+        row:Row,   # with a detector of its own
+        train:str, # name of a manifest
+    )->dict|None:  # steps, bs, schedule, start; None for a detector that is no network
+        "Describe how a row's classifier is trained"
+        if not hasattr(row.detector, 'resolve_config'): return None
+        detector = row.create(**self.overrides)
+        detector.config = detector.resolve_config(self.preset, row.recipe)
+        start = starting_weights(detector.config.to_dict())
+        return training_length(detector, self.manifests[train])|dict(start=start)
 
 # %% ../../nbs/lib/experiments.runner.ipynb #74e6482f
 def _row_problems(row, rows):
@@ -205,37 +449,95 @@ def _row_problems(row, rows):
             return
         chain.append(row.name)
 
-class TableRun:
+class TableRun(TableScores):
     "Train and test the rows of a table on some manifests, with a cache"
     def __init__(self,
         table:Table,
         manifests:dict,                # name -> `Manifest`, in the order of the command line
-        seeds:int|list[int] = 3,       # how many, or which
+        seeds:int|list[int]|None = None, # how many, or which; default: as the table declares
         preset:str|None = None,        # 'tiny' | 'full'; default: 'full' where there is a GPU
         cache:str|Path = 'out/tables', # folder
         log:Callable = print,          # called with each progress message
+        train_steps:int|None = None,   # of each row's classifier; default: the table's, unless epochs or steps are given
+        probes:bool = True,            # add the frozen probe and the training on shuffled labels
         **overrides:Any                # settings for every row, such as epochs=2
     ):
         table.require_manifests(len(manifests))
-        self.log, self.cache, self.preset, self.overrides = log, Path(cache), get_preset(preset), overrides
+        self.log, self.cache, self.preset = log, Path(cache).absolute(), get_preset(preset)
+        self.overrides = overrides
+        seeds = table.seeds if seeds is None else seeds
         self.seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+        self.train_steps = train_steps or (None if {'epochs', 'steps'}&set(overrides) else table.train_steps)
         self.manifests = dict(manifests)
         if table.derive_manifests: self.manifests |= table.derive_manifests(manifests, self.cache/'derived')
         if table.rows_for_preset: table = replace(table, rows=table.rows_for_preset(self.preset, overrides))
         self.table, self.rows = table, {r.name: r for r in table.rows}
-        self.columns = table.columns(list(self.manifests))
+        self.columns = [self._with_video_metrics(c) for c in table.columns(list(self.manifests))]
         self.data = ', '.join(manifests)
         self.keys, self.code = {name: m.key() for name, m in self.manifests.items()}, source_hash() # workers keep these
-        self.cells, self.trained, self.provenance = {}, {}, {}
+        self.cells, self.trained, self.provenance, self.validation, self.mean_masks = {}, {}, {}, {}, {}
+        self.shuffled:Row|None = None
+        self._refuse(self._problems())
+        self._set_up_trainings(probes)
         self.check()
         self.baseline = self.rows[table.baseline or table.rows[0].name]
 
+    def _with_video_metrics(self, column):
+        "The column with metrics of videos, where all its test faces belong to clips"
+        test = self.manifests.get(column.test)
+        if test is None or 'auc' not in column.metrics or set(column.metrics)&set(VIDEO_METRICS): return column
+        videos = set(test.of('test').table['video'])
+        if not videos or '' in videos: return column
+        return replace(column, metrics=(*column.metrics, 'video_auc', 'video_accuracy'))
+
+    def _set_up_trainings(self, probes):
+        "Give each training the table's length and a neutral start, and add the control rows"
+        rows = [self._equalised(row) for row in self.table.rows]
+        base = next(r for r in rows if r.name==(self.table.baseline or rows[0].name))
+        names = {r.name: r for r in rows}
+        while base.after: base = names[base.after]
+        if probes: # named so that a row of that name would be refused
+            self.shuffled = replace(base, name='shuffled labels', change=shuffle_labels, measure=None, check=None)
+            if hasattr(base.detector, 'resolve_config'):
+                rows = [replace(base, name='frozen probe', frozen=True, measure=None, check=None), *rows]
+        baseline = self.table.baseline or self.table.rows[0].name
+        self.table = replace(self.table, rows=rows, baseline=baseline)
+        self.rows = {r.name: r for r in [*rows, *([self.shuffled] if self.shuffled else [])]}
+
+    def _equalised(self, row):
+        "A row with the table's number of steps, and from noise where its preset's start has seen forgeries"
+        if not hasattr(row.detector, 'resolve_config'): return row
+        detector, more = row.create(**self.overrides), {}
+        detector.config = detector.resolve_config(self.preset, row.recipe)
+        if starting_weights(detector.config.to_dict())==FORGERY_WEIGHTS: more['pretrained'] = False
+        if self.train_steps: more['steps'] = max(1, round(self.train_steps/classifier_epochs(detector)))
+        return replace(row, settings=row.settings|more)
+
     def check(self)->None:
-        "Refuse a badly declared table, or missing data, before any training"
-        problem = next(self._problems(), None)
-        if problem: raise DeepfidError(f'table {self.table.name!r}: {problem}')
+        "Refuse unequal trainings, or missing data, before any training"
+        self._refuse(self._unequal_trainings())
         for row in self.table.rows:
             if row.check: row.check()
+
+    def _refuse(self, problems):
+        if problem := next(problems, None): raise DeepfidError(f'table {self.table.name!r}: {problem}')
+
+    def _unequal_trainings(self):
+        "Iterate over rows that are trained otherwise than the baseline and do not say why"
+        baseline = self.base_row(self.rows[self.table.baseline])
+        for train in dict.fromkeys(c.train for c in self.columns):
+            wanted = self.training_length(baseline, train)
+            for row in self.table.rows:
+                found = None if row.after or row.frozen else self.training_length(row, train)
+                if not (found and wanted): continue
+                if found['start']==FORGERY_WEIGHTS:
+                    yield f'row {row.name!r} starts from weights that were trained on forgeries; give pretrained=False'
+                near = abs(found['steps']-wanted['steps'])<=.02*wanted['steps']
+                different = [k for k in found if found[k]!=wanted[k] and not (k=='steps' and near)]
+                if row.why or not different: continue
+                said = ', '.join(f'{k} {found[k]} against {wanted[k]}' for k in different)
+                yield (f'row {row.name!r} is trained otherwise than {baseline.name!r} ({said}); make them equal '
+                    '(train_steps gives every classifier the same number of steps), or say why in the row')
 
     def _problems(self):
         "Iterate over what is wrong with seeds, rows, columns and manifests"
@@ -244,6 +546,8 @@ class TableRun:
         if not t.rows: yield 'at least one row is needed'
         if len(self.rows)<len(t.rows): yield 'two rows have the same name'
         if t.baseline and t.baseline not in self.rows: yield f'no row {t.baseline!r} to compare with'
+        if reserved := {'frozen probe', 'shuffled labels'}&set(self.rows): yield f'{reserved.pop()!r} is added to every table'
+        for name in {*t.controls, *t.controls.values()}-set(self.rows): yield f'no row {name!r}, named in `controls`'
         for row in t.rows: yield from _row_problems(row, self.rows)
         for c in self.columns: yield from (f'no manifest {m!r}' for m in (c.train, c.test) if m not in self.manifests)
         for c in self.columns:
@@ -259,26 +563,31 @@ class TableRun:
         "List every cell, training by training"
         tests = {train: dict.fromkeys(c.test for c in self.columns if c.train==train)
             for train in dict.fromkeys(c.train for c in self.columns)}
-        return [(row, train, test, seed) for train in tests for seed in self.seeds for row in self.table.rows
+        def rows(seed): return [*self.table.rows, *([self.shuffled] if self.shuffled and seed==self.seeds[0] else [])]
+        return [(row, train, test, seed) for train in tests for seed in self.seeds for row in rows(seed)
             for test in tests[train]]
 
     def cell(self,
         row:Row, train:str, test:str, seed:int
-    )->dict: # row, train, test, seed, trained, and what `score_test_faces` returns
+    )->dict: # row, train, test, seed, trained, validation, measured, and what `score_test_faces` returns
         "Return the scores of one row on the test faces of one manifest, from the cache or from a detector"
         path = self.cell_path(row, train, test, seed)
         if not path.is_file():
             self.log(f'{self.table.name}: {row.name}, trained on {train}, tested on {test}, seed {seed}')
             path.parent.mkdir(parents=True, exist_ok=True)
-            scores = score_test_faces(self.detector(row, train, seed), self.manifests[test])
+            detector, manifest = self.detector(row, train, seed), self.manifests[train]
+            if train not in self.mean_masks: self.mean_masks[train] = mean_training_mask(manifest)
+            scores = score_test_faces(detector, self.manifests[test], self.mean_masks[train])
             write_json(path, dict(row=row.name, train=train, test=test, seed=seed, **scores,
+                validation=self.validation[row.name, train, seed], measured=row.measure(detector) if row.measure else {},
                 trained=self.provenance[self.base_row(row).name, train, seed]))
         self.cells[row.name, train, test, seed] = scores = read_json(path)
         return scores
 
     def cell_path(self, row:Row, train:str, test:str, seed:int)->Path:
         "Return the cache file of a cell"
-        return self.cache/'cells'/f'{self.key(row, (train, test), seed)}.json'
+        measured = f'-{row.measure.__name__}' if row.measure else ''
+        return self.cache/'cells'/f'{self.key(row, (train, test), seed)}{measured}.json'
 
     def key(self,
         row:Row,
@@ -289,24 +598,23 @@ class TableRun:
         data = [self.keys[n] for n in names]
         return cache_key(row, self.rows, data, seed, self.preset, self.overrides, self.code)
 
-    def base_row(self, row:Row)->Row:
-        "Return the row whose network a row uses: itself, unless it has `after`"
-        while row.after: row = self.rows[row.after]
-        return row
-
     def detector(self, row:Row, train:str, seed:int)->Any: # trained `Detector`
         "Train or load the detector of a row; those of one manifest and seed stay in memory, since rows share them"
         at = (row.name, train, seed)
         if at in self.trained: return self.trained[at]
         self.trained = {k: v for k, v in self.trained.items() if k[1:]==at[1:]}
-        start, manifest = time.time(), self.manifests[train]
+        start, manifest = time.time(), self.training_manifest(row, train)
         if not row.after: detector = self._load_or_train(row, train, seed)
         else:
             base = self.detector(self.rows[row.after], train, seed)
             detector = row.refit(base, manifest, **row.settings) if row.refit else base.refit(manifest, **row.settings)
         self.log(f'  {row.name}, seed {seed}: {time.time()-start:.0f} s')
-        self.trained[at] = detector
+        self.trained[at], self.validation[at] = detector, validation_auc(detector, self.manifests[train])
         return detector
+
+    def training_manifest(self, row:Row, train:str)->Manifest:
+        "Return the faces that a row is trained on"
+        return row.change(self.manifests[train]) if row.change else self.manifests[train]
 
     def _load_or_train(self, row, train, seed):
         folder = self.cache/'detectors'/self.key(row, (train,), seed)
@@ -314,103 +622,19 @@ class TableRun:
             self.provenance[row.name, train, seed] = read_json(folder/'trained.json')
             return row.detector.load(folder)
         start, provenance = time.time(), describe_code()|describe_machine()
-        detector = row.create(seed=seed, **self.overrides)
-        detector.fit(self.manifests[train], preset=self.preset, recipe=row.recipe)
+        detector:Any = row.create(seed=seed, **self.overrides)
+        unfinished, options = self.cache/'unfinished'/folder.name, {}
+        if row.frozen: detector = FrozenProbe(detector)
+        elif hasattr(detector, 'phases'): options = dict(resume=unfinished) # an interrupted training is resumed
+        detector.fit(self.training_manifest(row, train), preset=self.preset, recipe=row.recipe, **options)
         self.provenance[row.name, train, seed] = provenance = dict(provenance, seconds=time.time()-start)
         try:
             detector.save(folder)
             write_json(folder/'trained.json', provenance)
             mark_folder(folder, 'saved detector', ['trained.json'])
         except NotImplementedError: pass # a detector that cannot be saved is trained again when it is needed again
+        shutil.rmtree(unfinished, ignore_errors=True)
         return detector
-
-    def test_table(self,
-        column:Column,
-    )->tuple: # DataFrame (n rows), bool (n,)
-        "Return the table of a column's test faces, and which of them count"
-        test = self.manifests[column.test].of('test').table.reset_index(drop=True)
-        return test, np.ones(len(test), bool) if column.subset is None else np.asarray(column.subset(test), bool)
-
-    def results(self,
-        n_boot:int = 1000, # bootstrap resamples of the people
-    )->list[dict]: # row, column, metric, faces, people, value, low, high, seeds, difference (from the baseline)
-        "Compute every number of the table; value is None where a cell lacks faces, masks or one of the classes"
-        out = []
-        for column in self.columns:
-            test, counted = self.test_table(column)
-            for metric in column.metrics:
-                selected = counted&self._mask_is_scored(column) if metric in MASK_METRICS else counted
-                label, groups = test['label'].to_numpy()[selected], test['identity'].to_numpy()[selected]
-                for row in self.table.rows:
-                    about = dict(row=row.name, column=column.name, metric=metric, faces=int(selected.sum()),
-                        people=len(set(groups)))
-                    out.append(about|self._summarise(row, column, selected, label, groups, metric, n_boot))
-        return out
-
-    def _mask_is_scored(self, column):
-        "Bool (n,): the test faces of a column whose mask can be scored; none where no row predicts masks"
-        scored = [c['mask_metrics']['iou'] for (_, *at, _), c in self.cells.items()
-            if at==[column.train, column.test] and c['mask_metrics']]
-        if not scored: return np.zeros(len(self.test_table(column)[0]), bool)
-        return np.array([v is not None for v in scored[0]])
-
-    def _seed_runs(self, row, column, metric, selected):
-        "(values (n,), threshold) for each seed; none where masks are wanted and the row predicts none"
-        cells = [self.cells[row.name, column.train, column.test, s] for s in self.seeds]
-        if metric not in MASK_METRICS: return [(np.array(c['fidelity'])[selected], c['threshold']) for c in cells]
-        if not all(c['mask_metrics'] for c in cells): return []
-        return [(np.array(c['mask_metrics'][metric], float)[selected], None) for c in cells]
-
-    def _video_runs(self, column, selected, label, metric, *several):
-        "Aggregate frames to videos: label and person of each video, and for each list of runs the runs of the videos"
-        test, how = self.test_table(column)[0][selected], VIDEO_METRICS[metric][1]
-        def videos(fidelity, threshold): return video_scores(fidelity, label, test, how, threshold=threshold)
-        out = [[(videos(f, t).fidelity, .5 if how=='majority' else t) for f, t in runs] for runs in several]
-        v = videos(np.zeros(len(label)), .5)
-        first = np.unique(v.video_index, return_index=True)[1]
-        return v.label, test['identity'].to_numpy()[first], out
-
-    def _summarise(self, row, column, selected, label, groups, metric, n_boot):
-        "Mean over seeds with its interval, each seed's value, and the difference from the baseline row"
-        runs, base = (self._seed_runs(r, column, metric, selected) for r in (row, self.baseline))
-        one_class = metric in ('accuracy', 'video_accuracy', *MASK_METRICS)
-        if not runs or not len(label) or not (one_class or len(set(label))==2):
-            return dict(value=None, low=None, high=None, seeds=[], difference=None)
-        if metric in VIDEO_METRICS:
-            label, groups, (runs, base) = self._video_runs(column, selected, label, metric, runs, base)
-        kind = 'mean' if metric in MASK_METRICS else VIDEO_METRICS.get(metric, (metric,))[0]
-        def by_seed(some): return [average_over_seeds([r], label, kind, n_boot=0).value for r in some]
-        difference = None
-        if row is not self.baseline and base:
-            difference = average_over_seeds(runs, label, kind, groups, base, n_boot)._asdict()
-            difference |= dict(seeds=[a-b for a, b in zip(by_seed(runs), by_seed(base))])
-        value = average_over_seeds(runs, label, kind, groups, None, n_boot)._asdict()
-        return dict(value, seeds=by_seed(runs), difference=difference)
-
-    def mean_mask_baselines(self)->dict: # column -> mask metric -> value
-        "Score the mean-mask baseline of each column in which masks were scored"
-        columns = [c for c in self.columns if set(c.metrics)&set(MASK_METRICS) and self._mask_is_scored(c).any()]
-        scores = {c.name: mean_mask_baseline(self.manifests[c.train], self.manifests[c.test]) for c in columns}
-        return {name: s for name, s in scores.items() if s}
-
-    def record(self)->dict: # JSON-able; see `record_markdown`
-        "Describe the whole table as it is written to disk"
-        results = self.results()
-        metrics = {f"{r['row']} | {r['column']} | {r['metric']}": {k: r[k] for k in ('value', 'low', 'high')}
-            for r in results if r['value'] is not None}
-        rows = [dict(name=r.name, settings=json.loads(to_json(r.settings)), after=r.after,
-            recipe=resolve_settings(r, self.preset, self.overrides)['recipe'] if r.detector else r.recipe)
-            for r in self.table.rows]
-        trainings = list({to_json(c['trained']): c['trained'] for c in self.cells.values()}.values())
-        code = {to_json(t): t for t in ({k: v for k, v in t.items() if k!='seconds'} for t in trainings)}
-        machines = sorted({t['hardware'] for t in trainings if 'hardware' in t}) or [describe_machine()['hardware']]
-        splits = {k: {s: int(n) for s, n in m.table['split'].value_counts().items()}
-            for k, m in self.manifests.items()}
-        return describe_run(dict(table=self.table.name, preset=self.preset, rows=rows, overrides=self.overrides),
-            self.data, self.seeds, sum(t['seconds'] for t in trainings), metrics,
-            title=self.table.title, baseline=self.baseline.name, results=results,
-            mean_mask_baseline=self.mean_mask_baselines(), hardware='; '.join(machines),
-            trained_at=[code[k] for k in sorted(code)], faces=splits)
 
     def __getstate__(self): # what a worker process needs to fill the cache
         table = replace(self.table, columns=_no_columns, notes=None, figure=None, derive_manifests=None,
@@ -440,10 +664,16 @@ def _missing_cells(runs):
 def run_tables(
     runs:list[TableRun],
     jobs:int = 1, # worker processes; with more than one, the detectors' classes and functions must be importable
+    engine:str = 'local', # 'ray': on the machines of a Ray cluster, which all see the cache's folder
 )->list[TableRun]: # the same, with every cell computed
     "Run several tables; a training that they share is done once"
-    groups, threads = _missing_cells(runs) if jobs>1 else [], max(1, (os.cpu_count() or 1)//max(1, jobs))
+    check_choice('engine', engine, ('local', 'ray'))
+    spread = jobs>1 or engine=='ray'
+    groups, threads = _missing_cells(runs) if spread else [], max(1, (os.cpu_count() or 1)//max(1, jobs))
     fill = partial(_fill_cells, threads=threads)
-    for k, (row, train, seed) in enumerate(map_processes(fill, groups, jobs, ordered=False, threads=threads), 1):
+    done:Iterable = ()
+    if engine=='local': done = map_processes(fill, groups, jobs, ordered=False, threads=threads)
+    elif groups: done = map_ray(fill, groups, jobs)
+    for k, (row, train, seed) in enumerate(done, 1):
         runs[0].log(f'{k} of {len(groups)} trainings: {row}, trained on {train}, seed {seed}')
     return [run.run() for run in runs]
