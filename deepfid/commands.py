@@ -152,9 +152,10 @@ def faces_command(args:Namespace)->dict:
         raise DeepfidError(f'--compression: {args.dataset} has only one; leave it out')
     check_input(args.source)
     from deepfid.data.extract import extract_dataset as extract
+    from deepfid.quality.serfiq import embed_faces
     options = dict(compression=args.compression) if args.compression else {}
     return extract(args.source, args.out, args.dataset, args.size, args.margin, args.frames, args.align,
-        workers=args.workers, engine=args.engine, progress=not args.json, **options)
+        embed=embed_faces, workers=args.workers, engine=args.engine, progress=not args.json, **options)
 
 # %% ../nbs/lib/commands.ipynb #com0n18
 _SETTING_OPTIONS = dict(epochs='--epochs', lr='--lr', bs='--batch-size', size='--size', weights='--weights',

@@ -52,6 +52,13 @@ def saved(tmp_path_factory):
     from deepfid.models.deepfidelity.detector import DeepFidelity
     return DeepFidelity(mapping=None, seed=3).configure('tiny').save(tmp_path_factory.mktemp('scoring')/'model')
 
+@pytest.fixture(scope='module')
+def trained():
+    "A DeepFidelity after one epoch on a few faces"
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    from deepfid.testing import tiny_manifest
+    return DeepFidelity(epochs=1).fit(tiny_manifest((40, 20, 20)), 'tiny')
+
 def test_bundled_detectors_come_from_the_package_only(saved, tmp_path, monkeypatch):
     package = tmp_path/'package'
     shutil.copytree(saved, package/'deepfidelity')
@@ -183,7 +190,8 @@ def test_prefetch_raises_errors_and_keeps_order():
 
 # -- videos ---------------------------------------------------------------------------------------------------------
 
-def test_a_video_is_the_mean_of_its_frames(tmp_path):
+def test_a_video_is_the_mean_of_its_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr('deepfid.quality.serfiq.embed_faces', lambda image, found: np.ones((len(found), 2))) # grey squares are no people
     from deepfid.data.video import write_video
     write_video([grey(20+20*i, 128, 256) for i in range(10)], tmp_path/'clip.mp4')
     [file] = score_grid(tmp_path/'clip.mp4', frames=5)
@@ -206,6 +214,20 @@ BAD = { # name -> (how it is made, what its error says)
     'phone.heic': (lambda p: p.write_bytes(b'\0\0\0\x18ftypheic'+bytes(60)), 'HEIC'),
     'loop.jpg': (lambda p: p.symlink_to(p), 'link'), 'black.png': (lambda p: cv2.imwrite(str(p), grey(0)), 'no face'),
     'text.mp4': (lambda p: p.write_text('hello'), 'no video'), 'empty.mp4': (lambda p: p.write_bytes(b''), 'empty')}
+
+def test_two_people_who_change_sides_in_a_video_are_two_faces(tmp_path):
+    "The scorer tells people from each other by the packaged embedder; by position alone it would mix them"
+    from deepfid.data.faces import FaceFinder
+    from deepfid.data.video import synthetic_clip, write_video
+    people, frames = [synthetic_clip(p, .32, size=160, seed=s, glasses=False) for p, s in ((3, 1), (5, 6))], []
+    for i in range(8):
+        image = np.tile(np.linspace(60, 180, 480)[None, :, None], (240, 1, 3)).astype(np.uint8)
+        for k, x in ((0, 40), (1, 240)) if i<4 else ((0, 240), (1, 40)): image[40:200, x:x+160] = people[k][i].image
+        frames.append(image)
+    scorer = Scorer(Brightness(), finder=FaceFinder(), frames=8)
+    crops = scorer.read_video(ScoredFile('v', 'video'), write_video(frames, tmp_path/'v.mp4'))
+    sides = {tuple(bool(box[0]>190) for box, *_ in c.detections) for c in crops}
+    assert sides=={(False,)*4+(True,)*4, (True,)*4+(False,)*4}
 
 def test_a_bad_file_is_one_clear_line_and_the_rest_is_scored(album, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pillow_heif', None) # as where the plug-in for HEIC is not installed
@@ -358,10 +380,9 @@ def test_test_rates_hold_only_for_their_own_thresholds():
     for changed in (dict(misses=.19), dict(threshold=.5)):
         assert rates(**changed).error_rates.startswith('In validation') and rates(**changed).false_alarms!=.07
 
-def test_a_saved_detector_keeps_its_scores_of_validation(tmp_path):
+def test_a_saved_detector_keeps_its_scores_of_validation(tmp_path, trained):
     from deepfid.models.deepfidelity.detector import DeepFidelity
-    from deepfid.testing import tiny_detector
-    detector = tiny_detector(1)
+    detector = trained
     people = set(detector.validation_scores)
     assert people=={'real', 'fake'} and all(v==sorted(v) and len(v)>1 for v in detector.validation_scores.values())
     detector.save(tmp_path/'m')
@@ -594,12 +615,11 @@ def test_a_portrait_on_its_side_is_turned(data):
     assert [f.note.split(' degrees')[0] for f in files[1:]]==[f'was turned by {a}' for a in (90, 180, 270)]
     assert len({round(f.faces[0].scores[0].fidelity, 6) for f in Scorer(detector).run(turns)})>1 # the fault
 
-def test_a_threshold_and_an_explanation(tmp_path):
-    from deepfid.testing import tiny_detector
+def test_a_threshold_and_an_explanation(tmp_path, trained):
     [file] = score(grey(51), Brightness(), finder=GridFinder(), threshold=.1)
     assert file.faces[0].scores[0].decision=='no manipulation found' and file.faces[0].scores[0].threshold==.1
     noise = np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8)
-    [file] = score(noise, tiny_detector(1), finder=GridFinder(), explain=True)
+    [file] = score(noise, trained, finder=GridFinder(), explain=True)
     assert set(file.faces[0].images)=={'face', 'deepfidelity: Grad-CAM'}
 
 def test_a_long_report_shows_the_most_suspicious_and_states_how_many(tmp_path):
@@ -663,9 +683,8 @@ def test_tampered_detectors_are_refused_in_one_line(request, tmp_path, name, fil
     from deepfid.models.deepfidelity.detector import DeepFidelity
     from deepfid.models.lisiam.detector import LiSiam
     from deepfid.models.local_similarity.detector import LocalSimilarity
-    from deepfid.testing import tiny_detector
     cls, rng = dict(DeepFidelity=DeepFidelity, LiSiam=LiSiam, LocalSimilarity=LocalSimilarity)[name], random.Random(name+file)
-    detector = tiny_detector(1) if cls is DeepFidelity else cls(size=64).configure('tiny')
+    detector = request.getfixturevalue('trained') if cls is DeepFidelity else cls(size=64).configure('tiny')
     detector.history = detector.history[:1]
     path = detector.save(tmp_path/'m')/file
     about, refused, crop = json.loads(path.read_text()), 0, grey(90)

@@ -49,6 +49,7 @@ class CropConfig:
     frames: int=32          # of each video, evenly over all of it
     align: str='similarity' # or 'box', see `face_crop_matrix`
     drop: tuple=('tiny',)   # quality flags for which a face is left out: 'tiny', 'turned', 'blurred'
+    embed: Callable|None=None # tells people from each other, see `track_faces`
 
 # %% ../../nbs/lib/data.extract.ipynb #f8d9cdbf
 def _error_line(path, error)->str:
@@ -103,6 +104,7 @@ FRAME_MEMORY_BYTES = 2**29 # frames that are held while faces are tracked; longe
 def locate_main_face(
     frames:Iterable[Frame], # looked at once
     on_error:Callable,      # called with (frame number, one line)
+    embed:Callable|None=None, # see `track_faces`
 )->dict: # frame number -> `FaceDetection`
     "Track the main face of a clip, report the frames in which it was not found"
     indices = []
@@ -111,7 +113,7 @@ def locate_main_face(
             indices.append(f.index)
             yield f
     # sampled frames are far apart in time
-    tracks = track_faces(recorded(), default_face_finder(), max_distance=2., max_gap=10**6)
+    tracks = track_faces(recorded(), default_face_finder(), max_distance=2., max_gap=10**6, embed=embed)
     found = {i: tracks[0].at(i) for i in indices if i in tracks[0]} if tracks else {}
     for i in indices:
         if i not in found: on_error(i, 'no face found')
@@ -152,7 +154,7 @@ def _tracked_frames(clip, config, on_error):
             free -= f.image.nbytes
             if free>0: kept.append(f)
             yield f
-    detections = locate_main_face(recorded(), on_error)
+    detections = locate_main_face(recorded(), on_error, config.embed)
     frames = kept if free>0 else read_clip_frames(clip.path, clip.kind, config.frames, lambda *a: None)
     return (f for f in frames if f.index in detections), detections
 
@@ -425,7 +427,7 @@ def _check_job(clips, config)->list:
     if not unlabelled:
         table = typed_table(pd.DataFrame([dict(asdict(c), path=clip_folder(c)) for c in used]), 'the clips')
         for check in (check_rows, check_identities): check(table, 'the clips')
-    settings, out = {k: v for k, v in asdict(config).items() if k!='out'}, Path(config.out)
+    settings, out = {k: v for k, v in asdict(config).items() if k not in ('out', 'embed')}, Path(config.out)
     if unlabelled: settings['labels'] = False
     # cutting.json: its name in earlier versions
     file = next((f for f in (out/'crop_config.json', out/'cutting.json') if f.is_file()), None)
@@ -455,12 +457,13 @@ def extract_faces(    clips:list,              # of `Clip`
     frames:int=32,           # of each video
     align:str='similarity',  # or 'box'
     drop:Iterable=('tiny',), # quality flags for which a face is left out
+    embed:Callable|None=None,# importable; tells people from each other, see `track_faces`
     workers:int|None=None,   # processes; default: one per core
     engine:str='local',      # or 'ray'
     progress:bool=True,      # show a bar with rate and time left
 )->Manifest:
     "Crop the faces of all clips; the same bytes for any number of workers and interruptions"
-    config = CropConfig(os.path.abspath(out), size, margin, frames, align, tuple(drop))
+    config = CropConfig(os.path.abspath(out), size, margin, frames, align, tuple(drop), embed)
     _crop_clips(clips, config, workers, engine, progress)
     return _write_tables(clips, config)
 
@@ -475,12 +478,13 @@ def extract_unlabelled(
     frames:int=32,           # of each video
     align:str='box',         # or 'similarity'
     drop:Iterable=('tiny',), # quality flags for which a face is left out
+    embed:Callable|None=None,# importable; tells people from each other, see `track_faces`
     workers:int|None=None,   # processes; default: one per core
     engine:str='local',      # or 'ray'
     progress:bool=True,      # show a bar with rate and time left
 )->Path: # of faces.csv, which `deepfid score` takes
     "Crop the main face of clips of which nobody says whether they are real"
-    config = CropConfig(os.path.abspath(out), size, margin, frames, align, tuple(drop))
+    config = CropConfig(os.path.abspath(out), size, margin, frames, align, tuple(drop), embed)
     _crop_clips(clips, config, workers, engine, progress)
     rows, skipped = collect_rows(clips, config)
     _write_skipped(clips, rows, skipped, config)
@@ -514,6 +518,7 @@ def extract_dataset(
     frames:int=32,           # of each video
     align:str|None=None,     # or 'box'; default likewise
     drop:Iterable=('tiny',), # quality flags for which a face is left out
+    embed:Callable|None=None,# importable; tells people from each other, see `track_faces`
     workers:int|None=None,   # processes; default: one per core
     engine:str='local',      # or 'ray'
     progress:bool=True,      # show a bar with rate and time left
@@ -523,8 +528,8 @@ def extract_dataset(
     started = time.perf_counter()
     if dataset=='folder' and not labelled_branches(source): dataset = 'unlabelled'
     clips = read_clips(dataset, source, **options)
-    given:dict[str, Any] = dict(size=size, margin=margin, frames=frames, align=align, drop=drop, workers=workers,
-        engine=engine, progress=progress)
+    given:dict[str, Any] = dict(size=size, margin=margin, frames=frames, align=align, drop=drop, embed=embed,
+        workers=workers, engine=engine, progress=progress)
     given = {k: v for k, v in given.items() if v is not None}
     if dataset=='unlabelled':
         saved = extract_unlabelled(clips, out, **given)

@@ -287,8 +287,10 @@ class Scorer:
     )->list[FaceCrop]: # the main face first
         "Track every face through a video and crop it in each sampled frame"
         from deepfid.data.video import track_faces, sample_frames
+        from deepfid.quality.serfiq import embed_faces
         problems = []
-        tracks = track_faces(sample_frames(path, self.frames, on_error=problems.append), self)
+        frames = sample_frames(path, self.frames, on_error=problems.append)
+        tracks = track_faces(frames, self, embed=embed_faces)
         all_times:list[list[float]] = [[] for _ in tracks]
         crops = [FaceCrop(ScoredFace(i, times=times), {key: [] for key in self.all_crops})
             for i, times in enumerate(all_times, 1)]

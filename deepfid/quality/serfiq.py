@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['EMBEDDER_FILE', 'embedding_robustness', 'rescale_robustness', 'SERFIQ', 'ResidualBlock', 'FeatureOffset',
            'FaceEmbedder', 'face_embedder', 'CosineClassifier', 'arcface_loss', 'save_embedder', 'load_embedder',
-           'load_serfiq', 'relative_cost']
+           'load_serfiq', 'embed_faces', 'relative_cost']
 
 # %% ../../nbs/11_serfiq.ipynb #109a0bbf
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 import deepfid
 from ..core import DeepfidError, ImageError, WeightsError, check_number
+from ..data.faces import crop_face
 from ..data.loaders import faces_to_batch
 from ..io import write_atomically
 
@@ -221,6 +223,19 @@ def load_serfiq(device:torch.device|str|None=None)->SERFIQ:
     "Load the measure with the packaged embedder"
     net = load_embedder()
     return SERFIQ(net.backbone, net.tail, device=device)
+
+# %% ../../nbs/11_serfiq.ipynb #emb00001
+@lru_cache(1)
+def _packaged_embedder()->FaceEmbedder: return load_embedder()
+
+@torch.inference_mode()
+def embed_faces(
+    image:np.ndarray,   # uint8 RGB (H,W,3)
+    detections:Iterable # of its faces, `FaceDetection`
+)->np.ndarray: # float32 (n,128)
+    "Embed the faces of an image with the packaged embedder, to tell people from each other"
+    faces = [crop_face(image, d, 112).image for d in detections]
+    return _packaged_embedder()(faces_to_batch(faces, 112)).numpy()
 
 # %% ../../nbs/11_serfiq.ipynb #dbfae7cf
 def relative_cost(
