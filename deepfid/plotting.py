@@ -114,13 +114,14 @@ MASK = '#2a6bff' # colour in which masks are painted over faces, far from any sk
 
 def paint_mask(
     face:np.ndarray, # uint8 RGB (H,W,3)
-    mask:np.ndarray, # float (H,W), 1 = manipulated
+    mask:np.ndarray, # float (h,w), 1 = manipulated; resized to the face
     opacity:float=.7 # where the mask is 1
 )->np.ndarray: # uint8 RGB (H,W,3)
     "Paint a mask over a face; where the mask is 0 the face shows"
-    import numpy as np
+    import cv2, numpy as np
     from matplotlib.colors import to_rgb
-    weight = opacity*np.clip(np.asarray(mask, float), 0, 1)[..., None]
+    mask = cv2.resize(np.asarray(mask, np.float32), face.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    weight = opacity*np.clip(mask, 0, 1)[..., None]
     return np.rint((1-weight)*face+weight*255*np.array(to_rgb(MASK))).astype(np.uint8)
 
 def mask_figure(
