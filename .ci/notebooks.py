@@ -131,7 +131,8 @@ def _run_test(path, flags):
     passed, seconds = test_nb(path, skip_flags=config.tst_flags.split(), force_flags=flags, basepath=config.config_path,
                               cell_timeout=int(config.cell_timeout))
     used = sum(os.times()[:4])
-    print(f"{os.path.relpath(path, ROOT)}: {'ok' if passed else 'FAILED'}, {seconds:.0f} s, {used:.1f} s of processor time", flush=True)
+    print(f"{os.path.relpath(path, ROOT)}: {'ok' if passed else 'FAILED'}, {seconds:.0f} s, {used:.1f} s of processor time",
+          file=sys.__stdout__, flush=True) # a cell that was timed out may still hold the other one
     sys.exit(not passed)
 
 def test(paths, workers=2, flags=()):

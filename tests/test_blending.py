@@ -105,7 +105,7 @@ class Sources:
 
 def test_pairs_through_the_channel_have_no_shortcut(tmp_path, faces):
     made = build_pairs([Sources(f) for f in faces], tmp_path/'pairs', ('sbi', 'sbi', 'sbi_part', 'reconstruct'), (420, 0, 120), size=96,
-        align='box', channel=Channel(), jitter=CropJitter(), workers=2)
+        align='box', channel=Channel(), jitter=CropJitter(), workers=1)
     assert set(made.table['method'])=={'real', 'sbi', 'sbi_part', 'reconstruct'}
     assert all(made.mask(i).shape==(96, 96) for i in range(1, 20, 2))
     def statistics(i): return global_statistics(made.image(i), face_region(replace(faces[0], image=made.image(i), landmarks=None, points=None,

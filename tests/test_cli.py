@@ -375,8 +375,12 @@ def test_train_and_evaluate(capsys, tmp_path):
     result = json.loads(out)
     assert status==0 and result['auc_low']<=result['auc']<=result['auc_high'] and result['n_fake']==20
     assert set(result['by'])=={'method', 'dataset', 'identity'} and len(result['by']['dataset'])==1
+    test = tiny_manifest((40, 20, 20)).of('test')
+    fake = 1-load(tmp_path/'m').predict_proba([test.image(i) for i in range(len(test))])
+    assert result['proba_fake_of_fakes']==pytest.approx(fake[test.table['label']==0].mean(), abs=1e-4) and 0<=result['calibration_error']<=1
+    assert sum(result['confusion_matrix'].values())==len(test)
     status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'pair')
-    assert status==0 and 'AUC by method' in out and 'positive class: fake' in out
+    assert status==0 and 'AUC by method' in out and 'positive class: fake' in out and 'predict_proba' in out
     one_line(run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'hat'), "'hat'")
 
 def test_train_shows_its_work(capsys, tmp_path, monkeypatch):
@@ -473,17 +477,6 @@ def test_evaluation_as_page_and_image(capsys, tmp_path, model):
     assert all('fake' in line for line in every.splitlines() if line.endswith(']'))
     one_line(run(capsys, 'evaluate', model, csv, '--split', 'test', '--by', 'hat', '--png', tmp_path/'f.png'), "'hat'")
     assert not (tmp_path/'f.png').exists()
-
-def test_evaluate_shows_probabilities(capsys, tmp_path):
-    from deepfid.testing import tiny_detector, tiny_manifest
-    folder = tiny_detector().save(tmp_path/'m')
-    status, out, _ = run(capsys, 'evaluate', folder, tiny_manifest().save(), '--json')
-    got = json.loads(out)
-    test = tiny_manifest().of('test')
-    fake = 1-tiny_detector().predict_proba([test.image(i) for i in range(len(test))])
-    assert status==0 and got['proba_fake_of_fakes']==pytest.approx(fake[test.table['label']==0].mean(), abs=1e-4) and 0<=got['calibration_error']<=1
-    assert sum(got['confusion_matrix'].values())==len(test)
-    assert 'predict_proba' in run(capsys, 'evaluate', folder, tiny_manifest().save())[1]
 
 def test_quality_of_a_table(capsys, tmp_path):
     import pandas as pd

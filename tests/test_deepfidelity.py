@@ -1,7 +1,6 @@
 "DeepFidelity: training by three recipes, resuming, files, refitted regressions, several processes"
 import json, os, shutil, subprocess, sys, textwrap
 import cv2, numpy as np, pandas as pd, pytest, torch
-from fastai.callback.core import Callback
 from sklearn.linear_model import Ridge
 from safetensors.torch import load_file, save_file
 from deepfid.core import DeepfidError, ManifestError, WeightsError
@@ -108,7 +107,7 @@ def test_every_recipe_trains_and_comes_back_from_disk(manifest, recipe, tmp_path
     d.save(tmp_path/'d')
     np.testing.assert_allclose(scores(DeepFidelity.load(tmp_path/'d'), manifest), scores(d, manifest), atol=1e-5)
 
-def test_released_learning_rates(manifest):
+def test_released_learning_rates(Callback, manifest):
     seen = []
     class Note(Callback):
         def after_batch(self):
@@ -149,7 +148,7 @@ def test_centre_crop_keeps_the_middle():
     x[..., 0, :] = 1.
     assert centre_crop(x, .8).max()<.5 and torch.equal(centre_crop(x, 1.), x)
 
-def test_imagenet_augmentation_only_in_training(manifest):
+def test_imagenet_augmentation_only_in_training(Callback, manifest):
     seen = {}
     class Look(Callback):
         order = 6
@@ -185,24 +184,27 @@ def test_weights_of_others_are_where_training_begins(manifest, trained, tmp_path
     assert not torch.equal(d.model.head.weight, trained.model.head.weight)
 
 # -- interruption --
-class PowerCut(Callback):
-    order = 95
-    def __init__(self, epoch): self.last = epoch
-    def after_epoch(self):
-        if self.epoch==self.last: raise KeyboardInterrupt
+def power_cut(epoch):
+    "A callback that interrupts a training at the end of `epoch`"
+    from fastai.callback.core import Callback
+    class PowerCut(Callback):
+        order = 95
+        def after_epoch(self):
+            if self.epoch==epoch: raise KeyboardInterrupt
+    return PowerCut()
 
 @pytest.mark.parametrize('recipe', ['released'])
 def test_resumed_equals_uninterrupted(manifest, recipe, tmp_path):
     make = lambda: DeepFidelity(epochs=2, **SMALL)
     whole = make().fit(manifest, 'tiny', recipe)
-    with pytest.raises(KeyboardInterrupt): make().fit(manifest, 'tiny', recipe, cbs=[PowerCut(0)], resume=tmp_path)
+    with pytest.raises(KeyboardInterrupt): make().fit(manifest, 'tiny', recipe, cbs=[power_cut(0)], resume=tmp_path)
     resumed = make().fit(manifest, 'tiny', recipe, resume=tmp_path)
     for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(scores(resumed, manifest), scores(whole, manifest), atol=5e-3) # the solver's tolerance
     assert len(resumed.history)==2
     np.testing.assert_allclose([h['valid_loss'] for h in resumed.history], [h['valid_loss'] for h in whole.history], atol=1e-4)
 
-def test_interrupted_in_the_middle_loses_one_epoch_at_most(manifest, tmp_path):
+def test_interrupted_in_the_middle_loses_one_epoch_at_most(Callback, manifest, tmp_path):
     steps = []
     class CutAt(Callback):
         def after_batch(self):

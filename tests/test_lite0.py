@@ -1,9 +1,9 @@
 "DeepFidelity on a pretrained EfficientNet-Lite0: mirror mixing, weights from a file, fine-tuning, files, export"
-import numpy as np, pytest, timm, torch
+import numpy as np, pytest, torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
-from test_deepfidelity import PowerCut, images, scores, write_pairs
+from test_deepfidelity import power_cut, images, scores, write_pairs
 from deepfid.core import DataMissingError, DeepfidError, WeightsError
 from deepfid.data.loaders import faces_to_batch
 from deepfid.explain import detector_grad_cam
@@ -17,7 +17,7 @@ from deepfid.models.deepfidelity.ssaa import MirrorMix, add_mirror_mix
 from deepfid.models.deepfidelity.ssaaformer import SSAALite0, lite0_filter_fn, ssaaformer_tiny
 
 @pytest.fixture(scope='module')
-def theirs():
+def theirs(timm):
     torch.manual_seed(0)
     net = timm.create_model('tf_efficientnet_lite0').eval()
     for name, b in net.named_buffers():
@@ -52,7 +52,7 @@ def test_mirror_mix_is_equation_3():
     torch.testing.assert_close(mix(x), .3*conv(x)-2*conv(x).flip(-1))
 
 @pytest.mark.parametrize('stages, n', [((0,), 1), ((0, 1), 2), ((4,), 3), ((1, 3, 6), 4)])
-def test_only_depthwise_convolutions_with_stride_1_are_wrapped(stages, n):
+def test_only_depthwise_convolutions_with_stride_1_are_wrapped(timm, stages, n):
     net = timm.create_model('tf_efficientnet_lite0')
     assert add_mirror_mix(net, stages)==n
     mixes = [m for m in net.modules() if isinstance(m, MirrorMix)]
@@ -190,7 +190,7 @@ def test_refit_and_other_targets(manifest, trained, weights):
 def test_resumed_equals_uninterrupted(manifest, weights, tmp_path):
     make = lambda: DeepFidelity(weights=str(weights), **SMALL|dict(epochs=2))
     whole = make().fit(manifest, 'tiny', 'finetune')
-    with pytest.raises(KeyboardInterrupt): make().fit(manifest, 'tiny', 'finetune', cbs=[PowerCut(0)], resume=tmp_path)
+    with pytest.raises(KeyboardInterrupt): make().fit(manifest, 'tiny', 'finetune', cbs=[power_cut(0)], resume=tmp_path)
     resumed = make().fit(manifest, 'tiny', 'finetune', resume=tmp_path)
     for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 

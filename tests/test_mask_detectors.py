@@ -1,6 +1,5 @@
 "The two detectors with masks: what they are made of, what they keep, what they refuse"
 import numpy as np, pytest, torch
-from fastai.callback.core import Callback
 from deepfid.core import DeepfidError, ManifestError, WeightsError
 from deepfid.data.manifest import Manifest
 from deepfid.data.pairs import map_images
@@ -124,7 +123,7 @@ def test_a_phase_trains_its_own_modules(faces, phase, modules):
     assert {k.split('.')[0] for k, v in d.model.state_dict().items() if not torch.equal(v, before[k])}==set(modules)
     assert all(p.requires_grad for p in d.model.parameters())
 
-def test_degradations_of_an_epoch_are_its_own(faces):
+def test_degradations_of_an_epoch_are_its_own(Callback, faces):
     d = LiSiam(**SMALL).configure('tiny')
     def batches():
         learn, seen = d.learner(d.loaders(faces), phase=2), []
@@ -146,7 +145,7 @@ def test_every_variant_trains(faces, variant):
     p, = d.predict(test_images(faces)[:1])
     assert (p.mask is None)==(not any(t.startswith('seg') for t in learned))
 
-def test_interrupted_between_and_inside_phases(faces, tmp_path):
+def test_interrupted_between_and_inside_phases(Callback, faces, tmp_path):
     class Cut(Callback):
         order = 95
         def __init__(self, phase, epoch): self.at = phase, epoch

@@ -3,13 +3,12 @@ import copy
 import os
 from argparse import Namespace
 from pathlib import Path
-import numpy as np, pytest, timm, torch
+import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from deepfid.core import DeepfidError, WeightsError
 from deepfid.models.deepfidelity.checkpoint import load_checkpoint
 from deepfid.models.deepfidelity.ssaaformer import SSAAFormer, TokenOutput, SSAAFORMER_CONFIGS, checkpoint_filter_fn, random_box, register_with_timm, ssaaformer_tiny, swap_box
 
-register_with_timm()
 
 COUNTS = {'ssaaformer_small': (21_034_314, 21_043_914), 'ssaaformer_small_dim64': (21_034_314, 21_043_914),
     'ssaaformer_small_plus': (23_521_610, 23_532_106), 'ssaaformer_small_plus_dim64': (23_521_610, 23_532_106),
@@ -18,8 +17,14 @@ KEYS = {'ssaaformer_small': (336, 372), 'ssaaformer_small_plus': (391, 431), 'ss
 HEADS = {'ssaaformer_small': [10, 16], 'ssaaformer_small_dim64': [5, 8], 'ssaaformer_large': [7, 10]}
 SMALL = dict(depths=(1,1,1,1), dims=(16,16,32,32), head_dim=16)
 
+def create(name, **kw):
+    "A network of timm's registry, which knows ours by then"
+    import timm
+    register_with_timm()
+    return timm.create_model(name, **kw)
+
 def meta(name, **kw):
-    with torch.device('meta'): return timm.create_model(name, **kw)
+    with torch.device('meta'): return create(name, **kw)
 
 def count(m): return sum(p.numel() for p in m.parameters())
 
@@ -52,7 +57,7 @@ def test_mirrors_are_the_first_stage(name):
 
 @pytest.mark.parametrize('name', ['ssaaformer_tiny', 'ssaaformer_small_plus'])
 def test_timm_interface(name):
-    m, x = timm.create_model(name, num_classes=2).eval(), torch.randn(2,3,64,64)
+    m, x = create(name, num_classes=2).eval(), torch.randn(2,3,64,64)
     with torch.no_grad():
         last = m.forward_features(x)
         assert m.forward_head(last).shape==(2,2) and torch.equal(m.forward_head(last, pre_logits=True), m.embed(x))
@@ -62,7 +67,7 @@ def test_timm_interface(name):
     assert m(x).shape==(2,7)
 
 def test_features_only():
-    m = timm.create_model('ssaaformer_tiny', features_only=True, out_indices=(1,3))
+    m = create('ssaaformer_tiny', features_only=True, out_indices=(1,3))
     assert [tuple(f.shape) for f in m(torch.zeros(1,3,96,64))]==[(1,32,12,8),(1,128,3,2)]
     assert m.feature_info.channels()==[32,128]
 
@@ -157,12 +162,12 @@ def test_free_mirrors_say_that_published_weights_are_softmaxed():
     with pytest.warns(UserWarning, match="ssaa_weights='softmax'"): checkpoint_filter_fn(published, m)
 
 def test_timms_ways_to_a_head_and_to_weights(tmp_path):
-    m = timm.create_model('ssaaformer_tiny')
+    m = create('ssaaformer_tiny')
     m.reset_classifier(3, 'avg')
     assert m.get_classifier().out_features==3
     with pytest.raises(DeepfidError, match="'max'"): m.reset_classifier(3, 'max')
-    other = timm.create_model('ssaaformer_tiny')
+    other = create('ssaaformer_tiny')
     torch.save(other.state_dict(), tmp_path/'own.pth')
-    own = timm.create_model('ssaaformer_tiny', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'own.pth')))
+    own = create('ssaaformer_tiny', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'own.pth')))
     assert all(torch.equal(a, b) for a, b in zip(own.state_dict().values(), other.state_dict().values()))
-    with pytest.raises(DeepfidError, match='no pretrained weights'): timm.create_model('ssaaformer_tiny', pretrained=True)
+    with pytest.raises(DeepfidError, match='no pretrained weights'): create('ssaaformer_tiny', pretrained=True)

@@ -1,6 +1,6 @@
 "The pairwise similarity matrix: its two forms, its target, what a single kernel cannot do; the mask decoder"
 import math
-import pytest, timm, torch
+import pytest, torch
 from torch.nn import functional as F
 from deepfid.core import DeepfidError
 from deepfid.models.backbones import xception
@@ -153,7 +153,7 @@ def test_lite0_has_every_output(cls_from, features):
     assert net.embed(x).shape==(2, features) and 2*sum(p.numel() for p in net.parameters())<12e6
     assert [g.gate[1].weight.shape[:2] for g in net.decoder.gates]==[(32, 64), (16, 32), (8, 16)]
 
-def test_plain_lite0_is_timms_network_up_to_the_classifier():
+def test_plain_lite0_is_timms_network_up_to_the_classifier(timm):
     whole, net = timm.create_model('tf_efficientnet_lite0', num_classes=0).eval(), SimilarityNet(backbone='efficientnet_lite0', use_llsm=False, use_flm=False).eval()
     for part in (net.backbone, net.encoder_head): part.load_state_dict({k: v for k, v in whole.state_dict().items() if k in part.state_dict()})
     x = torch.randn(2, 3, 96, 96)
