@@ -236,7 +236,10 @@ class FreshFaces(TypedCallback):
     def __init__(self,
         make:Callable, # number of the epoch, counted over all phases -> `Manifest`
         epochs:int,    # of all phases
-    ): self.make, self.epochs, self.jobs, self.pool = make, epochs, {}, ThreadPoolExecutor(1)
+        pairs_together:bool=False, # a real face beside its own fake in a batch
+    ):
+        self.make, self.epochs, self.pairs_together = make, epochs, pairs_together
+        self.jobs, self.pool = {}, ThreadPoolExecutor(1)
 
     def request(self, epoch:int)->None:
         "Have the faces of an epoch made, if it is one and they are not yet"
@@ -247,6 +250,7 @@ class FreshFaces(TypedCallback):
         self.request(loader.epoch)
         faces = self.jobs.pop(loader.epoch).result()
         self.request(loader.epoch+1)
+        loader.pairs_together = self.pairs_together
         loader.show(faces.of('train'))
 
 # %% ../../nbs/lib/models.callbacks.ipynb #8c37ac6c
