@@ -292,8 +292,7 @@ def face_crop_matrix(
     detection:Any,            # object with `points` (5,2) and `box` (4,)
     size:int=224,             # side of the crop, pixels
     margin:float=CROP_MARGIN, # 1 = tight
-    # or 'symmetric': aligned, face axis = mirror axis; 'box': `margin` times the box's longer side
-    align:str='similarity'
+    align:str='similarity'    # or 'symmetric'; 'box': `margin` times the longer side of the box
 )->np.ndarray: # float32 (2,3), from image to crop
     "Compute the matrix of a face crop; use one for a real frame, its fake and their mask"
     check_choice('align', align, CROP_RULES)

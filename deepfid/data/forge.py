@@ -350,6 +350,7 @@ def half_mask(
     away = (x-centre[0])*across[0]+(y-centre[1])*across[1]
     return np.clip(.5+(1 if side=='right' else -1)*away/(soft*unit), 0, 1).astype(np.float32)
 
+# %% ../../nbs/02_forge.ipynb #sid00006
 def one_sided(
     forgery:Forgery, # of a face with five points
     side:str='random', # one of `SIDES`; 'random': of a side with a quarter of the mask, at least

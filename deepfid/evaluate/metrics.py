@@ -554,8 +554,8 @@ def score_face_mask(
 )->dict: # of each `MASK_RULES`; of a fake also iou, f1, boundary_f1, iou_gain (None: no baseline)
     "Score the mask of one face"
     def fit(m):
-        m = cv2.resize(np.asarray(m, np.float32), target.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        return np.clip(m, 0, 1)
+        m, size = np.asarray(m, np.float32), target.shape[::-1]
+        return np.clip(cv2.resize(m, size, interpolation=cv2.INTER_LINEAR), 0, 1)
     pred, found = fit(pred), {}
     if 0<(target>.5).mean()<1: # else there is nothing to localise
         iou = float(mask_iou(pred, target))

@@ -384,8 +384,9 @@ def sided_manifests(
     def made(name, m, kind, side):
         path = Path(folder)/f'{m.key()[:12]}-{kind}'
         if (path/'manifest.csv').is_file(): return Manifest.read(path/'manifest.csv')
-        return demo_pairs(name, path, int(m.table['pair'].nunique()), size=len(m.image(0)),
-            quality=False, align='symmetric', side=side)
+        pairs = int(m.table['pair'].nunique())
+        return demo_pairs(name, path, pairs, size=len(m.image(0)), quality=False,
+            workers=1 if pairs<100 else None, align='symmetric', side=side)
     for name in manifests: check_choice('table symmetry: manifest', name, tuple(DEMO_SETS))
     return {f'{name}, {kind}': made(name, m, kind, side) for name, m in manifests.items()
         for kind, side in (('two-sided', 'both'), ('one-sided', 'random'))}

@@ -85,8 +85,8 @@ def _trainings_text(record):
         return [t['row']+(f", {t['train']}" if several else ''), t.get('start', '–'), t.get('steps', '–'),
             t.get('bs', '–'), t.get('schedule', '–'), f"{t['seconds']:.0f}", f"{t['images_per_second']:.0f}",
             ' '.join(part for part in (measured, t['why']) if part) or '–']
-    return _lines(['training', 'start', 'classifier steps', 'batch', 'schedule', 'seconds', 'images a second', 'remarks'],
-        map(line, trainings))
+    head = ['training', 'start', 'classifier steps', 'batch', 'schedule', 'seconds', 'images a second', 'remarks']
+    return _lines(head, map(line, trainings))
 
 def _localisation_text(record):
     "What masks gain over the mean mask, found and missed fakes apart; marks on real faces; the mask alone as a score"
@@ -117,6 +117,7 @@ def _verdicts_text(record):
     said = record.get('prediction', '')
     return '\n\n'.join(p for p in (f'**Predicted before it was run.** {said}' if said else '', table) if p)
 
+# %% ../../nbs/lib/experiments.markdown.ipynb #mkd00007
 def record_markdown(
     record:dict,            # of `TableRun.record`, of any version
     table:Table|None = None,# for notes and the published numbers

@@ -41,7 +41,8 @@ def overall_columns(
     first, others = names[0], [n for n in names[1:] if ', ' not in n]
     train, masks = f'{first}, seen', ('auc', 'iou_gain')
     derived = [n for n in names if n.startswith(f'{first}, ')]
-    return [*(Column(n, train, n, metrics=masks) for n in derived), *(Column(f'{first} to {n}', train, n) for n in others)]
+    foreign = [Column(f'{first} to {n}', train, n) for n in others]
+    return [Column(n, train, n, metrics=masks) for n in derived]+foreign
 
 # %% ../../nbs/lib/experiments.overall.ipynb #ovr00007
 _EQUAL = dict(bs=32, size=160, epochs=8)

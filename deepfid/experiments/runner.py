@@ -220,7 +220,7 @@ class TableScores:
 
     def results(self,
         n_boot:int = 1000, # bootstrap resamples of the people
-    )->list[dict]: # row, column, metric, faces, people, value, low, high, seeds, difference (from the baseline), collapsed
+    )->list[dict]: # row, column, metric, faces, people, value, low, high, seeds, collapsed, difference
         "Compute every number of the table; value is None where a cell lacks faces, masks or one of the classes"
         return [r for column in self.columns for metric in column.metrics
             for r in self._metric_results(column, metric, n_boot)]
@@ -458,7 +458,7 @@ class TableRun(TableScores):
         preset:str|None = None,        # 'tiny' | 'full'; default: 'full' where there is a GPU
         cache:str|Path = 'out/tables', # folder
         log:Callable = print,          # called with each progress message
-        train_steps:int|None = None,   # of each row's classifier; default: the table's, unless epochs or steps are given
+        train_steps:int|None = None,   # of each classifier; default: the table's, unless epochs or steps are given
         probes:bool = True,            # add the frozen probe and the training on shuffled labels
         **overrides:Any                # settings for every row, such as epochs=2
     ):
@@ -546,7 +546,7 @@ class TableRun(TableScores):
         if not t.rows: yield 'at least one row is needed'
         if len(self.rows)<len(t.rows): yield 'two rows have the same name'
         if t.baseline and t.baseline not in self.rows: yield f'no row {t.baseline!r} to compare with'
-        if reserved := {'frozen probe', 'shuffled labels'}&set(self.rows): yield f'{reserved.pop()!r} is added to every table'
+        for name in {'frozen probe', 'shuffled labels'}&set(self.rows): yield f'row {name!r} is added to every table'
         for name in {*t.controls, *t.controls.values()}-set(self.rows): yield f'no row {name!r}, named in `controls`'
         for row in t.rows: yield from _row_problems(row, self.rows)
         for c in self.columns: yield from (f'no manifest {m!r}' for m in (c.train, c.test) if m not in self.manifests)
