@@ -310,10 +310,11 @@ def _measured(table, folder, measure, report, name):
 
 def _save_quality(table, folder, out, labels):
     "Write a table with its new columns, and say what is in them"
+    from deepfid.data.manifest import csv_text
     from deepfid.io import report_write_errors, write_atomically
     from deepfid.quality.measures import QUALITY_MARK, moved_paths
     for column in {'path', 'mask'}&set(table): table[column] = moved_paths(table[column], folder, out.parent)
-    with report_write_errors(out): write_atomically(out, table.to_csv(index=False, lineterminator='\n'), QUALITY_MARK)
+    with report_write_errors(out): write_atomically(out, csv_text(table), QUALITY_MARK)
     def span(values): return f'{values.min():.3f} to {values.max():.3f}'
     known = table[table['quality'].notna()]
     lines = [f"{out}: quality of {len(known)} of {len(table)} faces ({known['quality_measure'].iloc[0]}), "

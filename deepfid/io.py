@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MARKER_FILE', 'FOLDER_KINDS', 'to_uint8',
            'read_image', 'montage', 'InlineImage', 'iter_files', 'check_overwrite', 'write_atomically',
-           'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'check_replaceable', 'mark_folder',
-           'claim_folder', 'atomic_folder', 'fetch_model_file', 'save_safetensors', 'read_safetensors']
+           'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'escape_formula',
+           'unescape_formula', 'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder', 'fetch_model_file',
+           'save_safetensors', 'read_safetensors']
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
@@ -393,6 +394,22 @@ def file_hash(
 )->str: # 64 hexadecimal digits
     "Compute the sha256 of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/lib/io.ipynb #csvf0002
+def escape_formula(
+    value:Any, # of a cell
+)->Any: # the same, but for such text
+    "Put an apostrophe before text that a spreadsheet would take for a formula; numbers stay as they are"
+    if not (isinstance(value, str) and value.startswith(('=', '+', '-', '@', '\t', '\r'))): return value
+    try: float(value)
+    except ValueError: return f"'{value}"
+    return value
+
+def unescape_formula(
+    text:str, # of a cell
+)->str:
+    "Remove the apostrophe that `escape_formula` put before a text"
+    return text[1:] if text[:1]=="'" and escape_formula(text[1:])!=text[1:] else text
 
 # %% ../nbs/lib/io.ipynb #io000028
 MARKER_FILE = '.deepfid.json' # in each folder that is written as a whole: its kind, and the SHA-256 of each file

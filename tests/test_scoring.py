@@ -297,6 +297,26 @@ def test_of_an_animation_the_first_frame_is_scored(tmp_path, suffix):
     [file] = score_grid(tmp_path/f'm.{suffix}')
     assert len(file.faces)==1 and abs(file.faces[0].scores[0].fidelity-.2)<.02 and '3 frames, of which the first' in file.note
 
+@pytest.mark.parametrize('name', ['=HYPERLINK(1)', '+1-2', '-a', '@sum', '\tx'])
+def test_no_cell_of_a_table_is_a_formula(tmp_path, name):
+    "A name that a spreadsheet would compute has an apostrophe before it, in every table, and comes back without it"
+    import pandas as pd
+    from deepfid.data.manifest import Manifest, csv_text, read_manifest_csv
+    from deepfid.inference.results import write_csv
+    write_csv(tmp_path/'scores.csv', [ScoredFile(name, 'image', error=f'{name}: no face found')])
+    [row] = csv.DictReader((tmp_path/'scores.csv').open(newline=''))
+    assert row['source']==f"'{name}" and row['error'].startswith(f"'{name}")
+    cv2.imwrite(str(tmp_path/'0.png'), grey(9))
+    table = pd.DataFrame([dict(path=f'{name}.png', label=1, identity=name, split='test', video=f'{name}.mp4')])
+    (tmp_path/'0.png').rename(tmp_path/f'{name}.png')
+    written = Manifest(table, tmp_path).save()
+    [row] = csv.DictReader(written.open(newline=''))
+    assert all(row[c].startswith(f"'{name}") for c in ('path', 'identity', 'video')) and (row['frame'], row['seed'])==('-1', '-1')
+    back = Manifest.read(written).table.iloc[0]
+    assert (back['path'], back['identity'], back['video'])==(f'{name}.png', name, f'{name}.mp4')
+    assert csv_text(read_manifest_csv(written))==written.read_text() # as deepfid quality writes it
+    assert [f.path for f in score_grid(written)]==[str(tmp_path/f'{name}.png')]
+
 def test_folders(tmp_path, album):
     (tmp_path/'none').mkdir()
     good, empty = score_grid([album/'00.png', tmp_path/'none'])
@@ -412,7 +432,8 @@ def test_every_output_says_what_is_wrong_how_often_and_what_is_never_seen(tmp_pa
         assert '(false alarms)' in s['error_rates']==line['error_rates']
     assert not any(word in page for word in ('predicted real', 'predicted fake', ': real<', ': fake<'))
 
-def test_of_a_video_the_share_of_flagged_frames_is_stated(tmp_path):
+def test_of_a_video_the_share_of_flagged_frames_is_stated(tmp_path, monkeypatch):
+    monkeypatch.setattr('deepfid.quality.serfiq.embed_faces', lambda image, found: np.ones((len(found), 2))) # grey squares are no people
     from deepfid.data.video import write_video
     write_video([grey(v, 128, 128) for v in (40, 60, 80, 200, 210)], tmp_path/'clip.mp4')
     [file] = score(tmp_path/'clip.mp4', calibrated(REAL_SCORES, FAKE_SCORES), finder=GridFinder(), frames=5, report=tmp_path/'r.html')

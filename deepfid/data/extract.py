@@ -35,7 +35,7 @@ from ..io import (IMAGE_SUFFIXES, atomic_folder, claim_folder, iter_files, read_
 from ..parallel import map_items
 from .datasets import UNLABELLED, Clip, count_clips, describe_names, labelled_branches, read_clips
 from .faces import FaceDetection, default_face_finder, face_crop_matrix, quality_flags, warp_crop
-from .manifest import Manifest, check_identities, check_rows, copies_between_splits, typed_table
+from .manifest import Manifest, check_identities, check_rows, copies_between_splits, csv_text, typed_table
 from .mask import ssim_mask
 from .video import Frame, probe_video, sample_frames, track_faces
 
@@ -377,7 +377,7 @@ def _write_skipped(clips, rows, skipped, config)->None:
     "Write skipped.csv; raise an error if there are no faces at all"
     out, skipped = Path(config.out), _with_causes(clips, rows, skipped)
     log = pd.DataFrame(skipped, columns=['dataset', 'method', 'video', 'frame', 'path', 'cause', 'reason'])
-    with stop_on_write_error(out): write_atomically(out/'skipped.csv', log.to_csv(index=False, lineterminator='\n'))
+    with stop_on_write_error(out): write_atomically(out/'skipped.csv', csv_text(log))
     if rows: return
     causes = describe_causes(log)
     raise DeepfidError(f'{out}: no face in any of the {len(clips)} clips ({causes}); skipped.csv there tells why')
@@ -488,7 +488,7 @@ def extract_unlabelled(
     _crop_clips(clips, config, workers, engine, progress)
     rows, skipped = collect_rows(clips, config)
     _write_skipped(clips, rows, skipped, config)
-    table = pd.DataFrame(rows)[list(UNLABELLED_COLUMNS)].to_csv(index=False, lineterminator='\n')
+    table = csv_text(pd.DataFrame(rows)[list(UNLABELLED_COLUMNS)])
     with stop_on_write_error(out): return write_atomically(Path(out)/'faces.csv', table, b'path,video,frame')
 
 # %% ../../nbs/lib/data.extract.ipynb #1c20a991

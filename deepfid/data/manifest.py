@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'REQUIRED_COLUMNS', 'OPTIONAL_COLUMNS', 'TEXT_COLUMNS', 'BOOLEAN_WORDS', 'refuse_rows', 'numeric_column',
-           'typed_table', 'read_manifest_csv', 'person_key', 'check_rows', 'check_identities', 'check_pairs',
-           'check_files', 'equal_files', 'copies_between_splits', 'check_copies', 'Manifest', 'split_identities',
-           'split_sources']
+           'typed_table', 'read_manifest_csv', 'csv_text', 'person_key', 'check_rows', 'check_identities',
+           'check_pairs', 'check_files', 'equal_files', 'copies_between_splits', 'check_copies', 'Manifest',
+           'split_identities', 'split_sources']
 
 # %% ../../nbs/lib/data.manifest.ipynb #d7ed0f6e
 import hashlib
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from ..core import Face, ManifestError, check_array, check_choice, check_number
-from ..io import file_hash, read_image, write_atomically
+from ..io import escape_formula, file_hash, read_image, unescape_formula, write_atomically
 
 # %% ../../nbs/lib/data.manifest.ipynb #32a8f603
 SPLITS = ('train', 'valid', 'test')
@@ -116,7 +116,13 @@ def read_manifest_csv(
     for separator, name in ((';', 'semicolons'), ('\t', 'tabs')):
         if len(table.columns)==1 and separator in table.columns[0]:
             raise ManifestError(f'{csv}: its columns are separated by {name}; save it with commas')
-    return table
+    return table.map(unescape_formula)
+
+def csv_text(
+    table:pd.DataFrame, # any
+)->str:
+    "Format a table as CSV, in which no text is taken for a formula"
+    return table.map(escape_formula).to_csv(index=False, lineterminator='\n')
 
 # %% ../../nbs/lib/data.manifest.ipynb #e42f6c4d
 def person_key(
@@ -295,7 +301,7 @@ class Manifest:
     )->Path:
         "Write the table atomically; a file there is replaced if it is a table with labels"
         csv = Path(csv or self.folder/'manifest.csv')
-        write_atomically(csv, self.table.to_csv(index=False, lineterminator='\n'), b'label')
+        write_atomically(csv, csv_text(self.table), b'label')
         return csv
 
     def where(self,

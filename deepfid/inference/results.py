@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import deepfid
 from ..core import DeepfidError, check_number, printable
-from ..io import report_write_errors, to_json, write_atomically
+from ..io import escape_formula, report_write_errors, to_json, write_atomically
 from .decisions import BLIND_SPOT, decide
 
 # %% ../../nbs/lib/inference.results.ipynb #res0007
@@ -306,10 +306,6 @@ CSV_COLUMNS = tuple(
     'flagged_frames false_alarms misses warnings reliability error_rates error note'.split())
 CSV_HEADER = b'source,kind,face,' # how a table begins that may be replaced, also one of an earlier version
 
-def _text_cell(value):
-    "Put an apostrophe before text that a spreadsheet would take for a formula"
-    return f"'{value}" if isinstance(value, str) and value.startswith(('=', '+', '-', '@', '\t', '\r')) else value
-
 def csv_rows(
     files:Iterable[ScoredFile]
 )->Iterator[dict]: # keys: `CSV_COLUMNS`
@@ -333,5 +329,5 @@ def write_csv(
         with open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
             out = csv.DictWriter(f, CSV_COLUMNS)
             out.writeheader()
-            out.writerows({k: _text_cell(v) for k, v in row.items()} for row in csv_rows(files))
+            out.writerows({k: escape_formula(v) for k, v in row.items()} for row in csv_rows(files))
     with report_write_errors(path): write_atomically(path, write, CSV_HEADER)

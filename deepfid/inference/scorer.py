@@ -23,7 +23,7 @@ from .decisions import (FLAG_MESSAGES, QUALITY_CROP, bits_per_pixel, decision_ru
 from .hub import DEFAULT_DETECTOR, load_detectors
 from .report import write_report
 from .results import FaceScore, ResultsFile, ScoredFace, ScoredFile
-from ..io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, InlineImage, file_hash, iter_files, read_image
+from ..io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, InlineImage, file_hash, iter_files, read_image, unescape_formula
 
 # %% ../../nbs/lib/inference.scorer.ipynb #sco0010
 # first bytes of a file -> what it is; videos come after images, since both may begin with an `ftyp` box
@@ -60,7 +60,7 @@ def _table_images(table):
     "Yield the images that a CSV table names in its column `path`; the table itself if there are none"
     try:
         with open(table, newline='', encoding='utf-8') as f:
-            paths = [row.get('path') for row in csv.DictReader(f)]
+            paths = [unescape_formula(row.get('path') or '') for row in csv.DictReader(f)]
     except (OSError, ValueError, csv.Error): paths = []
     return [table.parent/p for p in paths if p] or [table]
 
