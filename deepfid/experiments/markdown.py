@@ -104,7 +104,8 @@ def _control_text(record):
         f"{'' if p['passed'] else ' (not 50)'}" for c, p in record['permutation'].items())
     smallest = ', '.join(f"{c} {'unknown with one seed' if v is None else f'{100*v:.1f}'}"
         for c, v in record['smallest_difference'].items())
-    collapsed = '; '.join(f"{c['row']}, trained on {c['train']}, seed {c['seed']} ({c['why']})" for c in record['collapsed'])
+    collapsed = '; '.join(f"{c['row']}, trained on {c['train']}, seed {c['seed']} ({c['why']})"
+        for c in record['collapsed'])
     texts = {'AUC after training on shuffled labels, which must be 50': shuffled,
         f'Smallest difference that could have been seen (four times in five, {len(record["seeds"])} seeds), in points':
         smallest, 'Collapsed trainings, outside the means': collapsed or 'none'}

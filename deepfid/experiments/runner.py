@@ -579,7 +579,8 @@ class TableRun(TableScores):
             if train not in self.mean_masks: self.mean_masks[train] = mean_training_mask(manifest)
             scores = score_test_faces(detector, self.manifests[test], self.mean_masks[train])
             write_json(path, dict(row=row.name, train=train, test=test, seed=seed, **scores,
-                validation=self.validation[row.name, train, seed], measured=row.measure(detector) if row.measure else {},
+                validation=self.validation[row.name, train, seed],
+                measured=row.measure(detector) if row.measure else {},
                 trained=self.provenance[self.base_row(row).name, train, seed]))
         self.cells[row.name, train, test, seed] = scores = read_json(path)
         return scores
