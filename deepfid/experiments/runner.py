@@ -547,7 +547,8 @@ class TableRun(TableScores):
         if len(self.rows)<len(t.rows): yield 'two rows have the same name'
         if t.baseline and t.baseline not in self.rows: yield f'no row {t.baseline!r} to compare with'
         for name in {'frozen probe', 'shuffled labels'}&set(self.rows): yield f'row {name!r} is added to every table'
-        for name in {*t.controls, *t.controls.values()}-set(self.rows): yield f'no row {name!r}, named in `controls`'
+        for name, control in t.controls.items():
+            if name in self.rows and control not in self.rows: yield f'no row {control!r}, the control of {name!r}'
         for row in t.rows: yield from _row_problems(row, self.rows)
         for c in self.columns: yield from (f'no manifest {m!r}' for m in (c.train, c.test) if m not in self.manifests)
         for c in self.columns:
