@@ -5,7 +5,6 @@
 # %% ../../nbs/lib/data.blending.ipynb #04d061dd
 from __future__ import annotations
 from collections.abc import Callable
-from dataclasses import replace
 import cv2
 import numpy as np
 from ..core import DeepfidError, Face, check_choice, check_number
@@ -17,7 +16,7 @@ from .london import fit_mean_shape
 # %% auto #0
 __all__ = ['BLEND_REGIONS', 'MANIPULATIONS', 'SELF_MANIPULATIONS', 'DONOR_MANIPULATIONS', 'LANDMARK_MANIPULATIONS',
            'blend_landmarks', 'eye_distance', 'sample_region_mask', 'elastic_warp', 'soften_mask', 'jitter_colour',
-           'jitter_detail', 'vary_face', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part', 'reconstruct', 'poisson',
+           'jitter_detail', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part', 'reconstruct', 'poisson',
            'manipulate']
 
 # %% ../../nbs/lib/data.blending.ipynb #ef9bc55e
@@ -149,41 +148,6 @@ def jitter_detail(
     if kind=='blur': return cv2.GaussianBlur(image, (0, 0), rng.uniform(.5, 1.8))
     if kind=='jpeg': return jpeg(_as_bytes(image), int(rng.integers(25, 90))).astype(np.float32)
     return image+rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
-
-# %% ../../nbs/lib/data.blending.ipynb #vry00001
-def _smooth_field(rng, shape, cells, channels=1):
-    "Smooth random field, about 1 standard deviation: float32 (H,W,channels)"
-    h, w = shape[:2]
-    coarse = rng.standard_normal((cells, cells, channels)).astype(np.float32)
-    return cv2.resize(coarse, (w, h), interpolation=cv2.INTER_CUBIC).reshape(h, w, channels)
-
-def vary_face(
-    face:Face,       # with landmarks or five points
-    rng:np.random.Generator,
-    strength:float=1. # of all changes
-)->Face:             # with landmarks
-    "Vary light, colour, sharpness and shape of a photograph smoothly, so that no network can learn it by heart"
-    image, landmarks = face.image.astype(np.float32), blend_landmarks(face).astype(np.float32)
-    h, w = image.shape[:2]
-    unit = eye_distance(landmarks)
-    # shape: a stretch, and a displacement that varies over a third of the image; the landmarks follow
-    y, x = np.mgrid[:h, :w].astype(np.float32)
-    move = strength*.04*unit*_smooth_field(rng, image.shape, 4, 2)
-    stretch = 1+strength*rng.uniform(-.06, .06, 2).astype(np.float32)
-    move += np.dstack([(x-w/2)*(stretch[0]-1), (y-h/2)*(stretch[1]-1)])
-    image = cv2.remap(image, x+move[..., 0], y+move[..., 1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-    def follow(points):
-        column, row = (np.clip(np.rint(points[:, i]).astype(int), 0, n-1) for i, n in enumerate((w, h)))
-        return points-move[row, column]
-    # light and colour: a field of gain, a weaker one for each channel, and the jitter of the whole image
-    gain = .10*_smooth_field(rng, image.shape, int(rng.integers(2, 5)))
-    image *= np.exp(strength*(gain+.03*_smooth_field(rng, image.shape, 3, 3)))
-    if rng.random()<.5: image = jitter_colour(image, rng, strength)
-    # sharpness: more here, less there
-    soft = cv2.GaussianBlur(image, (0, 0), rng.uniform(.6, 1.6))
-    image += strength*.35*_smooth_field(rng, image.shape, int(rng.integers(2, 5)))*(image-soft)
-    points = None if face.points is None else follow(np.asarray(face.points, np.float32))
-    return replace(face, image=_as_bytes(image), landmarks=follow(landmarks), points=points)
 
 # %% ../../nbs/lib/data.blending.ipynb #bld00010
 def blend_images(

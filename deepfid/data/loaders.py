@@ -162,7 +162,7 @@ class FaceDataset:
 def paired_rows(
     table:'pd.DataFrame',        # of a manifest
     rng:np.random.Generator,     # of the order
-    pairs_together:bool=True,    # a real face beside its own fake; otherwise beside any
+    pairs_together:bool=False,   # a real face beside its own fake; otherwise beside any
 )->np.ndarray: # int (n,2): row numbers, a real and a fake in each line, in random order
     "Draw the order of one epoch, as many real faces as fakes"
     label, named = table['label'].to_numpy(), table['pair']!=''
@@ -204,7 +204,7 @@ class FaceLoader:
         shuffle:bool=False,       # False: every row once, in order, without augmentation
         drop_last:bool=False,     # leave out the last batch where it is not full
         balanced:bool=True,       # when shuffling: as many real as fake in each batch
-        pairs_together:bool=True, # when shuffling: a real and its fake side by side, moved alike
+        pairs_together:bool=False, # when shuffling: a real and its fake side by side, moved alike
         flip:bool=True,           # when shuffling: mirror half of them
         shift:int=2,              # when shuffling: up to so many whole pixels
         degrade:Callable|None=None, # when shuffling: function of (image uint8 (H,W,3), NumPy `Generator`)
@@ -326,7 +326,7 @@ def dataloaders(
     degrade:Callable|None=None, # function of (image, NumPy `Generator`), for training faces: `data.degrade.Degrade`
     cache:bool|float=True,    # decoded faces stay in memory: True (up to 2048 MiB a split), False, or a limit in MiB
     balanced:bool=True,       # as many real as fake in each training batch
-    pairs_together:bool=True, # a real and its fake in the same batch, moved alike
+    pairs_together:bool=False, # a real and its fake in the same batch, moved alike
     targets:str|Callable|None=None, # for 'fidelity': a column, or a function of (quality, is_real)
     seed:int=0,               # of order and augmentation
     num_workers:int=4,        # threads that decode

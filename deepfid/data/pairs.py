@@ -20,8 +20,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 from ..core import Face, ManifestError, check_choice
 from ..io import atomic_folder, read_image
-from .blending import (DONOR_MANIPULATIONS, LANDMARK_MANIPULATIONS, MANIPULATIONS, SELF_MANIPULATIONS,
-    manipulate, vary_face)
+from deepfid.data.blending import (DONOR_MANIPULATIONS, LANDMARK_MANIPULATIONS, MANIPULATIONS, SELF_MANIPULATIONS,
+    manipulate)
 from .forge import FORGERS, one_sided
 from .manifest import SPLITS, Manifest, split_sources
 from ..parallel import map_processes
@@ -132,7 +132,6 @@ class PairStyle:
     channel: Any = None       # `Channel`, or several that pairs draw from; None: the camera of synthetic faces
     jitter: CropJitter|None = None # geometry of training crops; None: all alike
     untouched: bool = False   # neither camera nor channel
-    vary: float = 0.          # strength of `vary_face`, to which training photographs are put before they are forged
     working_size: int|None = None # side of the image in which is forged, pixels; None: 1.43 times `size`
     side: str = 'both'        # of the face that is forged, one of `deepfid.data.forge.SIDES`
 
@@ -174,7 +173,6 @@ def make_pair(
     folder, source = Path(folder), plan.source
     working_size = style.working_size or round(style.size*WORKING_SCALE)
     face, rng = source.load(working_size), np.random.default_rng([plan.seed, 1])
-    if style.vary and plan.split=='train': face = vary_face(face, np.random.default_rng([plan.seed, 2]), style.vary)
     forged = manipulate(face, plan.method, plan.seed, plan.donor and plan.donor.load(working_size))
     forged = one_sided(forged, style.side, plan.seed)
     matrix, rows = style.crop_matrix(face, plan.split, rng), []
@@ -206,7 +204,7 @@ def build_pairs(
     quality:Callable|None=None,# function of an image that returns its quality, measured on each crop
     progress:bool=False,       # show a progress bar
     split_seed:int|None=None,  # of splits, where it is to differ from `seed`
-    **style:Any,               # more of `PairStyle`: align, channel, jitter, untouched, vary, working_size, side
+    **style:Any,               # more of `PairStyle`: align, channel, jitter, untouched, working_size, side
 )->Manifest:
     "Forge pairs of real and fake faces, split by identity, the same for any number of workers"
     methods = tuple(check_choice('methods', m, MANIPULATIONS) for m in methods or FORGERS)

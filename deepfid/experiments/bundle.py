@@ -43,11 +43,12 @@ def fresh_faces(
     first:int=0,       # number of the part of the first epoch
     seed:int=0,
     workers:int|None=None, # processes; default: one a core
-)->Any: # fastai callback
-    "Return the callback that shows a training another part of the faces in each epoch"
-    from deepfid.models.callbacks import FreshFaces
+)->list: # fastai callbacks
+    "Return the callbacks that show a training another part of the faces in each epoch, and freeze its norms"
+    from deepfid.models.callbacks import FreshFaces, FrozenNorms
     epochs = recipe['epochs'] if isinstance(recipe['epochs'], int) else sum(recipe['epochs'])
-    return FreshFaces(lambda epoch: training_faces(first+epoch, folder, seed=seed, workers=workers), epochs)
+    def make(epoch): return training_faces(first+epoch, folder, seed=seed, workers=workers)
+    return [FreshFaces(make, epochs), FrozenNorms()]
 
 def create_bundled(
     recipe:dict,        # of `START_RECIPE` or `BUNDLE_RECIPES`
@@ -250,7 +251,7 @@ def make_bundle(
     check_choice('bundled detector', name, tuple(BUNDLE_RECIPES))
     out = Path(out)
     if (out/name/'record.json').is_file(): return out/name
-    def shown(recipe, first): return [*(cbs or []), fresh_faces(out/'faces', recipe, first, seed, workers)]
+    def shown(recipe, first): return [*(cbs or []), *fresh_faces(out/'faces', recipe, first, seed, workers)]
     faces, first = training_faces(0, out/'faces', seed=seed, workers=workers), START_RECIPE['epochs']
     start = train_start(faces, out, seed, shown(START_RECIPE, 0))
     if name!='plain': make_bundle('plain', out, seed, cbs, workers)

@@ -15,7 +15,7 @@ from ..data.manifest import Manifest
 from ..data.pairs import CropJitter, build_pairs
 
 # %% auto #0
-__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'PART_PAIRS', 'VARIED_FROM', 'TRAINING_CHANNELS',
+__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'PART_PAIRS', 'TRAINING_CHANNELS',
            'TEST_CONDITIONS', 'merge_manifests', 'photograph_crops', 'training_faces', 'condition_faces']
 
 # %% ../../nbs/lib/experiments.training_faces.ipynb #88de2937
@@ -24,7 +24,6 @@ FACE_SIZE = 160 # pixels: side of the faces
 TRAINED_METHODS = ('sbi', 'sbi', 'sbi_part', 'sbi', 'poisson') # in turn; Poisson swaps of London's people only
 HELD_OUT_METHOD = 'reconstruct' # in no training and no threshold
 PART_PAIRS = 3000 # training pairs that are made at a time: those of one epoch
-VARIED_FROM = 10  # part from which photographs are varied before they are forged: by then they are known by heart
 # half of the training pairs keep more of their detail, so that there is something to learn from the first step on
 TRAINING_CHANNELS = (Channel(), Channel(crf=(15, 30), quality=(60, 98), face=(100, 300), strength=.6))
 TEST_CONDITIONS:dict[str, dict[str, Any]] = { # what happens to test faces after blending
@@ -71,8 +70,7 @@ def training_faces(
     folder = Path(folder)
     crops = photograph_crops(folder/'wide', root)
     def made(name, counts, seed, channel):
-        return _pairs(crops, folder/name, TRAINED_METHODS, counts, seed, workers, channel=channel, jitter=CropJitter(),
-            vary=float(part>=VARIED_FROM))
+        return _pairs(crops, folder/name, TRAINED_METHODS, counts, seed, workers, channel=channel, jitter=CropJitter())
     return merge_manifests({'valid': made('valid', (0, valid, 0), seed, Channel()),
         f'train-{part}': made(f'train-{part}', (pairs, 0, 0), seed+part, TRAINING_CHANNELS)}, folder)
 

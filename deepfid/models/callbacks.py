@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['unwrap_model', 'TypedCallback', 'EMA', 'optimizer', 'LossTerm', 'FidelityAUC', 'history', 'BestWeights', 'EpochSeed',
-           'read_checkpoint', 'Checkpoint', 'FreshFaces', 'Autocast', 'precision_callbacks', 'distributed_callbacks',
-           'broadcast_weights']
+           'read_checkpoint', 'Checkpoint', 'FreshFaces', 'Autocast', 'precision_callbacks', 'FrozenNorms',
+           'distributed_callbacks', 'broadcast_weights']
 
 # %% ../../nbs/lib/models.callbacks.ipynb #1f9906d4
 import io, json, warnings
@@ -236,10 +236,7 @@ class FreshFaces(TypedCallback):
     def __init__(self,
         make:Callable, # number of the epoch, counted over all phases -> `Manifest`
         epochs:int,    # of all phases
-        pairs_together:bool=False, # a real face beside its own fake in a batch
-    ):
-        self.make, self.epochs, self.pairs_together = make, epochs, pairs_together
-        self.jobs, self.pool = {}, ThreadPoolExecutor(1)
+    ): self.make, self.epochs, self.jobs, self.pool = make, epochs, {}, ThreadPoolExecutor(1)
 
     def request(self, epoch:int)->None:
         "Have the faces of an epoch made, if it is one and they are not yet"
@@ -250,7 +247,6 @@ class FreshFaces(TypedCallback):
         self.request(loader.epoch)
         faces = self.jobs.pop(loader.epoch).result()
         self.request(loader.epoch+1)
-        loader.pairs_together = self.pairs_together
         loader.show(faces.of('train'))
 
 # %% ../../nbs/lib/models.callbacks.ipynb #8c37ac6c
@@ -295,6 +291,15 @@ def precision_callbacks(
     if amp=='bf16': return [Autocast()]
     from fastai.callback.fp16 import AMPMode, MixedPrecision
     return [MixedPrecision(amp_mode=AMPMode.FP16)]
+
+# %% ../../nbs/lib/models.callbacks.ipynb #frn00002
+class FrozenNorms(TypedCallback):
+    "Train with the stored statistics of all batch norms, real faces beside their own fakes"
+    order = 3 # after the network was set to training
+    def before_train(self)->None:
+        self.dls.train.pairs_together = True
+        for module in unwrap_model(self.learn.model).modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm): module.eval()
 
 # %% ../../nbs/lib/models.callbacks.ipynb #f97c40d5
 def distributed_callbacks(
