@@ -488,7 +488,7 @@ def extract_unlabelled(
     _crop_clips(clips, config, workers, engine, progress)
     rows, skipped = collect_rows(clips, config)
     _write_skipped(clips, rows, skipped, config)
-    table = csv_text(pd.DataFrame(rows)[list(UNLABELLED_COLUMNS)])
+    table = csv_text(pd.DataFrame(rows, columns=list(UNLABELLED_COLUMNS)))
     with stop_on_write_error(out): return write_atomically(Path(out)/'faces.csv', table, b'path,video,frame')
 
 # %% ../../nbs/lib/data.extract.ipynb #1c20a991
