@@ -1,10 +1,10 @@
 "The explorers in a person's hands: a real JupyterLab in a real browser, sliders dragged, positions clicked, a file dropped"
 import os, re, shutil, signal, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
-import nbformat, pytest
+from importlib.util import find_spec
+import pytest
 
-try: from playwright.sync_api import TimeoutError, expect, sync_playwright
-except ImportError: pytest.skip('no Playwright', allow_module_level=True)
+if not find_spec('playwright'): pytest.skip('no Playwright', allow_module_level=True)
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 if not CHROMIUM: pytest.skip('no Chromium on this machine', allow_module_level=True)
@@ -44,6 +44,7 @@ SETTINGS = {'notebook-extension/tracker': '{"windowingMode": "none"}', 'apputils
 def lab(tmp_path_factory):
     "Address of a JupyterLab that knows one notebook with every explorer"
     pytest.importorskip('jupyterlab')
+    import nbformat
     home = tmp_path_factory.mktemp('lab')
     (home/'nbs').mkdir()
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in (START, *CELLS.values())],
@@ -80,6 +81,7 @@ def _answering(address, server, log):
 @pytest.fixture(scope='module')
 def page(lab):
     "The notebook in the browser, all cells run"
+    from playwright.sync_api import TimeoutError, expect, sync_playwright
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu'])
@@ -95,6 +97,7 @@ def page(lab):
 
 def _run_all_cells(page):
     "As a person does: again, if the kernel was not there yet and nothing happened"
+    from playwright.sync_api import TimeoutError
     first, last = page.locator('.jp-CodeCell').first, page.locator('.jp-CodeCell').nth(len(CELLS))
     last.wait_for()
     page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
@@ -130,6 +133,7 @@ class Hand:
 
     def changes(self, what, act):
         "Do something, and wait until something else has changed for it"
+        from playwright.sync_api import expect
         if is_image := what!='status': target, before = self.cell.locator('img').nth(what), self.cell.locator('img').nth(what).get_attribute('src')
         else: target, before = self.status, self.status.inner_text()
         act()
