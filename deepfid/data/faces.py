@@ -54,7 +54,8 @@ def alignment_template(
     if check_choice('align', align, ('similarity', 'symmetric'))=='similarity':
         return ((ARCFACE_TEMPLATE-56)/margin+56)*np.float32(size/112)
     middle = np.float32(55.5) # of 112 pixels, counted from the centre of the first
-    mirrored = ARCFACE_TEMPLATE[[1, 0, 2, 4, 3]]*np.float32([-1, 1])+np.float32([111, 0])
+    other_side = np.take(ARCFACE_TEMPLATE, (1, 0, 2, 4, 3), 0)
+    mirrored = other_side*np.array((-1, 1), np.float32)+np.array((111, 0), np.float32)
     offsets = (ARCFACE_TEMPLATE+mirrored)/2-middle
     return offsets*np.float32(size/112/margin)+np.float32((size-1)/2)
 

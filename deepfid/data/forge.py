@@ -16,7 +16,7 @@ __all__ = ['STRENGTHS', 'SIDES', 'REGIONS', 'FORGERS', 'STATISTIC_NAMES', 'Forge
            'random_signed', 'check_mask', 'region_size', 'feather_mask', 'face_mask', 'alpha_blend', 'match_colour',
            'laplacian_std', 'colour_sharpness_jitter', 'bottleneck_resample', 'resynth', 'landmark_warp',
            'half_face_width', 'move_expression', 'reenact', 'swap', 'mouth_mask', 'mouth', 'selfblend', 'face_axes',
-           'half_mask', 'one_sided', 'region_mask', 'regions', 'allowed_forgers', 'forge', 'global_statistics',
+           'half_mask', 'one_sided', 'sample_region', 'regions', 'allowed_forgers', 'forge', 'global_statistics',
            'shortcut_probe']
 
 # %% ../../nbs/02_forge.ipynb #1eb7138b
@@ -369,7 +369,7 @@ def one_sided(
 # %% ../../nbs/02_forge.ipynb #sid00003
 REGIONS = ('eye', 'nose', 'cheek', 'half', 'face', 'blobs')
 
-def region_mask(
+def sample_region(
     face:Face, # with landmarks or five points
     region:str, # one of `REGIONS`
     rng:np.random.Generator
@@ -403,7 +403,7 @@ def regions(
 )->Forgery:
     "Blend a resynthesised copy into one region: eye, nose, cheek, half face, face or random blobs"
     rng, image = np.random.default_rng([7, seed]), face.image.astype(np.float32)
-    mask = region_mask(face, region or str(rng.choice(REGIONS)), rng)
+    mask = sample_region(face, region or str(rng.choice(REGIONS)), rng)
     copy = bottleneck_resample(image, rng.uniform(*STRENGTHS['bottleneck']), rng)
     copy = colour_sharpness_jitter(copy, image, mask, rng, 'resynth', strength)
     return Forgery(face.image, alpha_blend(face.image, copy, mask), mask, 'regions', face)

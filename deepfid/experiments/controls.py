@@ -129,7 +129,7 @@ def validation_auc(
     "Compute the AUC of the validation faces; people are resampled, or faces where there are fewer than ten people"
     valid = manifest.of('valid')
     t, fidelity = valid.table, detector.score(valid)
-    groups = t['identity'].tolist() if t['identity'].nunique()>=10 else None
+    groups = t['identity'].tolist() if len(set(t['identity']))>=10 else None
     return auc_interval(fidelity, t['label'], groups, 200)._asdict()
 
 def collapse(

@@ -673,7 +673,7 @@ def run_tables(
     spread = jobs>1 or engine=='ray'
     groups, threads = _missing_cells(runs) if spread else [], max(1, (os.cpu_count() or 1)//max(1, jobs))
     fill = partial(_fill_cells, threads=threads)
-    done:Iterable = ()
+    done:Any = ()
     if engine=='local': done = map_processes(fill, groups, jobs, ordered=False, threads=threads)
     elif groups: done = map_ray(fill, groups, jobs)
     for k, (row, train, seed) in enumerate(done, 1):
