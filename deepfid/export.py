@@ -66,7 +66,8 @@ def export_metadata(
         output='fidelity (batch): 1 = real, 0 = fake, raw; below low: manipulated, from high upwards: no manipulation '
             'found, between: undecided; P(real) = 1/(1 + exp(-(slope*fidelity + offset))) by the calibration',
         positive_class='fake', size=int(detector.size), crop_align=align, crop_margin=float(margin),
-        template=alignment_template(int(detector.size), margin, align if align!='box' else 'similarity').round(4).tolist(),
+        template=alignment_template(int(detector.size), margin,
+            'similarity' if align=='box' else align).round(4).tolist(),
         threshold=float(detector.threshold),
         low=float(low), high=float(high), calibration=list(detector.calibration) if detector.calibration else None,
         licence=licence or 'not stated', card_sha256=file_hash(card) if card and card.is_file() else '')

@@ -53,10 +53,9 @@ def alignment_template(
     check_crop_size(size, margin)
     if check_choice('align', align, ('similarity', 'symmetric'))=='similarity':
         return ((ARCFACE_TEMPLATE-56)/margin+56)*np.float32(size/112)
-    middle = np.float32(55.5) # of 112 pixels, counted from the centre of the first
-    other_side = np.take(ARCFACE_TEMPLATE, (1, 0, 2, 4, 3), 0)
-    mirrored = other_side*np.array((-1, 1), np.float32)+np.array((111, 0), np.float32)
-    offsets = (ARCFACE_TEMPLATE+mirrored)/2-middle
+    offsets = ARCFACE_TEMPLATE-np.float32(55.5) # the middle of 112 pixels
+    mirrored = np.take(offsets, (1, 0, 2, 4, 3), 0)*np.array((-1, 1), np.float32)
+    offsets = (offsets+mirrored)/2
     return offsets*np.float32(size/112/margin)+np.float32((size-1)/2)
 
 # %% ../../nbs/05_faces.ipynb #60efb0ef

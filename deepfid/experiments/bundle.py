@@ -187,7 +187,8 @@ def bundle_record(
     people = table.groupby('split')['identity'].nunique().to_dict()
     epochs = detector.config.epochs
     return describe_run(detector.config.to_dict(), 'london, portraits, congress', seed, seconds, metrics, name=name,
-        parts=START_RECIPE['epochs']+(epochs if isinstance(epochs, int) else sum(epochs)), results=results, groups=error_rates_by_group(detector, tests['channel']), faces=counts, people=people,
+        parts=START_RECIPE['epochs']+(epochs if isinstance(epochs, int) else sum(epochs)),
+        results=results, groups=error_rates_by_group(detector, tests['channel']), faces=counts, people=people,
         sensitivity=score_sensitivity(detector, tests['channel']), curves=detector.history,
         plain=plain and dict(results={c: {k: r[k] for k in ('auc', 'sets', 'methods')}
             for c, r in plain['results'].items()}))
