@@ -186,8 +186,8 @@ def test_dlib_finder_has_the_same_interface(monkeypatch, tmp_path):
         def width(self): return 100
         def height(self): return 90
     class Shape:
-        def parts(self): return [types.types.SimpleNamespace(x=x, y=y) for x, y in face.landmarks]
-    fake = types.types.SimpleNamespace(get_frontal_face_detector=lambda: types.SimpleNamespace(run=lambda image, up, low: ([Rect(), Rect()], [.2, 1.4], [0, 0])),
+        def parts(self): return [types.SimpleNamespace(x=x, y=y) for x, y in face.landmarks]
+    fake = types.SimpleNamespace(get_frontal_face_detector=lambda: types.SimpleNamespace(run=lambda image, up, low: ([Rect(), Rect()], [.2, 1.4], [0, 0])),
                                  shape_predictor=lambda path: lambda image, rect: Shape())
     monkeypatch.setitem(sys.modules, 'dlib', fake)
     with pytest.raises(DataMissingError, match='dlib-models'): DlibFaceFinder(tmp_path/'m.dat')

@@ -170,7 +170,7 @@ def test_nothing_half_written_when_a_source_fails(tmp_path):
     assert list(tmp_path.iterdir())==[]
 
 def test_batches_are_balanced_pairs_moved_alike(built):
-    dls = dataloaders(built, 'label+mask', bs=8)
+    dls = dataloaders(built, 'label+mask', bs=8, pairs_together=True)
     for x, (y, mask) in dls.train:
         assert x.shape[1:]==(3, 112, 112) and -1<=x.min() and x.max()<=1 and mask.shape==(len(x), 1, 112, 112)
         assert (y==torch.tensor([1, 0]*(len(y)//2))).all() and mask[::2].max()==0

@@ -410,8 +410,8 @@ def test_dilated_timm_network_holds_the_strided_maps(n):
     dilated, strided = dilated_backbone('efficientnet_lite0', True).eval(), create_backbone('efficientnet_lite0', True).eval()
     with torch.no_grad(): got, want = dilated(x), strided(x)
     assert [m.shape[-1] for m in got]==[n//16]*2
-    torch.testing.assert_close(got[0], want[-2], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got[1][..., 1::2, 1::2], want[-1], atol=1e-5, rtol=1e-5) # 'same' padding of TensorFlow: odd positions
+    torch.testing.assert_close(got[0], want[-2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[1][..., 1::2, 1::2], want[-1], atol=1e-4, rtol=1e-4) # 'same' padding of TensorFlow: odd positions
 
 def test_shapes_with_a_timm_backbone(lite):
     found, out = shapes(lite.eval(), torch.zeros(2, 3, 160, 160))

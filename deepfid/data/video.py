@@ -633,8 +633,8 @@ class _Tracker:
     def _ambiguous(self, tracks, found, shot)->bool:
         "May a face be another person's: are there several, or has the scene changed?"
         if not (self.embed and tracks and found): return False
-        changed = [colour_overlap(t.shot, shot)<SHOT_COLOUR_OVERLAP for t in tracks]
-        return len(found)+len(tracks)>2 or any(changed)
+        new_scene = [colour_overlap(t.shot, shot)<SHOT_COLOUR_OVERLAP for t in tracks]
+        return len(found)+len(tracks)>2 or any(new_scene)
 
     def _similarity(self, tracks, looks)->np.ndarray:
         "Cosines of the tracks' mean embeddings with those of detections"

@@ -219,7 +219,7 @@ class Checkpoint(TypedCallback):
     def after_epoch(self)->None:
         if self.epoch<self.done or rank_distrib(): return
         opt, data = self.learn.opt.state_dict(), io.BytesIO()
-        for group in opt['param_groups']: # a schedule may leave NumPy numbers
+        for group in opt.get('param_groups', ()): # a schedule may leave NumPy numbers
             group['lr'] = float(group['lr'])
             if 'betas' in group: group['betas'] = tuple(map(float, group['betas']))
         history = [[v if v is None else float(v) for v in row] for row in self.learn.recorder.values if len(row)>1]
