@@ -450,7 +450,8 @@ def _crop_clips(clips, config, workers, engine, progress)->None:
             bar.set_postfix(faces=n_faces, refresh=False)
             bar.update(done)
 
-def extract_faces(    clips:list,              # of `Clip`
+def extract_faces(
+    clips:list,              # of `Clip`
     out:str|Path,            # folder: faces/, manifest.csv, skipped.csv; one that is half done is resumed
     size:int=224,            # side of the crops, pixels
     margin:float=1.3,        # see `CropConfig`

@@ -71,7 +71,7 @@ class LiveTraining(NamedTuple):
     pairs: Manifest     # of training, validation and test
     fidelity: np.ndarray# (N,) of the test faces
     auc: Interval       # of these, with people resampled
-    seconds: float      # of training
+    seconds: float      # of training: wall or processor time, whichever is less on a busy machine
     rows: list          # one an epoch, see `EpochTable`
     def __str__(self)->str:
         a = self.auc
