@@ -29,7 +29,7 @@ __all__ = ['START_RECIPE', 'BUNDLE_RECIPES', 'BUNDLED', 'WEIGHTS_DIR', 'fresh_fa
 _CROP:dict[str, Any] = dict(crop_align=FACE_CROP['align'], crop_margin=FACE_CROP['margin'], size=FACE_SIZE)
 _PLAIN:dict[str, Any] = dict(detector='local_similarity', backbone='efficientnet_lite0', use_llsm=False, use_flm=False)
 _EPOCH:dict[str, Any] = dict(steps=PART_PAIRS//16, bs=32) # one part of the faces
-START_RECIPE:dict[str, Any] = _PLAIN|_EPOCH|dict(epochs=5, lr=3e-4) # the plain network, from ImageNet weights
+START_RECIPE:dict[str, Any] = _PLAIN|_EPOCH|dict(epochs=30, lr=3e-4) # the plain network, from ImageNet weights
 BUNDLE_RECIPES:dict[str, dict[str, Any]] = { # from the start, beside each detector's own recipe `finetune`
     'plain': _PLAIN|_EPOCH|dict(epochs=1, lr=2e-4),
     'deepfidelity': _EPOCH|dict(detector='deepfidelity', arch='ssaa_lite0', epochs=1, lr=2e-4),
