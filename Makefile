@@ -62,7 +62,8 @@ export: $(READY) ## Write the modules from the notebooks
 run: $(READY) ## Execute notebooks and keep their outputs, cleaned (NB=nbs/02_forge.ipynb)
 	@$(BIN)/python .ci/notebooks.py run $(NB)
 
-docs: $(READY) ## After an edit: clean the notebooks, export the modules, render README.md
+docs: $(READY) ## After an edit: write the reading path, clean the notebooks, export the modules, render README.md
+	@$(BIN)/python .ci/notebooks.py path
 	@$(BIN)/python .ci/notebooks.py clean
 	@$(BIN)/nbdev-export
 	@$(BIN)/python .ci/notebooks.py readme

@@ -35,6 +35,8 @@ def copy_notebook(path):
     "Write the site's copy of a notebook"
     nb = keeper.read(path)
     nb['cells'] = [shown for c in nb['cells'] if (shown := show_cell(c))]
+    for c in nb['cells']: # nbs/index.ipynb is the README, the site's first page
+        if c['cell_type'] == 'markdown': c['source'] = re.sub(r'\]\(((?:\.\./)*)index\.ipynb', r'](../\1index.md', c['source'])
     nb['metadata'] = dict(kernelspec=dict(name='python3', language='python', display_name='python3'), language_info=dict(name='python'))
     target = SOURCE/path.relative_to(ROOT)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,14 @@ def write_api():
 
 def toctree(caption, entries): return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', ':maxdepth: 1', '', *entries, '```', ''])
 
+def sidebar(paths):
+    "The captions of the sidebar and the pages below them, in their order, which is also that of *previous* and *next*"
+    stops = ['nbs/' + n.removesuffix('.ipynb') for n in keeper.PATH]
+    def shelf(folder): return [n for p in paths if p.parent.name == folder and (n := p.relative_to(ROOT).with_suffix('').as_posix()) not in stops]
+    lessons = [n for n in shelf('nbs') if re.match(r'nbs/\d\d_', n)]
+    return {'Reading path': stops, 'More lessons': lessons, 'More tutorials': shelf('tutorials'), 'Library': shelf('lib'),
+            'Reference': [*[n for n in shelf('nbs') if n not in lessons], 'api/index'], 'Project': ['CONTRIBUTING', 'CHANGELOG']}
+
 def write_sources():
     "Gather everything that the site shows below out/site-source"
     shutil.rmtree(SOURCE, ignore_errors=True)
@@ -130,11 +140,8 @@ def write_sources():
         if not (ROOT/name).is_file(): continue
         text = (ROOT/name).read_text(encoding='utf-8')
         (SOURCE/name).write_text(text.replace('(README.md', '(index.md'), encoding='utf-8') # the README is the site's first page
-    shelf = lambda folder: [p.relative_to(ROOT).with_suffix('').as_posix() for p in paths if p.parent.name == folder]
-    lessons = [n for n in shelf('nbs') if re.match(r'nbs/\d\d_', n)]
     text = (ROOT/'README.md').read_text(encoding='utf-8')
-    trees = [toctree('Lessons', lessons), toctree('Tutorials', shelf('tutorials')), toctree('Library', shelf('lib')),
-             toctree('Reference', [*[n for n in shelf('nbs') if n not in lessons], 'api/index']), toctree('Project', ['CONTRIBUTING', 'CHANGELOG'])]
+    trees = [toctree(caption, entries) for caption, entries in sidebar(paths).items()]
     (SOURCE/'index.md').write_text(text + '\n\n' + '\n'.join(trees), encoding='utf-8')
     (SOURCE/'_static').mkdir()
     (SOURCE/'_static/deepfid.css').write_text(CSS, encoding='utf-8')

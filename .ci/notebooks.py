@@ -4,6 +4,7 @@
     python .ci/notebooks.py run nbs/lib/core.ipynb   execute as nbdev-test does, keep the outputs, clean
     python .ci/notebooks.py clean [FILE ...]        clean (all of them, if none is named)
     python .ci/notebooks.py check [FILE ...]        say what is out of order; exit status 1 if anything is
+    python .ci/notebooks.py path                    write the reading path into its stops and nbs/index.ipynb
     python .ci/notebooks.py readme                  render README.md from nbs/index.ipynb
 """
 import argparse, base64, copy, gc, hashlib, importlib, io, json, multiprocessing, os, posixpath, re, subprocess, sys, time
@@ -19,6 +20,22 @@ MAX_LESSONS, MAX_LINES_BEFORE_PROSE = 26, 12
 PRELOADED = ('torch', 'torchvision', 'timm', 'fastai.vision.all', 'pandas', 'scipy.stats', 'sklearn.metrics', 'cv2', 'matplotlib.pyplot',
              'ipywidgets', 'nbdev.test')
 WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+# The reading path, in its order: notebook below nbs, and how the path calls it. All that speaks of the path is written from this list.
+PATH = {
+    'tutorials/first_look.ipynb': 'A first look',
+    '02_forge.ipynb': 'Faces and manipulation methods',
+    '50_metrics.ipynb': 'What scores are worth',
+    '12_mapping.ipynb': 'From quality to fidelity',
+    '20_ssaa.ipynb': 'The mirror: SSAA',
+    '23_deepfidelity.ipynb': 'DeepFidelity',
+    '31_llsm.ipynb': 'Which positions differ?',
+    '32_local_similarity.ipynb': 'Where is it forged?',
+    '41_lisiam.ipynb': 'The same face twice',
+    'tutorials/what_helps.ipynb': 'What helps, and when',
+    'tutorials/your_own_photos.ipynb': 'Your own photographs'}
+PATH_FOOT, PATH_TABLE, OTHER_NOTEBOOKS = 'path-foot', 'path-table', 'other-notebooks' # ids of cells that are written, not edited
+WORDS_A_MINUTE, CELLS_A_MINUTE = 200, 4 # of prose, and of code that is shown, with its output
 
 def notebooks():
     "Every notebook of the project: lessons and index, then `lib` and `tutorials`"
@@ -206,10 +223,97 @@ def problems(path):
     "All that is out of order in the notebook at `path`: a list of lines, empty if all is well"
     path, nb = Path(path), read(path)
     found = [*_structure(nb, path), *_outputs(nb)]
+    if path.resolve().is_relative_to(NBS) and with_path(path, nb) != nb: found.append('does not agree with the reading path: make docs')
     kb = path.stat().st_size/1024
     if kb > MAX_KB: found.append(f'has {kb:.0f} KB, more than {MAX_KB}')
     if not found and tidy(nb, path.stem) != nb: found.append('is not clean: make docs')
     return [f'{path.name}: {o}' for o in found]
+
+# -- the reading path -----------------------------------------------------------------------------------------------
+
+def describe(path):
+    "Title, promise, modules and minutes of the notebook at `path`; minutes follow from words and cells, rounded to 5"
+    nb = read(path)
+    title, _, rest = source(nb['cells'][0]).removeprefix('# ').partition('\n')
+    words = sum(len(source(c).split()) for c in nb['cells'] if c['cell_type'] == 'markdown' and c['id'] != PATH_FOOT)
+    told = [directives(c) for c in code(nb)]
+    shown = sum(not {'hide', 'default_exp'} & set(d) for d in told)
+    modules = [d[k] for d in told for k in ('default_exp', 'export', 'exports') if d.get(k)]
+    minutes = max(5, 5*round((words/WORDS_A_MINUTE + shown/CELLS_A_MINUTE)/5))
+    return dict(title=title.strip(), promise=rest.partition('> ')[2].partition('\n')[0].strip(),
+                modules=list(dict.fromkeys(modules)), minutes=minutes)
+
+def link_from(start, name):
+    "Relative link to notebook `name` below nbs from notebook `start` below nbs"
+    return posixpath.relpath(name, posixpath.dirname(start) or '.')
+
+def path_head(name):
+    "The line below the title of a stop"
+    index = link_from(name, 'index.ipynb#where-to-begin')
+    return f"*Stop {[*PATH].index(name) + 1} of {len(PATH)} on the [reading path]({index}) · {describe(NBS/name)['minutes']} minutes*"
+
+def path_foot(name):
+    "The last cell of a stop: what came before, what comes next"
+    names, i = [*PATH], [*PATH].index(name)
+    def link(j, label): return f'{label}: [{j + 1}. {PATH[names[j]]}]({link_from(name, names[j])})' if 0 <= j < len(names) else ''
+    index = f"[reading path]({link_from(name, 'index.ipynb#where-to-begin')})"
+    return ' · '.join(filter(None, [link(i - 1, '← Previous'), index, link(i + 1, 'Next')])) + ' →'*(i + 1 < len(names))
+
+def path_table():
+    "The reading path as the README shows it"
+    stops = [dict(describe(NBS/n), name=n, stop=title) for n, title in PATH.items()]
+    hours = f"{round(sum(s['minutes'] for s in stops)/30)/2:g}"
+    rows = [f"| {i} | [{s['stop']}]({s['name']}) | {s['promise']} | {s['minutes']} |" for i, s in enumerate(stops, 1)]
+    return '\n'.join([f'{len(stops)} stops, about {hours} hours in all, lead from the first face to your own photographs. Each can be read alone.',
+                      f'A minute is {WORDS_A_MINUTE} words, or {CELLS_A_MINUTE} code cells with what they show. Terms are explained in the [glossary](glossary.ipynb).',
+                      '', '| | stop | what it shows | minutes |', '|---|---|---|---|', *rows])
+
+def _shelf(title, paths):
+    "A titled list of notebooks"
+    rows = [f'**{title}**', '', '| notebook | module | what it is about |', '|---|---|---|']
+    for path in paths:
+        d = describe(path)
+        rows.append(f"| [{d['title']}]({path.relative_to(NBS).as_posix()}) | {', '.join(f'`{m}`' for m in d['modules'])} | {d['promise']} |")
+    return '\n'.join(rows)
+
+def other_notebooks():
+    "All notebooks beside the reading path, in one folded list, as the README shows it"
+    rest = [p for p in notebooks() if p.relative_to(NBS).as_posix() not in {*PATH, 'index.ipynb', 'glossary.ipynb'}]
+    shelves = {'nbs': 'Lessons, in reading order', 'tutorials': 'Tutorials', 'lib': 'The library'}
+    assert {p.parent.name for p in rest} <= set(shelves), 'a notebook on no shelf'
+    lists = [_shelf(title, [p for p in rest if p.parent.name == folder]) for folder, title in shelves.items()]
+    summary = f'All other notebooks: {len(rest)}, lessons and library'
+    return f'<details><summary>{summary}</summary>\n\n' + '\n\n'.join(lists) + '\n\n</details>'
+
+def _written(nb, cid, text):
+    "Put `text` into the Markdown cell with id `cid`, which is appended where there is none"
+    cell = next((c for c in nb['cells'] if c['id'] == cid), None)
+    if cell is None: nb['cells'].append(cell := dict(cell_type='markdown', id=cid, metadata={}))
+    cell['source'] = text.splitlines(keepends=True)
+    return cell
+
+def with_path(path, nb):
+    "A copy of notebook `nb` of the project with what it says of the reading path as it must be"
+    name, nb = Path(path).resolve().relative_to(NBS).as_posix(), copy.deepcopy(nb)
+    if name == 'index.ipynb':
+        _written(nb, PATH_TABLE, path_table())
+        _written(nb, OTHER_NOTEBOOKS, other_notebooks())
+        return nb
+    first = nb['cells'][0]
+    title = re.sub(r'\n+\*Stop \d+ of .*', '', source(first))
+    nb['cells'] = [c for c in nb['cells'] if c['id'] != PATH_FOOT]
+    if name in PATH:
+        title = title.rstrip() + '\n\n' + path_head(name)
+        _written(nb, PATH_FOOT, path_foot(name))
+    if title != source(first): first['source'] = title.splitlines(keepends=True)
+    return nb
+
+def write_path():
+    "Write the reading path into its stops, then into the index"
+    for p in [*(p for p in notebooks() if p.name != 'index.ipynb'), NBS/'index.ipynb']:
+        old = read(p)
+        new = with_path(p, old)
+        if new != old: write(p, new); print('path written:', p.relative_to(ROOT))
 
 # -- README.md ------------------------------------------------------------------------------------------------------
 
@@ -265,7 +369,7 @@ def write_readme():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('command', choices=['test', 'run', 'clean', 'check', 'readme'])
+    parser.add_argument('command', choices=['test', 'run', 'clean', 'check', 'path', 'readme'])
     parser.add_argument('files', nargs='*', help='notebooks, or folders of them; all if none is named')
     parser.add_argument('--workers', type=int, default=2, help='test: how many notebooks at a time')
     parser.add_argument('--flags', default='', help='test: also cells with these flags, for instance "slow cuda"')
@@ -279,6 +383,7 @@ def main():
         print(f'{len(paths)} notebooks passed')
     if args.command == 'run': sys.exit(run(paths))
     if args.command == 'clean': clean(paths)
+    if args.command == 'path': write_path()
     if args.command == 'readme': write_readme()
     if args.command == 'check':
         found = [line for p in paths for line in problems(p)]

@@ -91,6 +91,37 @@ def test_order_is_looked_after(tmp_path):
     assert 'not clean' in found(lambda nb, c: c.update(outputs=[dict(output_type='stream', name='stderr', text='warning')]))
     assert 'more than 400' in found(lambda nb, c: nb['cells'][0].update(source='# T\n\n> P\n' + 'x'*500_000))
 
+def test_reading_path_is_the_same_everywhere(monkeypatch):
+    "The list of .ci/notebooks.py, heads and feet of the stops, README and the site's sidebar"
+    monkeypatch.syspath_prepend(str(ROOT/'.ci'))
+    stops, readme = list(keeper.PATH), (ROOT/'README.md').read_text(encoding='utf-8')
+    assert not [n for n in stops if not (ROOT/'nbs'/n).is_file()]
+    table = re.findall(r'^\| \d+ \| \[(.+?)\]\(nbs/(.+?)\) \|.*\| (\d+) \|$', readme, re.M)
+    assert [(n, title) for title, n, _ in table] == list(keeper.PATH.items())
+    pages = _load_script(ROOT/'.ci/docs_site.py').sidebar([p for p in NOTEBOOKS if p.name != 'index.ipynb'])
+    assert next(iter(pages.values())) == [f'nbs/{n}'.removesuffix('.ipynb') for n in stops]
+    listed = [n for entries in pages.values() for n in entries]
+    assert len(set(listed)) == len(listed) and len([n for n in listed if n.startswith('nbs/')]) == len(NOTEBOOKS) - 1
+    for i, (n, (_, _, minutes)) in enumerate(zip(stops, table)):
+        cells = keeper.read(ROOT/'nbs'/n)['cells']
+        assert re.search(rf'^\*Stop {i + 1} of {len(stops)} on .* · {minutes} minutes\*$', keeper.source(cells[0]), re.M)
+        links = re.findall(r'\]\((.+?)\)', keeper.source(cells[-1]))
+        seen = [os.path.relpath(ROOT/'nbs'/Path(n).parent/l.split('#')[0], ROOT/'nbs') for l in links]
+        assert seen == [*stops[:i][-1:], 'index.ipynb', *stops[i + 1:][:1]]
+
+def test_reading_path_is_looked_after():
+    path = keeper.NBS/next(iter(keeper.PATH))
+    def noticed(change, path=path):
+        nb = keeper.read(path)
+        change(nb['cells'])
+        return keeper.with_path(path, nb) != nb
+    assert not noticed(lambda cells: None)
+    assert noticed(lambda cells: cells.pop()) and noticed(lambda cells: cells.reverse())
+    assert noticed(lambda cells: cells[0].update(source='# Title\n\n> Promise\n\n*Stop 9 of 11 on the path*'))
+    assert noticed(lambda cells: cells[0].update(source='# Title\n\n> Promise\n\n*Stop 9 of 11*'), keeper.NBS/'01_synth.ipynb')
+    assert noticed(lambda cells: cells.append(dict(id=keeper.PATH_FOOT, cell_type='markdown', source='')), keeper.NBS/'01_synth.ipynb')
+    assert noticed(lambda cells: next(c for c in cells if c['id'] == keeper.PATH_TABLE).update(source=''), keeper.NBS/'index.ipynb')
+
 def test_lessons_are_few():
     lessons = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.name) and p.parent.name == 'nbs']
     assert len(lessons) <= keeper.MAX_LESSONS
