@@ -18,8 +18,8 @@ from ..io import InlineImage
 from ..data.loaders import resize_square
 from deepfid.evaluate.metrics import (MetricError, RocCurve, confusion_matrix, roc_curve,
     validate_scores)
-from deepfid.explore.score import (Explorer, degradation_sliders, degrade_by_sliders, image_widget,
-    toggle_buttons)
+from .score import (CONTROL_STYLE, SVG_STYLE, Explorer, degradation_sliders,
+    degrade_by_sliders, face_menu, image_widget, side_by_side, toggle_buttons, wide_slider)
 from ..inference.decisions import QUALITY_SIZE
 from ..plotting import FAKE, GRID, INK, REAL
 from ..quality.mapping import MAPPING_METHODS, FidelityMapping
@@ -61,8 +61,8 @@ def group_errors(
 
 # %% ../../nbs/62_explore_evaluation.ipynb #203bf6a9
 def _svg(width, height, *parts):
-    return (f'<svg width="{width}" height="{height}" font-family="sans-serif" font-size="11" '
-            f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
+    return (f'<svg width="{width}" height="{height}" style="{SVG_STYLE}" font-family="sans-serif" '
+        f'font-size="11" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
 
 def _linear_scale(low, high, start, end):
     "Function from values in [low,high] to pixels in [start,end]"
@@ -172,8 +172,9 @@ def evaluation_html(
     confusion = confusion_matrix(fidelity, label, threshold)
     histogram = score_histogram_svg(fidelity, label, threshold, validation_threshold)
     bars = group_errors_svg(group_errors(fidelity, label, threshold, groups))
-    return (f'<div style="display:flex;gap:20px;color:{INK}"><div>{histogram}<br>{bars}</div>'
-            f'<div>{confusion_html(confusion)}<br>{roc_curve_svg(curve, confusion)}</div></div>')
+    return ('<div style="display:flex;flex-wrap:wrap;gap:20px;padding:8px;background:white;'
+        f'color:{INK}"><div>{histogram}<br>{bars}</div>'
+        f'<div>{confusion_html(confusion)}<br>{roc_curve_svg(curve, confusion)}</div></div>')
 
 # %% ../../nbs/62_explore_evaluation.ipynb #2b111859
 class EvaluationExplorer(Explorer):
@@ -193,12 +194,16 @@ class EvaluationExplorer(Explorer):
         self.curve = roc_curve(self.fidelity, self.label)
         values = np.r_[self.fidelity, self.validation_threshold]
         low, high = float(values.min()), float(values.max())
-        self.threshold = w.FloatSlider(threshold, min=low, max=high, step=(high-low)/200 or .01,
-            description='threshold', readout_format='.3f', layout=w.Layout(width='440px'))
-        self.group_menu = w.Dropdown(options=list(self.groups), description='errors by')
+        self.threshold = wide_slider(w.FloatSlider, 'threshold', 'faces with at least this '
+            'fidelity are called real', threshold, min=low, max=high, step=(high-low)/200 or .01,
+            readout_format='.3f')
+        self.group_menu = w.Dropdown(options=list(self.groups), description='errors by',
+            style=CONTROL_STYLE, tooltip='into which groups the faces are divided below')
         self.page = w.HTML()
         controls = [self.threshold, self.group_menu]
-        super().__init__(w.VBox([w.HBox(controls), self.page]), controls)
+        super().__init__(w.VBox([side_by_side(*controls), self.page]), controls,
+            {REAL: 'real faces; their errors are false positives', FAKE: 'fakes; false negatives',
+            INK: 'threshold (dashed: chosen on validation faces)'})
 
     def accuracy(self,
         threshold:float # faces with at least this fidelity are called real
@@ -267,17 +272,21 @@ class MappingExplorer(Explorer):
         self.measure, self.faces = measure, dict(faces)
         self.quality, self.is_real = np.asarray(quality, float), np.asarray(is_real)
         def band(name, low, high):
-            return w.FloatRangeSlider(value=(low, high), min=0, max=1, step=.01, description=name)
-        self.face_menu = w.Dropdown(options=list(self.faces), description='face')
+            return wide_slider(w.FloatRangeSlider, name, 'targets from the worst to the best '
+                'quality of this class', (low, high), min=0, max=1, step=.01)
+        self.face_menu = face_menu(self.faces)
         self.degradation = degradation_sliders()
         self.method = toggle_buttons('map by', MAPPING_METHODS)
         self.fake, self.real = band('fake band', 0, .4), band('real band', .6, 1)
-        self.outlier = w.FloatSlider(0, min=0, max=5, step=.1, description='outlier')
+        self.outlier = wide_slider(w.FloatSlider, 'outlier', 'adds a face to each class, worse than '
+            'the worst by so many times the range of qualities; 0: none', 0, min=0, max=5, step=.1)
         self.image_view, self.plot = image_widget(width=160), w.HTML()
         controls = [self.face_menu, *self.degradation.values(), self.method, self.fake, self.real,
             self.outlier]
         views = w.VBox([self.image_view, self.plot])
-        super().__init__(w.HBox([w.VBox(controls), views]), controls)
+        super().__init__(side_by_side(w.VBox(controls), views), controls,
+            {REAL: 'target of a real face', FAKE: 'of a fake; bands: where they may lie',
+            INK: 'quality of the face shown (dashed)', '#9aa5ae': 'ticks: faces of the mapping'})
 
     def refresh(self)->str:
         "Measure the face, fit the mapping, draw both"

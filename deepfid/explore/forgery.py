@@ -14,7 +14,8 @@ from ..data.forge import FORGERS, Forgery, forge
 from ..data.mask import diff_mask, ssim_mask
 from ..data.synth import synthetic_face
 from ..evaluate.metrics import mask_iou
-from .score import Explorer, image_widget
+from deepfid.explore.score import (CONTROL_STYLE, Explorer, image_widget, side_by_side,
+    wide_slider)
 
 # %% ../../nbs/61_explore_maps.ipynb #da34f807
 def synthetic_forgery(
@@ -68,18 +69,29 @@ class ForgeryExplorer(Explorer):
     def __init__(self,
         size:int=224 # side of the synthetic face, pixels
     ):
-        def integer(name, value): return w.IntSlider(value, 0, 99, description=name)
-        def number(name, value, high):
-            return w.FloatSlider(value, min=0, max=high, step=high/50, description=name)
-        self.size, self.forger = size, w.Dropdown(options=list(FORGERS), description='forger')
-        self.person, self.variant = integer('person', 11), integer('variant', 3)
-        self.seed, self.strength = integer('forger seed', 0), number('strength', 1., 2)
-        self.diff, self.ssim = number('DIFF above', .1, .5), number('SSIM above', 20/255, .5)
-        self.jpeg, self.image_view = w.IntSlider(100, 5, 100, description='JPEG'), image_widget()
+        def integer(name, hint, value):
+            return wide_slider(w.IntSlider, name, hint, value, min=0, max=99)
+        def number(name, hint, value, high):
+            return wide_slider(w.FloatSlider, name, hint, value, min=0, max=high, step=high/50)
+        self.size, self.image_view = size, image_widget()
+        self.forger = w.Dropdown(options=list(FORGERS), description='forger', style=CONTROL_STYLE,
+            tooltip='manipulation method')
+        self.person = integer('person', 'seed of the identity', 11)
+        self.variant = integer('variant', 'seed of pose, expression, light and background', 3)
+        self.seed = integer('forger seed', 'seed of what the forger chooses at random', 0)
+        self.strength = number('strength', 'of the change in colour and detail; 1: usual', 1., 2)
+        self.diff = number('DIFF above', 'a pixel is marked where it changed by more than this '
+            'share of the range of values', .1, .5)
+        self.ssim = number('SSIM above', 'a pixel is marked where the local structure differs by '
+            'more than this; 0: alike, 1: unrelated', 20/255, .5)
+        self.jpeg = wide_slider(w.IntSlider, 'JPEG', 'JPEG quality of both images before they are '
+            'compared; 100: not compressed', 100, min=5, max=100)
         left = [self.person, self.variant, self.forger, self.seed, self.strength]
         right = [self.diff, self.ssim, self.jpeg]
-        controls = w.HBox([w.VBox(left), w.VBox(right)])
-        super().__init__(w.VBox([controls, self.image_view]), left+right)
+        controls = side_by_side(w.VBox(left), w.VBox(right))
+        super().__init__(w.VBox([controls, self.image_view]), left+right,
+            {'white; border:1px solid #888': 'pixels that a mask marks',
+            'black': 'pixels that it leaves'})
 
     def refresh(self)->str:
         "Render, forge and compare"

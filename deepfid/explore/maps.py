@@ -11,6 +11,7 @@ __all__ = ['REGION_SHAPES', 'region_mask', 'self_blend_region', 'true_similarity
 # %% ../../nbs/61_explore_maps.ipynb #2057b8dc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from html import escape
 from typing import Any
 import cv2
 import ipywidgets as w
@@ -21,9 +22,11 @@ from ..core import ConsentError, DeepfidError, Detector, Face, check_choice
 from ..io import InlineImage, montage
 from ..data.forge import Forgery, selfblend
 from ..data.loaders import faces_to_batch
-from ..explain import capture_activation, overlay_heatmap, resize_map
-from .score import (Explorer, degradation_sliders, degrade_by_sliders,
-    detectors_by_name, image_widget, toggle_buttons)
+from ..explain import capture_activation, resize_map
+from .score import (CONTROL_STYLE, Explorer, degradation_sliders, degrade_by_sliders,
+    degrade_image, detectors_by_name, face_menu, image_widget, insensitivity_note, side_by_side,
+    toggle_buttons, wide_slider)
+from ..plotting import MASK, paint_mask
 
 # %% ../../nbs/61_explore_maps.ipynb #9bfaf7fb
 REGION_SHAPES = ('ellipse', 'rectangle')
@@ -85,10 +88,10 @@ def position_overlay(
     matrix:np.ndarray, # (N,N), 1 = the two positions differ
     position:int       # row by row
 )->np.ndarray: # uint8 RGB (H,H,3)
-    "Colour a face by its difference from one position, which is framed in white"
+    "Paint over a face how much each position differs from one, which is framed in white"
     side, n = len(image), round(len(matrix)**.5)
     nearest = np.arange(side)*n//side
-    out = overlay_heatmap(image, similarity_row(matrix, position)[nearest][:, nearest])
+    out = paint_mask(image, similarity_row(matrix, position)[nearest][:, nearest])
     top, bottom, left, right = _position_box(position, len(matrix), side)
     return cv2.rectangle(out, (left, top), (right-1, bottom-1), (255, 255, 255), 1)
 
@@ -130,7 +133,8 @@ def difference_colour(
     difference:float # in [0,1]
 )->str: # CSS colour, more opaque where the difference is larger
     "Choose the colour that lies over a position"
-    return f'rgba(232,89,12,{.75*float(difference):.2f})'
+    red, green, blue = (int(MASK[i:i+2], 16) for i in (1, 3, 5))
+    return f'rgba({red},{green},{blue},{.75*float(difference):.2f})'
 
 # %% ../../nbs/61_explore_maps.ipynb #c0533be1
 def _require_output(name, value, output):
@@ -138,6 +142,12 @@ def _require_output(name, value, output):
     if value is None: raise DeepfidError(f'{name}: this detector predicts no {output}')
     return value
 
+def _probe_images(faces, most=3):
+    "Some faces, strongly degraded copies, and forgeries of those who agreed to any"
+    some = list(faces.values())[:most]
+    region = region_mask(len(some[0].image), .5, .6, .5, .4)
+    forged = [self_blend_region(f, region, 0, 2.).fake for f in some if f.consent]
+    return [*(f.image for f in some), *(degrade_image(f.image, 3, 1, 10) for f in some), *forged]
 class SimilarityExplorer(Explorer):
     "Click a position of a face: the others are coloured by how much they differ from it"
     def __init__(self,
@@ -145,21 +155,26 @@ class SimilarityExplorer(Explorer):
         faces:dict         # {name: aligned square `Face` of somebody who agreed to altered forms}
     ):
         self.detector, self.faces, self.position, self._inputs = detector, dict(faces), 0, None
-        matrix = detector.predict([next(iter(self.faces.values())).image])[0].similarity
-        _require_output(detector.name, matrix, 'similarity matrix')
-        def share(name, value):
-            return w.FloatSlider(value, min=.05, max=1, step=.01, description=name)
-        self.face_menu = w.Dropdown(options=list(self.faces), description='face')
+        matrices = [p.similarity for p in detector.predict(_probe_images(self.faces))]
+        _require_output(detector.name, matrices[0], 'similarity matrix')
+        self.note = insensitivity_note(matrices, 'similarity matrix')
+        def share(name, hint, value):
+            return wide_slider(w.FloatSlider, name, f'{hint}, as a share of the side of the image',
+                value, min=.05, max=1, step=.01)
+        self.face_menu = face_menu(self.faces)
         self.matrix_menu = toggle_buttons('matrix', ['predicted', 'true'])
-        self.x, self.y, self.width, self.height = (share(name, value) for name, value in
-            (('x', .5), ('y', .6), ('width', .5), ('height', .4)))
+        self.x, self.y = share('x', 'middle, from the left', .5), share('y', 'from the top', .6)
+        self.width, self.height = share('width', 'width', .5), share('height', 'height', .4)
         self.shape = toggle_buttons('forged', REGION_SHAPES)
-        self.strength = w.FloatSlider(1.5, min=0, max=3, step=.1, description='strength')
+        self.strength = wide_slider(w.FloatSlider, 'strength', 'of the change in colour and '
+            'detail; 1: usual, 0: only moved', 1.5, min=0, max=3, step=.1)
         self.image_view, self.mask_view = image_widget(), image_widget()
-        self.grid, self.buttons = position_grid(len(matrix), self.image_view, self.click)
+        self.grid, self.buttons = position_grid(len(matrices[0]), self.image_view, self.click)
         controls = [self.face_menu, self.matrix_menu, self.shape, self.x, self.y, self.width,
             self.height, self.strength]
-        super().__init__(w.HBox([self.grid, w.VBox([*controls, self.mask_view])]), controls)
+        view = side_by_side(self.grid, w.VBox([*controls, self.mask_view]))
+        super().__init__(view, controls, {'white; border:1px solid #888': 'chosen position (frame)',
+            MASK: 'differs from it: the more opaque, the surer'})
 
     def click(self, position:int)->None:
         "Compare the face with another position"
@@ -181,7 +196,7 @@ class SimilarityExplorer(Explorer):
             for pairs, share in accuracy if not np.isnan(share))
         return (f'{self.buttons[self.position].tooltip}: {(row>.5).sum()} of {len(row)} positions '
             f'differ from it ({kind} matrix). Fidelity {self.prediction.fidelity:.2f}; '
-            f'predicted correctly: {correct}.')
+            f'predicted correctly: {correct}. {self.note}')
 
     def _predict(self):
         "Forge by the sliders and predict, unless nothing has changed"
@@ -231,7 +246,7 @@ def invariance_montage(
     titles = ['original', 'degraded', 'difference x 4']
     for name, both in predictions.items():
         a, b = (np.clip(resize_map(p.mask, image.shape), 0, 1) for p in both)
-        panels += [overlay_heatmap(image, a), overlay_heatmap(degraded, b), np.abs(a-b)]
+        panels += [paint_mask(image, a), paint_mask(degraded, b), np.abs(a-b)]
         titles += [name, 'degraded', f'mean {mask_difference(*both):.3f}']
     return montage(panels, titles, ncols=3, scale=side/len(image))
 
@@ -243,10 +258,16 @@ class InvarianceExplorer(Explorer):
         faces:dict               # {name: aligned square `Face`}
     ):
         self.detectors, self.faces = detectors_by_name(detectors), dict(faces)
-        self.face_menu = w.Dropdown(options=list(self.faces), description='face')
+        self.face_menu, probes = face_menu(self.faces), _probe_images(self.faces)
+        masks = {name: [p.mask for p in d.predict(probes)] for name, d in self.detectors.items()}
+        notes = {name: '' if m[0] is None else insensitivity_note(m, 'mask')
+            for name, m in masks.items()}
+        self.notes = [f'{escape(name)} is {note}' for name, note in notes.items() if note]
         self.degradation, self.image_view = degradation_sliders(), image_widget()
         controls = [self.face_menu, *self.degradation.values()]
-        super().__init__(w.HBox([w.VBox(controls), self.image_view]), controls)
+        view = side_by_side(w.VBox(controls), self.image_view)
+        super().__init__(view, controls, {MASK: 'taken for manipulated: the more opaque, the surer',
+            'white; border:1px solid #888': 'right: where the two masks differ'})
 
     def refresh(self)->str:
         "Degrade one copy, predict both"
@@ -255,9 +276,10 @@ class InvarianceExplorer(Explorer):
         self.predictions = predict_both(self.detectors, image, degraded)
         panels = invariance_montage(image, degraded, self.predictions)
         self.image_view.value = InlineImage(panels).jpeg()
-        return '; '.join(f'{name}: mean |difference| {mask_difference(a, b):.3f}, '
+        found = [f'{name}: mean |difference| {mask_difference(a, b):.3f}, '
             f'fidelity {a.fidelity:.2f} and {b.fidelity:.2f}'
-            for name, (a, b) in self.predictions.items())
+            for name, (a, b) in self.predictions.items()]
+        return '; '.join([*map(escape, found), *self.notes])
 
 # %% ../../nbs/61_explore_maps.ipynb #df99210b
 def mix_mirrored(
@@ -317,15 +339,19 @@ class SSAAExplorer(Explorer):
         weights:tuple=(.5, .5) # w1 and w2 at which the sliders begin
     ):
         self.faces, self.maps = dict(faces), dict(maps)
-        self.w1, self.w2 = (w.FloatSlider(value, min=-1, max=2, step=.01, description=name)
-            for name, value in zip(('w1', 'w2'), weights))
-        self.sum_to_one = w.Checkbox(True, description='w1 + w2 = 1')
-        self.face_menu = w.Dropdown(options=list(self.faces), description='face')
+        self.w1, self.w2 = (wide_slider(w.FloatSlider, name, f'weight of {what}', value, min=-1,
+            max=2, step=.01) for name, what, value in zip(('w1', 'w2'), ('the map',
+            'its mirror image; 0: no mirror'), weights))
+        self.sum_to_one = w.Checkbox(abs(sum(weights)-1)<.005, description='w1 + w2 = 1',
+            style=CONTROL_STYLE)
+        self.face_menu = face_menu(self.faces)
         channels = len(next(iter(self.maps.values())))
-        self.channel = w.IntSlider(0, 0, channels-1, description='channel')
+        self.channel = wide_slider(w.IntSlider, 'channel', 'of the feature map: what one filter '
+            'of the layer answers', 0, min=0, max=channels-1)
         self.image_view = image_widget()
         controls = [self.face_menu, self.channel, self.w1, self.w2, self.sum_to_one]
-        super().__init__(w.VBox([*controls, self.image_view]), controls)
+        super().__init__(w.VBox([*controls, self.image_view]), controls,
+            {'#b2182b': 'above zero', 'white; border:1px solid #888': 'zero', '#2166ac': 'below'})
 
     def refresh(self)->str:
         "Mix the map with its mirror image"
@@ -335,5 +361,5 @@ class SSAAExplorer(Explorer):
         self.mixed = mix_mirrored(a, *weights)
         panels = mirror_montage(image, a, *weights, self.channel.value)
         self.image_view.value = InlineImage(panels).jpeg()
-        return (f'asymmetry of the map {asymmetry(a):.3f}, of the mixture '
-            f'{asymmetry(self.mixed):.3f} (all channels)')
+        return (f'asymmetry (0: its own mirror image, 1: the negative of it) of the map '
+            f'{asymmetry(a):.3f}, of the mixture {asymmetry(self.mixed):.3f} (all channels)')
