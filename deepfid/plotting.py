@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
     import numpy as np
+    from IPython.display import SVG
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['REAL', 'FAKE', 'INK', 'GRID', 'DIAGRAM_FILLS', 'MASK', 'set_style', 'new_figure', 'figure_svg', 'diagram',
+__all__ = ['REAL', 'FAKE', 'INK', 'GRID', 'DIAGRAM_FILLS', 'MASK', 'set_style', 'new_figure', 'figure_svg', 'diagram', 'show_svg',
            'paint_mask', 'mask_figure']
 
 # %% ../nbs/lib/plotting.ipynb #0ec30b8a
@@ -108,6 +109,18 @@ def diagram(
     ax.set(xlim=(min(x)-dx, max(x)+dx), ylim=(min(y)-dy, max(y)+dy), aspect='equal' if sizes else 'auto')
     ax.axis('off')
     return ax
+
+# %% ../nbs/lib/plotting.ipynb #e2c422e9
+def show_svg(
+    ax:Axes # of a finished figure, such as `diagram` returns
+)->SVG:
+    "Close a figure and return it as SVG for a notebook, sharp at any size"
+    import matplotlib.pyplot as plt
+    from IPython.display import SVG
+    fig:Any = ax.figure
+    with plt.rc_context({'svg.hashsalt': 'deepfid'}): svg = figure_svg(fig) # the same text every time
+    plt.close(fig)
+    return SVG(svg)
 
 # %% ../nbs/lib/plotting.ipynb #msk00002
 MASK = '#2a6bff' # colour in which masks are painted over faces, far from any skin's

@@ -278,8 +278,9 @@ class MappingExplorer(Explorer):
         self.degradation = degradation_sliders()
         self.method = toggle_buttons('map by', MAPPING_METHODS)
         self.fake, self.real = band('fake band', 0, .4), band('real band', .6, 1)
-        self.outlier = wide_slider(w.FloatSlider, 'outlier', 'adds a face to each class, worse than '
-            'the worst by so many times the range of qualities; 0: none', 0, min=0, max=5, step=.1)
+        self.outlier = wide_slider(w.FloatSlider, 'outlier', 'adds a face to each class, worse '
+            'than the worst by so many times the range of qualities; 0: none', 0, min=0, max=5,
+            step=.1)
         self.image_view, self.plot = image_widget(width=160), w.HTML()
         controls = [self.face_menu, *self.degradation.values(), self.method, self.fake, self.real,
             self.outlier]

@@ -206,6 +206,7 @@ def wide_slider(
     return kind(value=value, description=name, tooltip=hint, style=CONTROL_STYLE,
         layout=w.Layout(width='440px'), **limits)
 
+# %% ../../nbs/60_explore_score.ipynb #0fa3bd9a
 def degradation_sliders()->dict: # {argument of `degrade_image`: slider}
     "Make a slider for each degradation, at the neutral setting"
     shared = dict(continuous_update=False)
@@ -252,6 +253,7 @@ def image_widget(
     "Make a widget that shows a JPEG at its own size"
     return w.Image(format='jpeg', layout=w.Layout(align_self='flex-start'), **kwargs)
 
+# %% ../../nbs/60_explore_score.ipynb #3fa4d64b
 INSENSITIVE = .05 # where outputs for different faces differ by no more than that
 
 def insensitivity_note(
