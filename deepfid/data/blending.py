@@ -5,19 +5,19 @@
 # %% ../../nbs/lib/data.blending.ipynb #04d061dd
 from __future__ import annotations
 from collections.abc import Callable
+from functools import partial
 import cv2
 import numpy as np
 from ..core import DeepfidError, Face, check_choice, check_number
 from .degrade import jpeg
-from deepfid.data.forge import (FORGERS, Forgery, check_consent, check_landmarks, forge, landmark_warp, match_colour,
-    random_signed)
+from .forge import (FORGERS, REGIONS, Forgery, check_consent, check_landmarks, forge, landmark_warp,
+    match_colour, random_signed, regions)
 from .london import fit_mean_shape
 
 # %% auto #0
-__all__ = ['BLEND_REGIONS', 'MANIPULATIONS', 'SELF_MANIPULATIONS', 'DONOR_MANIPULATIONS', 'LANDMARK_MANIPULATIONS',
-           'blend_landmarks', 'eye_distance', 'sample_region_mask', 'elastic_warp', 'soften_mask', 'jitter_colour',
-           'jitter_detail', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part', 'reconstruct', 'poisson',
-           'manipulate']
+__all__ = ['BLEND_REGIONS', 'blend_landmarks', 'eye_distance', 'sample_region_mask', 'elastic_warp', 'soften_mask',
+           'jitter_colour', 'jitter_detail', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part', 'reconstruct',
+           'poisson']
 
 # %% ../../nbs/lib/data.blending.ipynb #ef9bc55e
 BLEND_REGIONS:dict[str, tuple] = dict( # indices of landmarks, and by how much the hull grows, in eye distances
@@ -308,9 +308,13 @@ def poisson(
     return Forgery(image, fake, mask, 'poisson', face)
 
 # %% ../../nbs/lib/data.blending.ipynb #7b72e6ba
+# a copy of the face in one region of it: of a random kind, or of the kind that is named
+REGION_MANIPULATIONS:dict[str, Callable[..., Forgery]] = dict(regions=regions)|{
+    f'region_{r}': partial(regions, region=r) for r in REGIONS}
 MANIPULATIONS:dict[str, Callable[..., Forgery]] = dict(FORGERS, sbi=sbi, sbi_part=sbi_part,
-    reconstruct=reconstruct, poisson=poisson)
-SELF_MANIPULATIONS = ('selfblend', 'sbi', 'sbi_part', 'reconstruct') # a face stays its own: no consent is needed
+    reconstruct=reconstruct, poisson=poisson, **REGION_MANIPULATIONS)
+# a face stays its own: no consent is needed
+SELF_MANIPULATIONS = ('selfblend', 'sbi', 'sbi_part', 'reconstruct', *REGION_MANIPULATIONS)
 DONOR_MANIPULATIONS = ('swap', 'poisson') # another person's face is put in
 LANDMARK_MANIPULATIONS = ('swap', 'reenact', 'poisson') # annotated landmarks are needed
 
@@ -325,6 +329,5 @@ def manipulate(
     check_choice('method', method, MANIPULATIONS)
     if method in FORGERS: return forge(face, method, seed, donor, strength)
     check_number('seed', seed, 0, integer=True)
-    if method!='poisson': return MANIPULATIONS[method](face, seed, strength)
-    if donor is None: raise DeepfidError(f"{method!r} needs a donor, another person's face")
+    if method!='poisson': return MANIPULATIONS[method](face, seed, strength)._replace(method=method)    if donor is None: raise DeepfidError(f"{method!r} needs a donor, another person's face")
     return poisson(face, donor, seed, strength)

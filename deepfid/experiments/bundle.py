@@ -16,8 +16,7 @@ from ..data.degrade import jpeg
 from ..data.faces import FACE_CROP
 from ..data.manifest import Manifest
 from .provenance import describe_run
-from deepfid.experiments.training_faces import (FACE_SIZE, HELD_OUT_METHOD, PART_PAIRS, TEST_CONDITIONS,
-    condition_faces, training_faces)
+from .training_faces import (FACE_SIZE, HELD_OUT_METHOD, PART_PAIRS, TEST_CONDITIONS, TRAINED_METHODS,    condition_faces, training_faces)
 from ..io import MARKER_FILE, mark_folder, read_json, save_safetensors, write_atomically, write_json
 
 # %% auto #0
@@ -126,7 +125,7 @@ def evaluate_condition(
     label, people, method = (t[c].to_numpy() for c in ('label', 'identity', 'method'))
     pair_method = np.repeat(method[1::2], 2) # rows come in pairs, real and fake
     def measured(use): return auc_interval(fidelity[use], label[use], people[use], 1000)._asdict()
-    trained, real, fake = pair_method!=HELD_OUT_METHOD, label==1, label==0
+    trained, real, fake = np.isin(pair_method, TRAINED_METHODS), label==1, label==0
     alarm, miss = fidelity<rule.low, fidelity>=rule.high
     return dict(auc=measured(trained), faces=len(t), people=len(set(people)),
         sets={str(s): measured(trained&(t['dataset']==s).to_numpy()) for s in sorted(set(t['dataset']))},
@@ -229,7 +228,8 @@ def model_card(
         'Jones 2017, CC BY 4.0); portraits of U.S. representatives and of members of the U.S. Congress (public '
         'domain). Fakes: self-blended faces and parts of faces, in which everybody stays themselves; of London also '
         'Poisson swaps between two people. Real and fake went through the same camera, sizes and codecs. For the test '
-        'alone: faces that an autoencoder rendered anew, of the same people.', '## Training',
+        'alone: faces that an autoencoder rendered anew, of the same people; and four manipulations of London\'s test people '
+        'that were in no training (face swap by alpha blending, changed expression, synthesis anew, other mouth).', '## Training',
         f"`python -m deepfid.experiments.bundle {record['name']}`, seed {record['seed']}, commit {record['commit']}, "
         f"{record['hardware']}, {record['seconds']/60:.0f} minutes from the common start. Settings: "
         +', '.join(f'{k}={v}' for k, v in config.items())+'.',

@@ -15,14 +15,16 @@ from ..data.manifest import Manifest
 from ..data.pairs import CropJitter, build_pairs
 
 # %% auto #0
-__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'PART_PAIRS', 'TRAINING_CHANNELS',
-           'TEST_CONDITIONS', 'merge_manifests', 'photograph_crops', 'training_faces', 'condition_faces']
+__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'UNSEEN_FORGERS', 'PART_PAIRS',
+           'TRAINING_CHANNELS', 'TEST_CONDITIONS', 'merge_manifests', 'photograph_crops', 'training_faces',
+           'condition_faces']
 
 # %% ../../nbs/lib/experiments.training_faces.ipynb #88de2937
 PHOTOGRAPH_SETS = ('london', 'portraits', 'congress')
 FACE_SIZE = 160 # pixels: side of the faces
 TRAINED_METHODS = ('sbi', 'sbi', 'sbi_part', 'sbi', 'poisson') # in turn; Poisson swaps of London's people only
 HELD_OUT_METHOD = 'reconstruct' # in no training and no threshold
+UNSEEN_FORGERS = ('swap', 'reenact', 'resynth', 'mouth') # of London's people, in no training and no threshold either
 PART_PAIRS = 3000 # training pairs that are made at a time: those of one epoch
 # half of the training pairs keep more of their detail, so that there is something to learn from the first step on
 TRAINING_CHANNELS = (Channel(), Channel(crf=(15, 30), quality=(60, 98), face=(100, 300), strength=.6))
@@ -78,12 +80,12 @@ def condition_faces(
     condition:str,    # one of `TEST_CONDITIONS`
     folder:str|Path,  # gets folders for the condition; existing faces are read
     split:str='test', # or 'valid'
-    pairs:int=600,    # of trained manipulations; a quarter as many more of London, and of the held-out manipulation
+    pairs:int=600,    # of trained manipulations; a quarter as many more of London, and of each kind that is held out
     seed:int=100,
     workers:int|None=None,
     root:str|Path|None=None # folder with the photographs; default: DEEPFID_DATA
 )->Manifest:
-    "Make held-out pairs that all went through one condition, the held-out manipulation among them"
+    "Make held-out pairs that all went through one condition, those of unseen manipulations among them"
     style, folder = TEST_CONDITIONS[check_choice('condition', condition, TEST_CONDITIONS)], Path(folder)
     crops = photograph_crops(folder/'wide', root)
     london = [c for c in crops if c.dataset=='london']
@@ -91,4 +93,5 @@ def condition_faces(
     name = f'{split}-{condition}'
     return merge_manifests({f'{name}-{k}': _pairs(c, folder/f'{name}-{k}', methods, counts(n), seed, workers, **style)
         for k, c, methods, n in (('trained', crops, TRAINED_METHODS, pairs),
-            ('london', london, TRAINED_METHODS, pairs//4), ('held-out', crops, (HELD_OUT_METHOD,), pairs//4))}, folder)
+            ('london', london, TRAINED_METHODS, pairs//4), ('held-out', crops, (HELD_OUT_METHOD,), pairs//4),
+            ('unseen', london, UNSEEN_FORGERS, pairs//4*2))}, folder)
