@@ -15,9 +15,10 @@ from .forge import (FORGERS, REGIONS, Forgery, check_consent, check_landmarks, f
 from .london import fit_mean_shape
 
 # %% auto #0
-__all__ = ['BLEND_REGIONS', 'blend_landmarks', 'eye_distance', 'sample_region_mask', 'elastic_warp', 'soften_mask',
-           'jitter_colour', 'jitter_detail', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part', 'reconstruct',
-           'poisson']
+__all__ = ['BLEND_REGIONS', 'REGION_MANIPULATIONS', 'MANIPULATIONS', 'SELF_MANIPULATIONS', 'DONOR_MANIPULATIONS',
+           'LANDMARK_MANIPULATIONS', 'blend_landmarks', 'eye_distance', 'sample_region_mask', 'elastic_warp',
+           'soften_mask', 'jitter_colour', 'jitter_detail', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part',
+           'reconstruct', 'poisson', 'manipulate']
 
 # %% ../../nbs/lib/data.blending.ipynb #ef9bc55e
 BLEND_REGIONS:dict[str, tuple] = dict( # indices of landmarks, and by how much the hull grows, in eye distances
@@ -329,5 +330,6 @@ def manipulate(
     check_choice('method', method, MANIPULATIONS)
     if method in FORGERS: return forge(face, method, seed, donor, strength)
     check_number('seed', seed, 0, integer=True)
-    if method!='poisson': return MANIPULATIONS[method](face, seed, strength)._replace(method=method)    if donor is None: raise DeepfidError(f"{method!r} needs a donor, another person's face")
+    if method!='poisson': return MANIPULATIONS[method](face, seed, strength)._replace(method=method)
+    if donor is None: raise DeepfidError(f"{method!r} needs a donor, another person's face")
     return poisson(face, donor, seed, strength)
