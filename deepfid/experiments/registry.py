@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ['FigureSpec', 'list_tables', 'get_table', 'register_table', 'list_figures', 'get_figure', 'register_figure']
 
 # %% ../../nbs/lib/experiments.registry.ipynb #4c1cc9e3
-_D, _S, _L, _F = (f'deepfid.experiments.{m}:' for m in ('deepfidelity', 'local_similarity', 'lisiam', 'figures'))
+_D, _S, _L, _F, _C = (f'deepfid.experiments.{m}:' for m in (
+    'deepfidelity', 'local_similarity', 'lisiam', 'figures', 'designed'))
 _TABLES:dict = { # name -> (title, 'module:attribute' or `Table`)
     'intra': ('Within a data set (Table 1)', _D+'intra_table'),
     'cross': ('Trained on one data set, tested on others (Tables 2 and 3)', _D+'cross_table'),
@@ -51,6 +52,11 @@ _TABLES:dict = { # name -> (title, 'module:attribute' or `Table`)
     'lisiam-masks': ('Table VII: mask sources', _L+'lisiam_masks_table'),
     'lisiam-robustness': ('Corruptions seen and unseen in training', _L+'lisiam_robustness_table'),
     'overall': ('One table over all: each idea on EfficientNet-Lite0', 'deepfid.experiments.overall:overall_table'),
+    'condition-mirror': ('SSAA on photographs, forged on both sides and on one', _C+'mirror_condition_table'),
+    'condition-quality': ('The quality mapping where damage varies, and where it does not', _C+'quality_condition_table'),
+    'condition-regions': ('LLSM and the decoder where little of the face is forged, and all of it',
+        _C+'region_condition_table'),
+    'condition-codec': ('The agreement of LiSiam under a codec that was in no training', _C+'codec_condition_table'),
 }
 
 # %% ../../nbs/lib/experiments.registry.ipynb #c6be31a0
