@@ -18,7 +18,7 @@ from ..data.manifest import Manifest
 from ..data.pairs import map_images
 from ..data.video import compress_image_h264
 from .conditions import COMPRESSION_LEVELS
-from .deepfidelity import mirror_weights, refit_shuffled, sided_manifests, switch_mirror_off
+from .deepfidelity import mirror_weights, refit_shuffled, switch_mirror_off
 from .demo import demo_pairs
 from .live import LIVE_CHANNEL
 from .runner import SCORE_AND_MASK_METRICS, Column, Row, Table, within_columns
@@ -53,9 +53,8 @@ def mirror_condition_manifests(
     folder:Path,
 )->dict:            # 'london, two-sided' and 'london, one-sided' -> `Manifest`
     "Make the faces with forgeries on both sides, and on one"
-    check_choice('manifest', next(iter(manifests)), (_PHOTOGRAPHS,))
-    return sided_manifests(manifests, folder)
-
+    return {f'{next(iter(manifests))}, {kind}': _variant(manifests, folder, kind, align='symmetric', side=side)
+        for kind, side in (('two-sided', 'both'), ('one-sided', 'random'))}
 _SSAA = _row('SSAA', DeepFidelity, mapping=None)
 _SSAA.measure = mirror_weights
 mirror_condition_table = Table('condition-mirror', 'SSAA on photographs, forged on both sides and on one',
