@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import sys
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ def check_number(
     if optional and value is None: return value
     types = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     good = isinstance(value, types) and not isinstance(value, bool) and -math.inf < value < math.inf
+    good = good and (isinstance(value, np.generic) or abs(value) <= sys.float_info.max) # no integer beyond all floats
     if good and low is not None: good = value > low if above else value >= low
     if good and high is not None: good = value < high if below else value <= high
     if good: return value

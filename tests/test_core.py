@@ -96,7 +96,7 @@ def test_detector_must_be_calibrated():
     with pytest.raises(DeepfidError, match='not calibrated'): Constant().predict_proba([0])
     with pytest.raises(NotImplementedError): Constant().save('x')
 
-@pytest.mark.parametrize('value, rules', [(2.5, dict(integer=True)), (True, {}), (float('nan'), {}), ('1', {}), (None, {}), (0, dict(low=0, above=True)), (1., dict(high=1, below=True)), (3, dict(low=4)), (3, dict(high=2))])
+@pytest.mark.parametrize('value, rules', [(2.5, dict(integer=True)), (True, {}), (10**400, {}), (-10**400, {}), (float('nan'), {}), ('1', {}), (None, {}), (0, dict(low=0, above=True)), (1., dict(high=1, below=True)), (3, dict(low=4)), (3, dict(high=2))])
 def test_check_number_refuses(value, rules):
     with pytest.raises(DeepfidError, match='^lr='): check_number('lr', value, **rules)
 

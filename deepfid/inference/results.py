@@ -139,9 +139,10 @@ def _upgrade_row(row):
 # %% ../../nbs/lib/inference.results.ipynb #res0n01
 def _is_text(value): return isinstance(value, str)
 def _is_list(is_item): return lambda value: isinstance(value, list) and all(map(is_item, value))
-def _is_number(value):
-    try: return check_number('', value) is not None
-    except (DeepfidError, OverflowError): return False # an integer beyond all floats
+def _is_number(value, low=None, high=None):
+    try: return check_number('', value, low, high) is not None
+    except DeepfidError: return False
+def _is_rate(value): return _is_number(value, 0, 1)
 def _or_none(is_kind): return lambda value: value is None or is_kind(value)
 
 # what the values of a results row must be, by the class that they restore
@@ -154,7 +155,8 @@ _ROW_TYPES = {
         conditions=lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))),
     FaceScore: dict(detector=_is_text, fidelity=_or_none(_is_number), threshold=_is_number, warnings=_is_list(_is_text),
         reliability=_is_text, frame_fidelities=_or_none(_is_list(_or_none(_is_number))), error_rates=_is_text,
-        **dict.fromkeys(('low', 'high', 'probability', 'false_alarms', 'misses'), _or_none(_is_number)))}
+        **dict.fromkeys(('low', 'high'), _or_none(_is_number)),
+        **dict.fromkeys(('probability', 'false_alarms', 'misses'), _or_none(_is_rate)))}
 
 def _check_row(row):
     "Raise a `DeepfidError` if a value of a results row is not of its type"
