@@ -55,6 +55,7 @@ def mirror_condition_manifests(
     "Make the faces with forgeries on both sides, and on one"
     return {f'{next(iter(manifests))}, {kind}': _variant(manifests, folder, kind, align='symmetric', side=side)
         for kind, side in (('two-sided', 'both'), ('one-sided', 'random'))}
+
 _SSAA = _row('SSAA', DeepFidelity, mapping=None)
 _SSAA.measure = mirror_weights
 mirror_condition_table = Table('condition-mirror', 'SSAA on photographs, forged on both sides and on one',

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['example_faces', 'real_counterpart', 'map_image', 'masks_figure', 'degradations_figure', 'segmentation_figure',
-           'attention_figure', 'attention_scores', 'features_figure']
+           'attention_figure', 'attention_levels_figure', 'attention_drift', 'attention_scores', 'features_figure',
+           'plot_differences']
 
 # %% ../../nbs/lib/experiments.figures.ipynb #2618d8d4
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,12 @@ from ..core import DeepfidError
 from ..data.degrade import apply_steps
 from ..data.manifest import Manifest
 from ..data.mask import diff_mask, ssim_map, ssim_mask
+from ..data.video import compress_image_h264
+from .conditions import COMPRESSION_LEVELS
+from .records import METRIC_LABELS
 from ..explain import cam_grid, detector_grad_cam, localization_scores, plot_tsne, resize_map, tsne
 from ..io import montage
+from ..plotting import GRID, INK, REAL, new_figure
 
 # %% ../../nbs/lib/experiments.figures.ipynb #1b5a54a1
 def example_faces(
@@ -110,15 +115,51 @@ def attention_figure(
     detector:Any,      # trained `Detector` with an `explain_layer`
     baseline:Any=None, # another one, shown above it
 )->np.ndarray:         # uint8 RGB
-    "Show faces, their Grad-CAM, and both together (LiSiam, Figures 7 and 8)"
+    "Show faces, their Grad-CAM, and both together (LiSiam, Figure 7)"
     rows, titles, test = example_faces(manifest)
-    faces, pages = [test.image(i) for i in rows], []
-    for name, d in (('baseline', baseline), ('detector', detector)):
-        if d is None: continue
-        cams = detector_grad_cam(d, faces, _explain_layer(d), d.fake_logit)
-        pages.append(cam_grid(faces, cams, [f'{t}, {name}' for t in titles]))
+    return _stacked(_attention_pages([test.image(i) for i in rows], titles, detector, baseline))
+
+def _attention_pages(faces, titles, detector, baseline):
+    "One image a detector: faces, their Grad-CAM, and both together"
+    shown = [(name, d) for name, d in (('baseline', baseline), ('detector', detector)) if d is not None]
+    return [cam_grid(faces, detector_grad_cam(d, faces, _explain_layer(d), d.fake_logit), [f'{t}, {name}'
+        for t in titles]) for name, d in shown]
+
+def _stacked(pages):
     width = max(p.shape[1] for p in pages)
     return np.concatenate([np.pad(p, ((0, 0), (0, width-p.shape[1]), (0, 0)), constant_values=255) for p in pages])
+
+def _at_level(face, level):
+    "A face compressed as a one-frame video"
+    return compress_image_h264(face, crf=COMPRESSION_LEVELS[level]) if COMPRESSION_LEVELS[level] else face
+
+def attention_levels_figure(
+    manifest:Manifest, # of uncompressed faces
+    detector:Any,      # trained `Detector` with an `explain_layer`
+    baseline:Any=None, # another one, shown above it
+)->np.ndarray:         # uint8 RGB
+    "Show the Grad-CAM of a real and a fake face at each compression level (LiSiam, Figure 8)"
+    rows, titles, test = example_faces(manifest)
+    pages = [_attention_pages([_at_level(test.image(i), level) for i in rows[:2]], [f'{t}, {level}' for t in titles[:2]],
+        detector, baseline) for level in COMPRESSION_LEVELS]
+    columns = [_stacked(of_level) for of_level in pages] # detectors below each other, levels beside each other
+    return np.concatenate(columns, 1)
+
+def attention_drift(
+    manifest:Manifest, # of uncompressed faces; its fake test faces with a mask are looked at
+    detector:Any,      # trained `Detector` with an `explain_layer`
+)->dict:               # level -> energy inside the exact mask, and correlation with the map at c0
+    "Measure what compression does to a detector's Grad-CAM"
+    test, out, first = manifest.of('test'), {}, None
+    rows = [int(i) for i in np.flatnonzero(test.table['label']==0) if test.mask(int(i)).max()>.5]
+    masks = np.stack([test.mask(i) for i in rows])
+    for level in COMPRESSION_LEVELS:
+        faces = [_at_level(test.image(i), level) for i in rows]
+        cams = np.asarray(detector_grad_cam(detector, faces, _explain_layer(detector), detector.fake_logit), float)
+        first = cams if first is None else first
+        same = [np.corrcoef(a.ravel(), b.ravel())[0, 1] if a.std()*b.std() else 0. for a, b in zip(first, cams)]
+        out[level] = dict(energy=float(localization_scores(cams, masks).energy.mean()), correlation=float(np.mean(same)))
+    return out
 
 def attention_scores(
     manifest:Manifest, # its fake test faces are scored, where the mask is not empty
@@ -144,3 +185,34 @@ def features_figure(
     features = detector.features([test.image(i) for i in range(len(test))])
     groups = test.table['identity'].to_numpy()
     return plot_tsne(tsne(features, test.table['method'].to_numpy(), seed, groups=groups)).figure
+
+# %% ../../nbs/lib/experiments.figures.ipynb #50de21ce
+def plot_differences(
+    record:dict,     # of a table, see `read_record`
+    metric:str|None=None, # key of `METRIC_LABELS`; default: the one that the table's verdicts are about
+    columns:Sequence[str]|None=None, # which; default: all that have a difference by the metric
+)->Any:              # matplotlib Figure
+    "Plot the differences of rows to the baseline, controls in grey, a panel for each column"
+    metric = metric or record['metric']
+    found = [r for r in record['results'] if r['metric']==metric and r['difference'] and r['row']!='frozen probe']
+    panels = [c for c in dict.fromkeys(r['column'] for r in found) if columns is None or c in columns]
+    if not panels: raise DeepfidError(f"{record['title']}: no differences by {metric}")
+    rows = list(dict.fromkeys(r['row'] for r in found))
+    fig, axes = new_figure(2+2.2*len(panels), .9+.36*len(rows), len(panels))
+    for ax in axes[1:]: ax.sharex(axes[0])
+    for ax, column in zip(axes, panels):
+        # what could have been seen is known of the metric of the verdicts alone
+        smallest = record['smallest_difference'].get(column) if metric==record['metric'] else None
+        if smallest: ax.axvspan(-100*smallest, 100*smallest, color=GRID, lw=0, zorder=0)
+        ax.axvline(0, color='#9aa5ae', lw=1)
+        for r in (r for r in found if r['column']==column):
+            d, y = r['difference'], rows.index(r['row'])
+            colour = '#9aa5ae' if r['row'] in record['controls'].values() else REAL
+            ax.plot([100*d['low'], 100*d['high']], [y, y], color=colour, lw=3, alpha=.5, solid_capstyle='round')
+            ax.plot(100*np.array(d['seeds']), [y]*len(d['seeds']), '|', color=colour, ms=7)
+            ax.plot([100*d['value']], [y], 'o', color=colour, ms=6)
+        ax.set_yticks(range(len(rows)), rows if ax is axes[0] else ['']*len(rows), fontsize=8)
+        ax.set_ylim(len(rows)-.4, -.6)
+        ax.set_title(column.rpartition(', ')[2], fontsize=8, color=INK)
+    axes[0].set_xlabel(f"points of {METRIC_LABELS[metric]} more than {record['baseline']}", fontsize=8, loc='left')
+    return fig
