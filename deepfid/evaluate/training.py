@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULTS_FILE', 'CURVES_FILE', 'output_fidelity', 'format_duration', 'EpochTable', 'results_csv',
-           'save_training_record']
+           'save_training_record', 'StepTimes', 'time_bare_steps', 'training_speed']
 
 # %% ../../nbs/lib/evaluate.training.ipynb #trn00003
 import csv, io, time, warnings
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.torch_core import rank_distrib
 from .metrics import auc_interval
 from .report import plot_curves
@@ -122,3 +123,65 @@ def save_training_record(
     figure = plot_curves(rows)
     return [write_atomically(Path(folder)/RESULTS_FILE, results_csv(rows)),
         write_atomically(Path(folder)/CURVES_FILE, lambda tmp: figure.savefig(tmp, format='png', dpi=150))]
+
+# %% ../../nbs/lib/evaluate.training.ipynb #c367930a
+class StepTimes(TypedCallback):
+    "Measure how long each step of a training waits for its batch, and how long it computes"
+    order = 99 # after all that belongs to the step
+    def before_train(self)->None:
+        self.waits, self.computations, self.ended = [], [], time.perf_counter()
+
+    def before_batch(self)->None:
+        if not self.training: return
+        self.began = time.perf_counter()
+        self.waits.append(self.began-self.ended)
+        self.batch = tuple(self.xb)+tuple(self.yb)
+
+    def after_batch(self)->None:
+        if not self.training: return
+        self.ended = time.perf_counter()
+        self.computations.append(self.ended-self.began)
+
+def time_bare_steps(
+    network:Any, # of timm, with a single logit
+    x:torch.Tensor, # (B,C,H,W)
+    y:torch.Tensor, # (B,) 0 or 1
+    steps:int=10,
+)->list: # seconds of each
+    "Time the plainest training loop: forward, binary cross-entropy, backward, AdamW"
+    network = network.train().to(x.device, memory_format=torch.channels_last)
+    optimiser, times = torch.optim.AdamW(network.parameters(), 1e-4), []
+    for _ in range(steps):
+        began = time.perf_counter()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(network(x)[:, 0], y.float())
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        times.append(time.perf_counter()-began)
+    return times
+
+def training_speed(
+    detector:Any,      # untrained, on a network of timm
+    manifest:Any,      # `Manifest` to train on
+    network:str,       # name of that network in timm
+    turns:int=3,       # of an epoch and as many bare steps
+    cbs:Callable=list, # makes more fastai callbacks for each epoch
+)->dict: # medians over all steps: images_per_second, of_cached, bare_ratio
+    "Compare a training with the same on a batch that is ready, and with a bare loop on the same network, in turns"
+    import timm
+    detector.configure('tiny', 'finetune')
+    dls, timer, bare = detector.loaders(manifest), StepTimes(), []
+    learn = detector.learner(dls, [timer, ChannelsLast(), *cbs()], 0)
+    waits, computations = [], []
+    with learn.no_bar(), learn.no_logging():
+        for turn in range(turns+1):
+            learn.fit(1)
+            x = timer.batch[0]
+            y = torch.arange(len(x), device=x.device)%2
+            steps = time_bare_steps(timm.create_model(network, num_classes=1), x, y, 10)
+            if not turn: continue # everything is slow at first
+            waits, computations, bare = waits+timer.waits[1:], computations+timer.computations[1:], bare+steps[2:]
+    wait, computation, size = np.median(waits), np.median(computations), len(timer.batch[0])
+    return dict(images_per_second=float(size/(wait+computation)), of_cached=float(computation/(wait+computation)),
+        bare_ratio=float(computation/np.median(bare)), wait=float(wait), computation=float(computation),
+        bare=float(np.median(bare)))
