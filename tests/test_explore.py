@@ -245,6 +245,38 @@ def test_mapping_follows_face_bands_and_outlier(faces):
     e.real.value = (.8, .9)
     assert .8 <= target() <= .9 and f'if real {target():.2f}' in e.status.value
 
+# -- what a reader needs to know -------------------------------------------------------------------------------------
+
+def widgets_of(view):
+    yield view
+    for child in getattr(view, 'children', ()): yield from widgets_of(child)
+
+def test_sliders_are_wide_and_say_what_they_mean(faces, scores):
+    import ipywidgets as w
+    fidelity, label, quality = scores
+    maps = {name: np.zeros((3, 8, 8)) for name in faces}
+    detector, images = BrightnessDetector(), {k: f.image for k, f in faces.items()}
+    for e in (ScoreExplorer(detector, faces), ForgeryExplorer(size=96), SimilarityExplorer(detector, faces), InvarianceExplorer(detector, faces),
+            SSAAExplorer(faces, maps), EvaluationExplorer(fidelity, label), MappingExplorer(Sharpness(), images, quality, label)):
+        found = list(widgets_of(e.view))
+        sliders = [c for c in found if isinstance(c, (w.IntSlider, w.FloatSlider, w.FloatRangeSlider))]
+        assert sliders and all(int(c.layout.width.removesuffix('px')) >= 400 and c.tooltip for c in sliders), type(e).__name__
+        assert any(isinstance(c, w.HTML) and 'background:' in c.value and 'border-radius:2px' in c.value for c in found), 'a legend'
+
+class Unmoved(BrightnessDetector):
+    "Predicts the same for every face"
+    def predict_one(self, a): return Prediction(.5, np.full((4, 4), .3), np.full((16, 16), .2))
+
+def test_an_insensitive_detector_is_called_so(faces):
+    e = ScoreExplorer({'moves': BrightnessDetector(), 'stays': Unmoved()}, faces | {'dark': replace(faces['synthetic 1'], image=faces['synthetic 1'].image//4)})
+    assert 'insensitive' in e.notes['stays'] and not e.notes['moves'] and e.gauges.value.count('insensitive') == 1
+    assert 'stays is' in InvarianceExplorer({'stays': Unmoved()}, faces).status.value and 'insensitive' in SimilarityExplorer(Unmoved(), faces).status.value
+    assert 'insensitive' not in SimilarityExplorer(BrightnessDetector(), faces).status.value
+
+def test_the_mirror_begins_at_the_weights_given(faces):
+    e = SSAAExplorer(faces, {name: np.zeros((3, 8, 8)) for name in faces}, (.99, .05))
+    assert (e.w1.value, e.w2.value, e.sum_to_one.value) == (.99, .05, False)
+
 # -- speed ----------------------------------------------------------------------------------------------------------
 
 def test_every_step_takes_less_than_150_ms_of_the_processor(faces):
