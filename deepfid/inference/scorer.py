@@ -87,12 +87,16 @@ def read_image_with_note(
     return read_image(path), _animation_note(path)
 
 def _animation_note(path):
-    "Say how many frames an animation has; empty for a still image"
-    with open(path, 'rb') as f: head = f.read(4)
-    if head not in (b'GIF8', b'RIFF', b'\x89PNG'): return ''
+    "Say how many frames an animation has, or pages a TIFF or HEIF file; empty for a single image"
+    with open(path, 'rb') as f: head = f.read(8)
+    paged = head[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+    # not of JPEG: there the others are a camera's previews
+    if not (paged or head[:4] in (b'GIF8', b'RIFF', b'\x89PNG') or head[4:]==b'ftyp'): return ''
     from PIL import Image
     with Image.open(path) as image: n = getattr(image, 'n_frames', 1)
-    return f'an animation of {n} frames, of which the first was scored; save it as a video to score more' if n>1 else ''
+    if n<2: return ''
+    if paged: return f'a file of {n} pages, of which the first was scored; save each as an image to score more'
+    return f'an animation of {n} frames, of which the first was scored; save it as a video to score more'
 
 def content_hash(
     item:Any # path of a file, array or `Face`

@@ -208,7 +208,9 @@ class Checkpoint(TypedCallback):
         self.dls.train.epoch = self.first_epoch+self.done
         model.load_state_dict(self.state['model'])
         self.learn.opt.load_state_dict(self.state['opt'])
-        self.learn.recorder.values[:] = self.state['history']
+        recorder = self.learn.recorder
+        recorder.values[:] = self.state['history']
+        vars(recorder.smooth_loss).update(self.state.get('smooth_loss', {})) # the training loss that is reported
         device, callbacks = next(model.parameters()).device, self.stateful_callbacks()
         for name, state in self.state['callbacks'].items(): # one that only reports may be missing
             if name in callbacks: callbacks[name].load_state_dict(to_device(state, device))
@@ -225,7 +227,8 @@ class Checkpoint(TypedCallback):
         history = [[v if v is None else float(v) for v in row] for row in self.learn.recorder.values if len(row)>1]
         callbacks = {name: cb.state_dict() for name, cb in self.stateful_callbacks().items()}
         model = unwrap_model(self.learn.model).state_dict()
-        torch.save(dict(epoch=self.epoch+1, model=model, opt=opt, history=history, callbacks=callbacks), data)
+        state = dict(epoch=self.epoch+1, model=model, opt=opt, history=history, callbacks=callbacks)
+        torch.save(state|dict(smooth_loss=vars(self.learn.recorder.smooth_loss)), data)
         write_json(self.path.with_suffix('.json'), self.config)
         write_atomically(self.path, data.getvalue())
 
