@@ -111,8 +111,9 @@ def _faces_options(p):
     p.add_argument('--margin', type=number_type(.5, 4, integer=False),
         help='side of the crop relative to the face, 0.5 to 4 (default: 1.3; without labels 1.6)')
     p.add_argument('--frames', type=_count, default=32, help='of each video, from 1 (default: 32)')
-    p.add_argument('--align', choices=('similarity', 'box'),
-        help='align the face by a similarity transform (default), or crop an upright square (without labels)')
+    p.add_argument('--align', choices=('similarity', 'symmetric', 'box'),
+        help='align the face by a similarity transform (default), the same with the axis of the face in the middle '
+        '(for DeepFidelity), or crop an upright square (without labels)')
     p.add_argument('--compression', choices=('raw', 'c23', 'c40'), help='of FaceForensics++ and DFD (default: c23)')
     p.add_argument('--workers', type=_count, help='processes, from 1 (default: one a core)')
     p.add_argument('--engine', default='local', choices=('local', 'ray'), help='where processes run (default: local)')

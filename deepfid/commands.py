@@ -273,13 +273,16 @@ def training_summary(
 )->dict: # text, saved, threshold, next, and the metrics of the validation faces: valid_auc, valid_auc_low, ...
     "Measure a detector that was just trained on its validation faces, and say what to do next"
     from deepfid.evaluate.metrics import evaluate
+    from deepfid.experiments.controls import collapse
     valid, following = manifest.of('valid'), next_command(saved, manifest)
-    t = valid.table
-    metrics = evaluate(detector.score(valid), t['label'], detector.threshold, groups=t['identity'])
+    t, scores = valid.table, detector.score(valid)
+    metrics = evaluate(scores, t['label'], detector.threshold, groups=t['identity'])
+    why = collapse(metrics.intervals['auc']._asdict(), scores)
+    told = [f'nothing was learned ({why}): train longer, with a lower learning rate or another seed'] if why else []
     return dict(saved=str(saved), threshold=detector.threshold, next=following, **metrics.flat('valid_'),
         text='\n'.join([f'validation: {metrics.n_real} real and {metrics.n_fake} fake faces of {metrics.n_groups} '
             f'people, on which the threshold {metrics.threshold:.3f} was chosen; positive class: fake',
-            *metric_lines(metrics.intervals), f'saved: {saved}', f'next: {following}']))
+            *metric_lines(metrics.intervals), *told, f'saved: {saved}', f'next: {following}']))
 
 def _is_main_process():
     "Is this the only process of a training, or the first of several?"

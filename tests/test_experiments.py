@@ -73,14 +73,6 @@ def test_compression_levels(faces, tmp_path):
     lost = [np.abs(m.image(0).astype(int)-one.image(0)).mean() for m in levels.values()]
     assert lost[0]==0<lost[1]<lost[2] and len(transfer_columns(['x', *levels]))==9
 
-def test_mask_sources(faces, tmp_path):
-    made = conditions.mask_source_manifests({'x': faces}, tmp_path)
-    t = made['x, SSIM'].check().table
-    assert (t['mask'][t['split']=='test']==faces.table['mask'][t['split']=='test']).all()
-    i = int(np.flatnonzero((t['label']==0)&(t['split']=='train'))[0])
-    ssim, diff = made['x, SSIM'].mask(i), made['x, DIFF'].mask(i)
-    assert set(np.unique(ssim))<={0., 1.} and not np.array_equal(ssim, diff)
-
 CORRUPTIONS = conditions.QUALITY_CORRUPTIONS|conditions.SEEN_CORRUPTIONS|conditions.UNSEEN_CORRUPTIONS
 @pytest.mark.parametrize('name', list(CORRUPTIONS))
 def test_corruptions_keep_the_size_and_are_repeatable(name, faces):

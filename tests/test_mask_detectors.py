@@ -251,4 +251,5 @@ def test_changed_images(faces, tmp_path):
 def test_full_trains_as_the_paper_does_by_default():
     c = LocalSimilarity().resolve_config('full')
     assert (c.recipe, c.opt, c.lr, c.bs, c.steps)==('paper', 'Adam', 1e-4, 32, 200)
-    assert LocalSimilarity().resolve_config('tiny').recipe==LocalSimilarity().resolve_config('full', 'ours').recipe==LiSiam().resolve_config('full').recipe=='ours'
+    assert LocalSimilarity().resolve_config('tiny').recipe==LocalSimilarity().resolve_config('full', 'ours').recipe==LiSiam().resolve_config('tiny').recipe=='ours'
+    assert LiSiam().resolve_config('full').recipe=='paper' and LiSiam().resolve_config('full').opt=='SGD'

@@ -245,7 +245,7 @@ def test_every_registered_table_can_be_set_up(manifests, tmp_path, monkeypatch):
     for name in list_tables():
         t = get_table(name)
         if t.derive_manifests: # only names are needed here, not the images
-            derived = {f'{m}, {v}': x for m in 'xy' for v in ('c0', 'c23', 'c40', 'SSIM', 'seen')}
+            derived = {f'{m}, {v}': x for m in 'xy' for v in ('c0', 'c23', 'c40', 'degraded', 'seen')}
             t = Table(**vars(t)|dict(derive_manifests=lambda manifests, folder, derived=derived: derived))
         try: r = TableRun(t, {'x': x, 'y': x}, 1, 'tiny', tmp_path)
         except DataMissingError as e: # BRISQUE's model, where it is neither at hand nor to be fetched
@@ -261,7 +261,7 @@ def test_rows_that_depend_on_the_networks_size(manifests, tmp_path):
 
 def test_figures_say_how_many_detectors_they_take(manifests):
     assert {n: get_figure(n).max_detectors for n in list_figures()}==dict(blocks=1, masks=0, degradations=0,
-        similarity=1, segmentation=1, attention=2, features=1)
+        similarity=1, segmentation=1, attention=2, features=1, **{'attention-levels': 2})
     assert get_figure('masks')(manifests['x']).dtype==np.uint8
 
 def test_command(manifests, tmp_path, capsys):

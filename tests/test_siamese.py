@@ -12,7 +12,8 @@ from deepfid.models.lisiam.detector import LiSiam, one_cycle_decay, polynomial_d
 from deepfid.models.lisiam.network import LISIAM_ABLATIONS, IGNORE_INDEX, FULL_METHOD_TERMS, LiSiamNet, LiSiamOutput, dilated_backbone, invariance_loss, segmentation_loss, feature_map_size, siamese_losses
 from deepfid.models.lisiam.ocr import gather_regions
 from deepfid.models.lisiam.training import SiameseLoss
-from deepfid.models.lisiam.transformer import SCU_KINDS, MaskGuidedTransformer, SqueezeExcite, attention_weights, separable_conv_unit
+from deepfid.models.lisiam.transformer import (SCU_KINDS, MaskGuidedTransformer, SqueezeExcite, attention_weights, separable_conv_unit,
+    split_by_mask)
 from deepfid.testing import tiny_manifest
 
 def n_weights(m): return sum(p.numel() for p in m.parameters())
@@ -430,6 +431,67 @@ def test_stride_1_keeps_every_position_in_register():
             assert moved.min().item()==max(0, i-1) and moved.max().item()==min(9, i+1)
         noise = unit(torch.randn(9, 4, 10, 10)).std(0)
     assert noise.min()>1e-3
+
+def patches(corners, seed, side=16, n=64):
+    "Noise with a coarser patch in each image, at its upper left corner; and the masks"
+    g = torch.Generator().manual_seed(seed)
+    x, mask = .2*torch.randn(len(corners), 3, n, n, generator=g), torch.zeros(len(corners), 1, n, n)
+    for i, (top, left) in enumerate(corners):
+        coarse = torch.randn(1, side//2, side//2, generator=g).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        x[i, :, top:top+side, left:left+side] += .8*coarse
+        mask[i, :, top:top+side, left:left+side] = 1
+    return x, mask
+
+def centre_offset(w, corners, n=64, side=16):
+    "Mean distance (down, right) of the centres of maps (B,h,w) from those of the patches, pixels"
+    w = (w-w.flatten(1).quantile(.6, 1)[:, None, None]).clamp(min=0)
+    c = (torch.arange(w.shape[-1])+.5)*n/w.shape[-1]-.5
+    at = torch.stack([(w.sum(2)*c).sum(1), (w.sum(1)*c).sum(1)], 1)/w.sum((1, 2))[:, None]
+    return (at-torch.tensor(corners).float()-(side-1)/2).mean(0)
+
+@torch.no_grad()
+def test_a_moved_patch_lights_up_its_own_position():
+    "A decoder that is fitted to patches finds moved ones where they are, in the segmentation and where the transformer reads it"
+    torch.manual_seed(0)
+    net = LiSiamNet('tiny', scu=LiSiam(size=64).resolve_config('tiny').scu, dilate=True)
+    x, mask = patches(np.random.default_rng(0).integers(0, 49, (160, 2)).tolist(), 0)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = 1.
+    net.train().locate(x) # its statistics
+    features = net.eval().locate(x)[0]
+    a = features.permute(0, 2, 3, 1).flatten(0, 2)
+    a, y = F.pad(a, (0, 1), value=1.), 8*F.adaptive_avg_pool2d(mask, features.shape[-1]).flatten()-4
+    w = torch.linalg.solve(a.T@a+1e-3*len(a)*a.var()*torch.eye(a.shape[1]), a.T@y)
+    net.decoder.weight.zero_(); net.decoder.bias.zero_()
+    net.decoder.weight[1, :, 0, 0], net.decoder.bias[1] = w[:-1], w[-1]
+    corners = [(t, l) for t in (12, 20, 28, 36) for l in (12, 20, 28, 36)]
+    features, seg, _ = net.locate(patches(corners, 9)[0])
+    _, read = split_by_mask(torch.ones_like(net.scu(features)[:, :1]), seg) # where the classifier's features are
+    half_a_cell = 64/seg.shape[-1]/2
+    for found in (seg.softmax(1)[:, 1], read[:, 0]):
+        assert centre_offset(found, corners).abs().max()<half_a_cell
+        for axis in (1, 2): assert centre_offset(found.roll(1, axis), corners).abs().max()>half_a_cell # a cell off is noticed
+
+def test_small_maps_have_no_ring_and_pretrained_ones_are_dilated():
+    def c(preset='tiny', recipe=None, **settings): return LiSiam(**settings).resolve_config(preset, recipe)
+    assert [c(size=n).scu for n in (112, 128, 160)]==['stride1', 'stride1', 'separable'] # 14, 16 and 20 positions a side
+    assert c('full').scu==c('full', 'ours').scu=='separable' and c('full', 'released').scu=='dense'
+    assert c().dilate and c('full').dilate and c(recipe='paper').dilate and not c(recipe='paper', pretrained=False).dilate
+    assert c(recipe='paper', pretrained=False, weights='x.safetensors').dilate and not c('full', 'released').dilate
+
+def test_rescale_quirk_is_shared_by_image_and_mask_and_pads_with_nothing():
+    x = torch.stack([torch.linspace(-1, 1, 64).expand(3, 64, 64)]*8)
+    mask = (x[:, :1]>0).float()
+    clean, degraded, moved = DegradeBatch(p=0, seed=0, released_quirks=('rescale',)).make_branches(x, mask)
+    assert torch.equal(clean, degraded) and clean.shape==x.shape and moved.shape==mask.shape
+    padded = moved==IGNORE_INDEX
+    widths = (~padded).float().mean((1, 2, 3))**.5
+    assert widths.min()<.99 and widths.max()==1 and widths.min()>=.8-1/64
+    assert (clean.expand_as(x)[padded.expand_as(x)]==0).all()
+    inside = ~padded&(clean[:, :1].abs()>.05)
+    assert ((clean[:, :1]>0)==(moved==1))[inside].all() # the mask moved with the image
+    assert torch.isfinite(segmentation_loss(torch.randn(8, 2, 8, 8), moved))
+    assert 'rescale' in LiSiam().resolve_config('full', 'released').released_quirks
 
 def test_every_branch_of_a_timm_backbone_learns(lite, batch):
     siamese_losses(*lite.siamese(*batch[:2]), *batch[2:])['total'].backward()

@@ -21,7 +21,7 @@ from ..io import fetch_model_file, read_image, read_json
 
 # %% auto #0
 __all__ = ['ARCFACE_TEMPLATE', 'CROP_MARGIN', 'CROP_RULES', 'FACE_CROP', 'YUNET_FILE', 'YUNET_SHA256', 'YUNET_URL',
-           'MIN_FACE_SIZE', 'MAX_NOSE_OFFSET', 'MIN_SHARPNESS', 'check_crop_size', 'alignment_template',
+           'MIN_FACE_SIZE', 'MAX_NOSE_OFFSET', 'MIN_SHARPNESS', 'CROP_FILE', 'check_crop_size', 'alignment_template',
            'alignment_matrix', 'warp_crop', 'align_face', 'yunet_path', 'FaceDetection', 'sort_left_right',
            'FaceFinder', 'box_distance', 'main_face', 'default_face_finder', 'find_face', 'DlibFaceFinder',
            'nose_offset', 'face_sharpness', 'quality_flags', 'face_crop_matrix', 'crop_face', 'crop_face_file',
@@ -356,12 +356,14 @@ def crop_faces(
         while pending: yield pending.popleft().result()
 
 # %% ../../nbs/05_faces.ipynb #05faces0crop
+CROP_FILE = 'crop_config.json' # in the folder of a manifest: how its faces were cropped
+
 def read_crop_rule(
     folder:str|os.PathLike # of a manifest
 )->tuple[str, float]|None: # (align, margin), see `face_crop_matrix`; None where it is not known
     "Read by which rule the faces of a folder were cropped, as `extract_faces` notes it"
     # cutting.json: its name in earlier versions
-    for path in (Path(folder)/name for name in ('crop_config.json', 'cutting.json')):
+    for path in (Path(folder)/name for name in (CROP_FILE, 'cutting.json')):
         if not path.is_file(): continue
         try: rule = read_json(path)
         except DeepfidError: return None

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from ..core import Face, ManifestError, check_choice
-from ..io import atomic_folder, read_image
+from ..io import atomic_folder, read_image, write_json
 from deepfid.data.blending import (DONOR_MANIPULATIONS, LANDMARK_MANIPULATIONS, MANIPULATIONS, SELF_MANIPULATIONS,
     manipulate)
+from .faces import CROP_FILE
 from .forge import FORGERS, one_sided
 from .manifest import SPLITS, Manifest, split_sources
 from ..parallel import map_processes
@@ -128,7 +129,7 @@ class PairStyle:
     "How pairs are cropped and what happens to them after blending"
     size: int = 112           # side of the crops, pixels
     margin: float = 1.3       # of the crop, see `deepfid.data.faces`
-    align: str = 'similarity' # or 'symmetric'; or 'box': a square around the face box of a wide crop
+    align: str = 'symmetric'  # or 'similarity'; or 'box': a square around the face box of a wide crop
     channel: Any = None       # `Channel`, or several that pairs draw from; None: the camera of synthetic faces
     jitter: CropJitter|None = None # geometry of training crops; None: all alike
     untouched: bool = False   # neither camera nor channel
@@ -218,6 +219,8 @@ def build_pairs(
         made = tqdm(map_processes(make, plans, workers, chunk=8), total=len(plans), disable=not progress, unit='pair',
             mininterval=1)
         rows = [row for pair in made for row in pair]
+        cropped = PairStyle(size, margin, **style)
+        write_json(Path(tmp)/CROP_FILE, dict(size=size, margin=margin, align=cropped.align)) # for detectors to adopt
         Manifest(pd.DataFrame(rows), tmp, 'the new manifest').check().save()
     return Manifest.read(Path(folder)/'manifest.csv')
 
@@ -226,6 +229,7 @@ def map_images(
     manifest:Manifest,  # images to transform
     transform:Callable, # function of an image, uint8 RGB (H,W,3), that keeps its size
     folder:str|Path,    # for the new manifest; one of the same rows that is there already is read again
+    by_row:bool=False,  # also give the function the number of the row
 )->Manifest: # its images as PNG, named by row; quality unknown, checksums in the column `content`
     "Copy a manifest with a transform applied to every image; nothing is written outside `folder`"
     folder, content, masks = Path(folder), [], []
@@ -234,11 +238,13 @@ def map_images(
     with atomic_folder(folder, 'set of faces') as tmp:
         for sub in ('faces', 'masks'): (tmp/sub).mkdir()
         for i, (path, mask) in enumerate(zip(paths, manifest.table['mask'])):
-            png = cv2.imencode('.png', transform(manifest.image(i))[..., ::-1])[1].tobytes()
+            image = transform(manifest.image(i), *([i] if by_row else []))
+            png = cv2.imencode('.png', image[..., ::-1])[1].tobytes()
             (tmp/path).write_bytes(png)
             content.append(hashlib.sha256(png).hexdigest()[:16])
             masks.append(f'masks/{i:06d}{Path(mask).suffix}' if mask else '')
             if mask: shutil.copyfile(manifest.folder/mask, tmp/masks[-1])
+        if (manifest.folder/CROP_FILE).is_file(): shutil.copyfile(manifest.folder/CROP_FILE, tmp/CROP_FILE)
         table = manifest.table.assign(path=paths, mask=masks, quality=np.nan, content=content)
         Manifest(table, tmp, manifest.name).save(tmp/'manifest.csv')
     return Manifest.read(folder/'manifest.csv')

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['COMPRESSION_LEVELS', 'QUALITY_CORRUPTIONS', 'SEEN_CORRUPTIONS', 'UNSEEN_CORRUPTIONS', 'CORRUPTION_STRENGTHS',
-           'compressed_manifests', 'level_columns', 'uncompressed_columns', 'forgers_manifest', 'forger_manifests',
-           'transfer_matrix', 'add_noise', 'tint', 'recode', 'lanczos_resample', 'simulate_screenshot',
-           'denoise_and_sharpen', 'corrupted_manifests', 'corruption_columns', 'corruption_curves',
-           'plot_corruption_curves', 'plot_corruption_table', 'remask_training', 'mask_source_manifests',
-           'mask_source_columns', 'render_clip_pair', 'synthetic_video_set']
+           'DEGRADED_BLUR', 'DEGRADED_JPEG', 'compressed_manifests', 'level_columns', 'uncompressed_columns',
+           'forgers_manifest', 'forger_manifests', 'forger_columns', 'transfer_matrix', 'add_noise', 'tint', 'recode',
+           'lanczos_resample', 'simulate_screenshot', 'denoise_and_sharpen', 'corrupted_manifests',
+           'corruption_columns', 'corruption_curves', 'plot_corruption_curves', 'plot_corruption_table', 'degrade_pair',
+           'degraded_manifest', 'degraded_manifests', 'degraded_columns', 'remask_training', 'mask_source_manifests',
+           'ssim_masks', 'diff_masks', 'render_clip_pair', 'synthetic_video_set']
 
 # %% ../../nbs/lib/experiments.conditions.ipynb #ff880504
-import re
+import re, zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ from ..data.mask import diff_mask, ssim_mask
 from ..data.synth import camera_settings, simulate_sensor, synthetic_face
 from ..data.video import compress_image_h264, sample_frames, synthetic_clip, write_video
 from ..evaluate.metrics import auc_interval
-from .runner import SCORE_AND_MASK_METRICS, SCORE_METRICS, Column
+from ..quality.measures import QUALITY_MEASURES
+from .runner import SCORE_AND_MASK_METRICS, SCORE_METRICS, Column, transfer_columns
 from ..io import atomic_folder
 
 # %% ../../nbs/lib/experiments.conditions.ipynb #84fd741d
@@ -35,12 +37,13 @@ COMPRESSION_LEVELS = dict(c0=0, c23=23, c40=40) # name -> constant rate factor o
 def compressed_manifests(
     manifests:dict, # name -> `Manifest`
     folder:Path,    # for the new images
+    levels:tuple = tuple(COMPRESSION_LEVELS),
 )->dict:            # 'name, c23' -> `Manifest`
     "Compress each manifest at each level; c0 is the manifest itself"
     def compress(m, level, crf):
         return map_images(m, partial(compress_image_h264, crf=crf), folder/f'{m.key()[:12]}-{level}')
-    return {f'{name}, {level}': compress(m, level, crf) if crf else m
-        for name, m in manifests.items() for level, crf in COMPRESSION_LEVELS.items()}
+    return {f'{name}, {level}': compress(m, level, COMPRESSION_LEVELS[level]) if COMPRESSION_LEVELS[level] else m
+        for name, m in manifests.items() for level in levels}
 
 def level_columns(
     names:list[str],
@@ -72,12 +75,23 @@ def forgers_manifest(
     return Manifest(t.loc[kept].reset_index(drop=True), manifest.folder, manifest.name)
 
 def forger_manifests(
-    manifests:dict,        # name -> `Manifest`
+    manifests:dict,        # name -> `Manifest`; the first one is split
     folder:Path|None=None, # not used: no image is written
 )->dict:                   # 'name, forger' -> `Manifest`
-    "Split each manifest by forger"
-    return {f'{name}, {forger}': forgers_manifest(m, forger) for name, m in manifests.items()
+    "Split the first manifest by forger"
+    name, m = next(iter(manifests.items()))
+    return {f'{name}, {forger}': forgers_manifest(m, forger)
         for forger in sorted(set(m.table['method'][m.table['label']==0]))}
+
+def forger_columns(
+    names:list[str], # of manifests, given ones before derived ones
+    metrics:tuple = ('auc',),
+)->list[Column]:
+    "Train on each forger of the first set, test on each of them and on the other sets"
+    split = [n for n in names if ', ' in n]
+    foreign = [Column(f"{n.replace(', ', ': ')} to {other}", n, other, metrics=metrics)
+        for n in split for other in names[1:] if ', ' not in other]
+    return transfer_columns(split, metrics)+foreign
 
 def transfer_matrix(
     record:dict, # of a table with `transfer_columns`
@@ -88,7 +102,7 @@ def transfer_matrix(
     found[['train', 'test']] = found['variants'].str.split(' to ', expand=True)
     for (name, row), f in found.groupby(['set', 'row'], sort=False): # pyright: ignore[reportGeneralTypeIssues]
         auc = 100*f.pivot(index='train', columns='test', values='value')
-        others = [auc.loc[t].drop(t).mean() for t in auc.index]
+        others = [auc.loc[t, [v for v in auc.index if v!=t]].mean() for t in auc.index]
         head = ' | '.join([f'{name}, {row}', *auc.columns, 'mean of the others'])
         lines = [' | '.join([t, *(f'{v:.1f}' for v in [*auc.loc[t], m])]) for t, m in zip(auc.index, others)]
         table = '\n'.join(f'| {line} |' for line in [head, *lines])
@@ -252,6 +266,47 @@ def plot_corruption_table(
     axes[-1].legend(fontsize=8, frameon=False)
     return fig
 
+# %% ../../nbs/lib/experiments.conditions.ipynb #99031b8a
+DEGRADED_BLUR, DEGRADED_JPEG = (0., 2.6), (15, 92) # ranges: sigma in pixels of a face of 112; quality
+
+def degrade_pair(
+    image:np.ndarray, # uint8 RGB (H,W,3)
+    name:str,         # of the pair: both of its faces are degraded alike
+)->np.ndarray:        # the same size
+    "Blur and compress an image by a strength that follows from its pair's name, from nearly nothing to much"
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    sigma = rng.uniform(*DEGRADED_BLUR)*len(image)/112
+    return jpeg(blur(image, sigma), int(rng.integers(DEGRADED_JPEG[0], DEGRADED_JPEG[1]+1)))
+
+def degraded_manifest(
+    manifest:Manifest,
+    folder:str|Path,   # for the new images; existing ones are read
+)->Manifest:           # with the quality (NIQE) of each face
+    "Degrade each pair of a manifest by a strength of its own, and measure the quality anew"
+    t = manifest.table
+    names = [f'{d}/{p or path}' for d, p, path in zip(t['dataset'], t['pair'], t['path'])]
+    copy = map_images(manifest, lambda image, i: degrade_pair(image, names[i]), folder, by_row=True)
+    if copy.table['quality'].isna().any():
+        measure = QUALITY_MEASURES['niqe']()
+        copy.table['quality'] = measure.score(copy.image(i) for i in range(len(copy)))
+        copy.save()
+    return copy
+
+def degraded_manifests(
+    manifests:dict, # name -> `Manifest`
+    folder:Path,    # for the new images
+)->dict:            # 'name, degraded' -> `Manifest`
+    "Degrade the pairs of each manifest, by strengths that vary widely"
+    return {f'{name}, degraded': degraded_manifest(m, Path(folder)/f'{m.key()[:12]}-degraded')
+        for name, m in manifests.items()}
+
+def degraded_columns(
+    names:list[str], # of manifests
+    metrics:tuple = SCORE_METRICS,
+)->list[Column]:
+    "Train and test on degraded faces"
+    return [Column(n, n, n, metrics=metrics) for n in names if n.endswith(', degraded')]
+
 # %% ../../nbs/lib/experiments.conditions.ipynb #ceba65d6
 def remask_training(
     manifest:Manifest,
@@ -271,22 +326,36 @@ def remask_training(
         table.iloc[i, table.columns.get_loc('mask')] = str(path)
     return Manifest(table, manifest.folder, manifest.name)
 
-_MASK_SOURCES = dict(exact=None, SSIM=ssim_mask, DIFF=diff_mask)
-
 def mask_source_manifests(
     manifests:dict, # name -> `Manifest` with exact masks
-    folder:Path,    # for the masks
-)->dict:            # 'name, SSIM' -> `Manifest`
-    "Give each manifest exact, SSIM and DIFF training masks"
-    return {f'{name}, {k}': remask_training(m, make, folder/f'{m.key()[:12]}-{k}') if make else m
-        for name, m in manifests.items() for k, make in _MASK_SOURCES.items()}
+    folder:Path,    # for compressed faces and masks
+)->dict:            # 'name, c23' and 'name, c40' -> `Manifest` with columns of SSIM and DIFF masks
+    "Compress each manifest, and make masks of its uncompressed pairs by SSIM and DIFF, as the paper does"
+    out = {}
+    for name, m in manifests.items():
+        made = {f'mask_{k}': remask_training(m, make, folder/f'{m.key()[:12]}-{k}').table['mask'].to_numpy()
+            for k, make in (('SSIM', ssim_mask), ('DIFF', diff_mask))}
+        for level, copy in compressed_manifests({name: m}, folder, ('c23', 'c40')).items():
+            out[level] = Manifest(copy.table.assign(**made), copy.folder, copy.name)
+    return out
 
-def mask_source_columns(
-    names:list[str],
-    metrics:tuple = SCORE_AND_MASK_METRICS,
-)->list[Column]:
-    "Train with each mask source, test against exact masks"
-    return [Column(n, n, n.split(', ')[0], metrics=metrics) for n in names if ', ' in n]
+def _with_masks(manifest, column):
+    "Take the masks of the fakes that are trained on from another column"
+    t = manifest.table
+    trained = (t['split']!='test')&(t['label']==0)
+    return Manifest(t.assign(mask=t['mask'].where(~trained, t[column])), manifest.folder, manifest.name)
+
+def ssim_masks(
+    manifest:Manifest, # of `mask_source_manifests`
+)->Manifest:           # the test faces as they were
+    "Train on masks by SSIM"
+    return _with_masks(manifest, 'mask_SSIM')
+
+def diff_masks(
+    manifest:Manifest, # of `mask_source_manifests`
+)->Manifest:           # the test faces as they were
+    "Train on masks by DIFF"
+    return _with_masks(manifest, 'mask_DIFF')
 
 # %% ../../nbs/lib/experiments.conditions.ipynb #df490472
 def render_clip_pair(

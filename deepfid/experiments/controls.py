@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['FORGERY_WEIGHTS', 'WIDEST_INTERVAL', 'VERDICTS', 'starting_weights', 'classifier_epochs', 'training_length',
-           'FrozenProbe', 'shuffle_labels', 'shuffle_quality', 'validation_auc', 'collapse', 'smallest_difference',
-           'row_verdict']
+           'FrozenProbe', 'shuffle_labels', 'shuffle_quality', 'quality_premise', 'premise_lines', 'validation_auc',
+           'collapse', 'smallest_difference', 'row_verdict']
 
 # %% ../../nbs/lib/experiments.controls.ipynb #ctl00003
 from pathlib import Path
 from typing import Any
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.stats import rankdata, t as student_t
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from ..core import DeepfidError, Detector, Prediction
 from ..data.loaders import paired_rows
 from ..data.manifest import Manifest
-from ..evaluate.metrics import auc, auc_interval
+from ..evaluate.metrics import auc, auc_interval, average_over_seeds, bootstrap_counts
 from .records import significance
 
 # %% ../../nbs/lib/experiments.controls.ipynb #ctl00006
@@ -118,6 +118,49 @@ def shuffle_quality(
         rows = ((table['split']!='test')&(table['label']==label)).to_numpy()
         table.loc[rows, 'quality'] = rng.permutation(table.loc[rows, 'quality'].to_numpy())
     return Manifest(table, manifest.folder, f'{manifest.name}, shuffled quality')
+
+# %% ../../nbs/lib/experiments.controls.ipynb #c6e26934
+def _weighted_correlation(x, y, w):
+    "Pearson's correlation of two rows of numbers for each line of weights (k,n)"
+    w = w/w.sum(1, keepdims=True)
+    dx, dy = x-(w@x)[:, None], y-(w@y)[:, None]
+    return (w*dx*dy).sum(1)/np.sqrt((w*dx**2).sum(1)*(w*dy**2).sum(1)+1e-12)
+
+def quality_premise(
+    quality:np.ndarray, # (n,) of the test faces, higher = better
+    runs:list,          # of (fidelity (n,), threshold), one for each training
+    label:np.ndarray,   # (n,) 1 = real, 0 = fake
+    groups:Any=None,    # (n,) people, who are resampled; None: faces
+    n_boot:int=500,     # resamples
+)->dict: # correlation: value, low, high; of_fakes, of_reals; quartiles: of faces, value, low, high; holds
+    "Test whether a network is surer of better faces: rank correlation of quality and margin by class, AUC by quartile"
+    quality, label = np.asarray(quality, float), np.asarray(label)
+    if np.isnan(quality).any(): raise DeepfidError(f'{int(np.isnan(quality).sum())} test faces have no quality')
+    groups, use = None if groups is None else np.asarray(groups), [label==k for k in (0, 1)]
+    margins = [(2*label-1)*(np.asarray(f)-t) for f, t in runs] # how far a score lies on the right side
+    def by_class(w): return np.mean([[_weighted_correlation(rankdata(quality[c]), rankdata(m[c]), w[:, c]) for c in use]
+        for m in margins], 0) # (2,k)
+    value = by_class(np.ones((1, len(label))))[:, 0]
+    resampled = np.concatenate([by_class(w).mean(0) for w in bootstrap_counts(label, groups, n_boot)])
+    low, high = map(float, np.quantile(resampled, (.025, .975)))
+    quarter = np.searchsorted(np.quantile(quality, (.25, .5, .75)), quality, side='left')
+    def of_quarter(q):
+        if len(set(label[q]))<2: return dict(faces=int(q.sum()), value=None, low=None, high=None)
+        some, people = [(np.asarray(f)[q], t) for f, t in runs], None if groups is None else groups[q]
+        return dict(faces=int(q.sum()), **average_over_seeds(some, label[q], 'auc', people, n_boot=n_boot)._asdict())
+    quartiles = [of_quarter(quarter==k) for k in range(4)]
+    return dict(correlation=dict(value=float(value.mean()), low=low, high=high), of_fakes=float(value[0]),
+        of_reals=float(value[1]), quartiles=quartiles, holds=low>0)
+
+def premise_lines(
+    premise:list[dict], # of `quality_premise`, with the names of the set `trained` on and of the test `faces`
+)->list[str]:
+    "Say in a line for each set whether the premise holds"
+    def quartile(q): return '–' if q['value'] is None else f"{100*q['value']:.1f}"
+    return [f"premise, trained on {p['trained']}, tested on {p['faces']}: rank correlation of quality and margin "
+        f"{p['correlation']['value']:+.2f} [{p['correlation']['low']:+.2f}, {p['correlation']['high']:+.2f}] (fakes "
+        f"{p['of_fakes']:+.2f}, reals {p['of_reals']:+.2f}); AUC by quartile of quality, from the worst "
+        f"{', '.join(map(quartile, p['quartiles']))}: {'holds' if p['holds'] else 'does not hold'}" for p in premise]
 
 # %% ../../nbs/lib/experiments.controls.ipynb #ctl00014
 WIDEST_INTERVAL = .25 # of a validation AUC that can show a collapse

@@ -140,10 +140,8 @@ def attention_levels_figure(
 )->np.ndarray:         # uint8 RGB
     "Show the Grad-CAM of a real and a fake face at each compression level (LiSiam, Figure 8)"
     rows, titles, test = example_faces(manifest)
-    pages = [_attention_pages([_at_level(test.image(i), level) for i in rows[:2]], [f'{t}, {level}' for t in titles[:2]],
-        detector, baseline) for level in COMPRESSION_LEVELS]
-    columns = [_stacked(of_level) for of_level in pages] # detectors below each other, levels beside each other
-    return np.concatenate(columns, 1)
+    return _stacked([page for level in COMPRESSION_LEVELS for page in _attention_pages([_at_level(test.image(i), level)
+        for i in rows[:2]], [f'{t}, {level}' for t in titles[:2]], detector, baseline)])
 
 def attention_drift(
     manifest:Manifest, # of uncompressed faces; its fake test faces with a mask are looked at

@@ -76,6 +76,17 @@ def _lines(head, rows):
     lines = [f"| {' | '.join(map(str, r))} |" for r in rows]
     return '\n'.join([f"| {' | '.join(head)} |", '|---'*len(head)+'|', *lines]) if lines else ''
 
+def _premise_text(record):
+    "Whether better faces are judged with more certainty, by the plain network"
+    def interval(c): return f"{c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
+    def quartile(q): return '–' if q['value'] is None else f"{100*q['value']:.1f}"
+    rows = [[p['trained'], p['faces'], interval(p['correlation']), f"{p['of_fakes']:+.2f}", f"{p['of_reals']:+.2f}",
+        ', '.join(map(quartile, p['quartiles'])), 'yes' if p['holds'] else 'no'] for p in record.get('premise', [])]
+    table = _lines(['premise: trained on', 'tested on', 'rank correlation of quality and margin', 'fakes', 'reals',
+        'AUC by quartile of quality, from the worst', 'holds'], rows)
+    return table and ('**Premise**, tested before the table: a network without the idea is surer of better faces.\n\n'
+        +table)
+
 def _trainings_text(record):
     "Start, length and duration of each training, and what was measured of it"
     trainings = record.get('trainings', [])
@@ -130,7 +141,8 @@ def record_markdown(
     if compared:
         compared = (f"Compared with *{record['baseline']}*. *Significant*: at 95 %, both over the people tested "
             f"(paired bootstrap) and over the seeds (paired *t* test).\n\n{compared}")
-    parts = [f"**{table.title if table else record['title']}**", markdown_table(record['results']),
+    parts = [f"**{table.title if table else record['title']}**", _premise_text(record),
+        markdown_table(record['results']),
         f"Trained and tested on {record['data']} ({len(record['seed'])} seeds, preset "
         f"`{record['config']['preset']}`{settings}, {record['hardware']}). In each cell: mean over seeds "
         '[95 % interval over the people tested] ± standard deviation of the seeds. Positive class: fake. Threshold '
@@ -150,7 +162,8 @@ def recorded_table_markdown(
     "Format the recorded table of that name; without a record, name the command that makes one"
     path, table = Path(folder)/f'table-{name}.json', get_table(name)
     if not path.is_file():
-        return f'Not recorded yet: `deepfid table {name} --manifest synthetic --manifest london` makes it.'
+        sets = ''.join(f' --manifest {s}' for s in ('london', 'portraits', 'congress')[:table.min_manifests])
+        return f'Not recorded yet: `deepfid table {name}{sets}` makes it.'
     return record_markdown(read_record(path), table)
 
 def summarise_records(

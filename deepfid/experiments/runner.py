@@ -20,8 +20,8 @@ import deepfid
 from ..core import DeepfidError, check_choice, get_preset
 from ..data.manifest import Manifest
 from ..evaluate.metrics import average_over_seeds, localisation_report, score_face_mask, video_scores
-from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, row_verdict,
-    shuffle_labels, smallest_difference, starting_weights, training_length, validation_auc)
+from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, premise_lines,
+    row_verdict, shuffle_labels, smallest_difference, starting_weights, training_length, validation_auc)
 from .provenance import describe_code, describe_machine, describe_run, source_hash
 from ..io import mark_folder, read_json, to_json, write_json
 from ..parallel import limit_threads, map_processes, map_ray
@@ -48,7 +48,7 @@ class Row:
     why:str = ''                        # reason for another start, length or schedule of training than the baseline's
     frozen:bool = False                 # not trained: a logistic regression on the features of the untrained network
     change:Callable|None = None         # (manifest) -> manifest that the row is trained on; at the top of a module
-    measure:Callable|None = None        # (trained detector) -> {name: number} to record; at the top of a module
+    measure:Callable|None = None        # (trained detector, `Manifest` of the test) -> {name: number} to record
 
     def create(self, **overrides:Any)->Any: # a `Detector`
         "Create the row's detector, untrained"
@@ -77,6 +77,7 @@ class Table:
     baseline:str = ''                   # name of the row that the others are compared with; default: the first
     notes:Callable|None = None          # (record) -> Markdown: an analysis of the results
     figure:Callable|None = None         # (record) -> matplotlib Figure
+    premise:Callable|None = None        # (`TableRun`) -> list of findings, as of `quality_premise`; before the rows
     derive_manifests:Callable|None = None # ({name: Manifest}, folder) -> {name: Manifest}: more, made from them
     rows_for_preset:Callable|None = None  # (preset, overrides) -> rows, where they depend on the network's size
     metric:str = 'auc'                  # key of `METRIC_LABELS`: the one that the verdicts are about
@@ -209,8 +210,7 @@ class TableScores:
     "What follows from the scores of a table's cells: values, differences, verdicts and the record"
     table:Table; rows:dict; columns:list; seeds:list; manifests:dict; baseline:Row; shuffled:Row|None
     cells:dict # (row, train, test, seed) -> what `TableRun.cell` returns
-    preset:str; overrides:dict; data:str
-
+    preset:str; overrides:dict; data:str; premise:list # findings of the table's premise
     def test_table(self,
         column:Column,
     )->tuple: # DataFrame (n rows), bool (n,)
@@ -408,7 +408,8 @@ class TableScores:
             mean_mask_baseline=self.mean_mask_baselines(), hardware='; '.join(machines),
             trained_at=[code[k] for k in sorted(code)], faces=splits, metric=self.table.metric, seeds=self.seeds,
             steps={t['row']: t.get('steps') for t in trainings}, start={t['row']: t.get('start') for t in trainings},
-            controls=self.table.controls, prediction=self.table.prediction, smallest_difference=smallest,
+            controls=self.table.controls, prediction=self.table.prediction, premise=self.premise,
+            smallest_difference=smallest,
             permutation=self.permutation(), collapsed=collapsed, verdicts=verdicts, trainings=trainings,
             localisation=self.localisation())
 
@@ -477,6 +478,7 @@ class TableRun(TableScores):
         self.keys, self.code = {name: m.key() for name, m in self.manifests.items()}, source_hash() # workers keep these
         self.cells, self.trained, self.provenance, self.validation, self.mean_masks = {}, {}, {}, {}, {}
         self.shuffled:Row|None = None
+        self.premise:list = []
         self._refuse(self._problems())
         self._set_up_trainings(probes)
         self.check()
@@ -556,7 +558,10 @@ class TableRun(TableScores):
                 yield f'{c.test!r} has test faces without a video; video metrics need the column `video`'
 
     def run(self)->'TableRun':
-        "Compute every cell that is not cached yet"
+        "Test the premise, and compute every cell that is not cached yet"
+        if self.table.premise and not self.premise:
+            self.premise = self.table.premise(self)
+            for line in premise_lines(self.premise): self.log(line)
         for cell in self.all_cells(): self.cell(*cell)
         return self
 
@@ -581,7 +586,7 @@ class TableRun(TableScores):
             scores = score_test_faces(detector, self.manifests[test], self.mean_masks[train])
             write_json(path, dict(row=row.name, train=train, test=test, seed=seed, **scores,
                 validation=self.validation[row.name, train, seed],
-                measured=row.measure(detector) if row.measure else {},
+                measured=row.measure(detector, self.manifests[test]) if row.measure else {},
                 trained=self.provenance[self.base_row(row).name, train, seed]))
         self.cells[row.name, train, test, seed] = scores = read_json(path)
         return scores
@@ -639,7 +644,7 @@ class TableRun(TableScores):
         return detector
 
     def __getstate__(self): # what a worker process needs to fill the cache
-        table = replace(self.table, columns=_no_columns, notes=None, figure=None, derive_manifests=None,
+        table = replace(self.table, columns=_no_columns, notes=None, figure=None, premise=None, derive_manifests=None,
             rows_for_preset=None)
         return vars(self)|dict(table=table, log=_no_log, columns=[], cells={}, trained={})
 

@@ -18,7 +18,7 @@ DEEPFIDELITY_RECIPES = {
     'ours': dict(lr=1.5e-3, schedule='one-cycle', wd=.05, decay='matrices', clip=1.,
         smoothing=.1, mix_labels=True, ema=.99, ema_warmup=True, augment='face', select='last',
         crop=1.,
-        pool='mean', svr=dict(scale=True, C=.1), network={}),
+        pool='mean', svr=None, network={}),
     'paper': dict(lr=1.2e-3, schedule='cosine', wd=.05, decay='matrices', clip=None,
         smoothing=0., mix_labels=True, ema=None, ema_warmup=False, augment='face', select='last',
         crop=1.,

@@ -16,8 +16,8 @@ from ...core import DeepfidError, check_choice, check_number
 from ..backbones import MIN_INPUT_SIZE, load_backbone_weights, load_pretrained
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from .degradation import RELEASED_QUIRKS, DegradeBatch
-from deepfid.models.lisiam.network import (LISIAM_ABLATIONS, XCEPTION_PRESETS, LiSiamNet,
-    dilated_backbone)
+from .network import (LISIAM_ABLATIONS, XCEPTION_PRESETS, LiSiamNet,
+    dilated_backbone, feature_map_size)
 from .transformer import SCU_KINDS
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -29,14 +29,15 @@ LISIAM_PRESETS = {
     'full': dict(size=299, epochs=(811, 90, 1800), steps=180, pretrained=True, amp='bf16'),
 }
 LISIAM_SHARED = dict(bs=32, p=.5, shift=2, li_on='logits', seg_loss_at='input', w_aux=.4,
-    released_quirks=(), freeze_bn=True, dilate=False, schedule='polynomial', warmup=0.)
+    released_quirks=(), freeze_bn=True, schedule='polynomial', warmup=0.)
 LISIAM_RECIPES = {
     'ours': LISIAM_SHARED|dict(opt='AdamW', lr=2e-3, momentum=.9, wd=.01, clip=1., ema=.99,
-        scu='separable', dilate=True, warmup=.05),
+        dilate=True, warmup=.05),
     'paper': LISIAM_SHARED|dict(opt='SGD', lr=2e-3, momentum=0., wd=0., clip=None, ema=None,
-        scu='separable', w_aux=0.),
+        w_aux=0.),
     'released': LISIAM_SHARED|dict(opt='SGD', lr=2e-3, momentum=.9, wd=5e-4, clip=None, ema=None,
-        scu='dense', freeze_bn=False, released_quirks=('nearest', 'bgr', 'shuffle')),
+        scu='dense', dilate=False, freeze_bn=False, shift=0,
+        released_quirks=('nearest', 'bgr', 'shuffle', 'rescale')),
     'finetune': LISIAM_SHARED|dict(backbone='efficientnet_lite0', size=160, shift=4, bs=32,
         epochs=(1, 1, 2), steps=None, amp=None, opt='AdamW', lr=1e-3, momentum=.9, wd=.02,
         clip=1., ema=.995, scu='stride1', dilate=True, schedule='one-cycle', warmup=.25),
@@ -93,7 +94,9 @@ class LiSiamConfig(DetectorConfig):
     epochs:Any = setting((3, 1, 4), low=1, integer=True) # of the phases, or one to split
     # 'xception', of the preset's width; or another name that `create_backbone` knows
     backbone:str = 'xception'
-    dilate:bool = False # dilate what follows a de-strided block; networks of timm always do
+    # dilate what follows a de-strided block, as networks of timm always do, so that pretrained
+    # weights go on meaning the same; None: where the start is pretrained
+    dilate:bool|None = setting(None, choices=(None, True, False))
     pretrained:bool = True # begin with weights that have seen images
     weights:str|None = None # safetensors file of the backbone to start from, in timm's names
     p:float = setting(.5, low=0, high=1) # probability of each degradation of the second branch
@@ -108,9 +111,14 @@ class LiSiamConfig(DetectorConfig):
     schedule:str = setting('polynomial', choices=tuple(LISIAM_SCHEDULES)) # of the learning rate
     # share of each phase in which the learning rate rises
     warmup:float = setting(0., low=0, high=1, below=True)
-    scu:str = setting('separable', choices=tuple(SCU_KINDS)) # separable convolution unit
+    # separable convolution unit; None: the paper's, which has a constant ring, where the map has
+    # 20 positions a side and more; else 'stride1', which keeps map and mask in register
+    scu:str|None = setting(None, choices=(None, *SCU_KINDS))
 
     def check(self)->None:
+        if self.dilate is None: self.dilate = bool(self.pretrained or self.weights)
+        if self.scu is None:
+            self.scu = 'separable' if feature_map_size(self.size)>=20 else 'stride1'
         self.epochs, self.released_quirks = split_epochs(self.epochs), tuple(self.released_quirks)
         self.weights = str(self.weights) if self.weights else None
         for quirk in self.released_quirks: check_choice('released_quirks', quirk, RELEASED_QUIRKS)
@@ -119,6 +127,7 @@ class LiSiam(NetworkDetector):
     "Score and mask from a network whose segmentation survives degradation (LiSiam)"
     name, config_class = 'lisiam', LiSiamConfig
     presets, recipes, explain_layer = LISIAM_PRESETS, LISIAM_RECIPES, 'scu'
+    default_recipe = dict(full='paper')
     legacy_settings = dict(accidents='released_quirks', rest='freeze_bn')
     config:LiSiamConfig
 
