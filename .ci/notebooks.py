@@ -65,7 +65,7 @@ def _is_noise(output):
     if output['output_type'] == 'stream': return output['name'] == 'stderr' or not ''.join(output['text']).strip()
     data = output.get('data')
     if data is None: return False
-    widget = re.match(r'\s*(\w*Box|\w*Output|\w+Explorer)\(', ''.join(data.get('text/plain', '')))
+    widget = re.match(r'\s*(\w*Box|\w*Output|\w+Explorer|interactive)\(', ''.join(data.get('text/plain', '')))
     return not data or (set(data) == {'text/plain'} and bool(widget))
 
 def _tidy_output(output):

@@ -130,7 +130,8 @@ def test_tidy_keeps_what_a_reader_wants():
     stream = dict(output_type='stream', name='stdout', text=['10%\r', '20%\rdone\n', 'next\n'])
     picture = dict(output_type='display_data', metadata={}, data={'image/png': 'p', 'image/jpeg': 'j', 'text/plain': 'Picture'})
     box = dict(output_type='display_data', metadata={}, data={keeper.WIDGET: {}, 'text/plain': 'VBox(children=())'})
-    cell = dict(cell_type='code', metadata={'tags': ['x']}, source='', outputs=[stream, picture, box], execution_count=7)
+    sliders = dict(output_type='execute_result', metadata={}, execution_count=1, data={'text/plain': 'interactive(children=())'})
+    cell = dict(cell_type='code', metadata={'tags': ['x']}, source='', outputs=[stream, picture, box, sliders], execution_count=7)
     nb = keeper.tidy(dict(nbformat=4, nbformat_minor=5, metadata={'widgets': {}}, cells=[cell]), 'x')
     [cell] = nb['cells']
     assert cell['id'] and cell['execution_count'] is None and not nb['metadata']
