@@ -1,7 +1,7 @@
 "Checkpoints of other people: read without running code, and refused with their differences"
 import argparse
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
 from safetensors.torch import save_file
 from deepfid.core import WeightsError
 from deepfid.models.base import weight_differences
@@ -55,7 +55,7 @@ def test_unreadable_weights(tmp_path, content, message, ending):
     if content is not None: path.write_bytes(content)
     with pytest.raises(WeightsError, match=message): read_weights(path)
 
-@pytest.mark.parametrize('held', [{0: torch.zeros(1)}, {'state_dict': None}, {'norm.weight': 3}])
+@pytest.mark.parametrize('held', [{0: torch.zeros(1)}, {'state_dict': None}, {'state_dict': torch.zeros(3)}, {'norm.weight': 3}])
 def test_dicts_that_are_no_weights(tmp_path, held):
     torch.save(held, tmp_path/'d.pth')
     with pytest.raises(WeightsError) as e: load_checkpoint(SSAAFormer(**NET), tmp_path/'d.pth')
@@ -69,3 +69,9 @@ def test_heads_of_other_classes_are_an_error_unless_left_out(tmp_path):
 def test_a_list_is_no_set_of_weights(tmp_path):
     torch.save([1, 2], tmp_path/'l.pth')
     with pytest.raises(WeightsError, match='holds a list'): read_weights(tmp_path/'l.pth')
+
+def test_numbers_of_numpy_and_a_missing_average_beside_the_weights_do_no_harm(tmp_path):
+    a, net = SSAAFormer(**NET), SSAAFormer(**NET)
+    torch.save(dict(state_dict=a.state_dict(), state_dict_ema=None, metric=np.float64(.9), epoch=np.int64(3)), tmp_path/'n.pth')
+    load_checkpoint(net, tmp_path/'n.pth')
+    assert all(torch.equal(p, q) for p, q in zip(net.state_dict().values(), a.state_dict().values()))

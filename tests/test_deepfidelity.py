@@ -358,3 +358,52 @@ def test_resuming_into_a_file_is_refused(manifest, tmp_path):
     (tmp_path/'f').write_text('x')
     with pytest.raises(DeepfidError, match='is a file'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path/'f')
     assert (tmp_path/'f').read_text()=='x'
+
+# -- the axis of the face is that of the mirror --
+@pytest.mark.parametrize('size', [64, 96, 112, 128, 160, 224])
+def test_face_and_mirror_have_one_axis_in_new_detectors_and_pairs(size):
+    from deepfid.data.faces import alignment_template
+    from deepfid.data.pairs import PairStyle
+    align, margin = DeepFidelity(size=size).configure('tiny').crop_rule
+    assert align==PairStyle(size).align=='symmetric'
+    def off(template): # of eyes, nose and mouth from the axis of a flipped image
+        return np.abs(np.array([template[:2].mean(0), template[2], template[3:].mean(0)])[:, 0]-(size-1)/2).max()
+    assert off(alignment_template(size, margin, align))<.05<off(alignment_template(size, margin, 'similarity'))
+
+def test_detectors_saved_before_keep_their_crop_and_pairs_say_theirs(tmp_path):
+    from deepfid.data.pairs import build_pairs, map_images, synthetic_sources
+    from deepfid.models.local_similarity.detector import LocalSimilarity
+    saved = DeepFidelity().configure('tiny').config.to_dict()
+    assert DeepFidelity.load_config(saved).crop_align=='symmetric'
+    assert DeepFidelity.load_config({k: v for k, v in saved.items() if k!='crop_align'}).crop_align=='similarity'
+    for align in ('symmetric', 'similarity'):
+        m = build_pairs(synthetic_sources(12, 1), tmp_path/align, ('mouth',), (2, 1, 1), 64, workers=1, align=align)
+        for faces in (m, map_images(m, lambda im: im, tmp_path/f'{align}-copy')):
+            for kind in (DeepFidelity, LocalSimilarity):
+                detector = kind().configure('tiny')
+                detector.adopt_crop_rule(faces)
+                assert detector.crop_rule==(align, 1.3)
+
+def test_sizes_that_a_stride_cuts_are_refused():
+    for size, settings in ((114, {}), (116, dict(ssaa_blocks=3))):
+        with pytest.raises(DeepfidError, match=f'size={size}: SSAA mirrors maps of stride [48]') as e: DeepFidelity(size=size, **settings).configure('tiny')
+        assert '\n' not in str(e.value)
+    for size, settings in ((116, {}), (114, dict(ssaa_blocks=0)), (120, dict(ssaa_blocks=3))):
+        assert DeepFidelity(size=size, **settings).resolve_config('tiny').size==size
+
+# -- the regression is chosen on validation faces --
+def test_settings_of_the_regression_are_chosen_on_validation_faces(manifest, trained, tmp_path):
+    from deepfid.models.deepfidelity.detector import SVR_CANDIDATES, ranking_auc
+    assert [t['svr'] for t in trained.svr_tried]==list(SVR_CANDIDATES) and SVR_CANDIDATES[0]=={}
+    tried = [t['valid_auc'] for t in trained.svr_tried]
+    best = SVR_CANDIDATES[int(np.argmax(tried))]
+    assert all(getattr(trained.regressor, k)==v for k, v in best.items()) and trained.regressor.scale==best.get('scale', False)
+    valid = manifest.of('valid')
+    assert auc(trained.score(valid), valid.table['label'].to_numpy())==pytest.approx(max(tried))
+    for settings, value in zip(SVR_CANDIDATES, tried): # each as if it had been asked for
+        other = trained.refit(manifest, svr=settings)
+        assert other.svr_tried==[] and auc(other.score(valid), valid.table['label'].to_numpy())==pytest.approx(value, abs=1e-6)
+    assert DeepFidelity.load(trained.save(tmp_path/'d')).svr_tried==trained.svr_tried
+    rng = np.random.default_rng(0)
+    s, y = rng.integers(0, 9, 60).astype(float), np.arange(60)%2
+    assert ranking_auc(s, y)==pytest.approx(auc(s, y))
