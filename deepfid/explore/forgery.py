@@ -98,7 +98,8 @@ class ForgeryExplorer(Explorer):
         self.forgery = synthetic_forgery(self.person.value, self.variant.value,
             str(self.forger.value), self.seed.value, self.strength.value, self.size)
         self.masks = compare_masks(self.forgery, self.diff.value, self.ssim.value, self.jpeg.value)
-        self.image_view.value = InlineImage(forgery_montage(self.forgery, self.masks)).jpeg()
+        self.image_view.value = InlineImage(forgery_montage(self.forgery, self.masks,
+            side=120)).jpeg() # six panels fit beside a sidebar
         ious = ', '.join(f'{name} {iou:.2f}' for name, iou in mask_ious(self.masks).items())
         return (
             f'{(self.forgery.mask>.5).mean():.0%} of the pixels are forged; IoU with them: {ious}')

@@ -101,12 +101,13 @@ def gauge_svg(
 def mask_montage(
     image:np.ndarray,  # uint8 RGB (H,W,3)
     results:dict,      # {name: `DetectorResult`}
-    side:int=168       # of each panel, pixels
+    side:int=168,      # of each panel, pixels
+    ncols:int|None=None # panels in a row; None: all, up to 6
 )->np.ndarray: # uint8 RGB
     "Show the face, and painted over it the mask that each detector predicts"
     masks = {name: r.prediction.mask for name, r in results.items()}
     panels = {name: paint_mask(image, m) for name, m in masks.items() if m is not None}
-    return montage([image, *panels.values()], ['face', *panels], scale=side/len(image))
+    return montage([image, *panels.values()], ['face', *panels], ncols, scale=side/len(image))
 
 # %% ../../nbs/60_explore_score.ipynb #85f95cff
 SWEEP_LEVELS = dict(jpeg=(100, 90, 70, 50, 30, 20, 10, 5), blur=(0, .5, 1, 1.5, 2, 3, 4),
@@ -302,7 +303,8 @@ class ScoreExplorer(Explorer):
         face = self.faces[self.face_menu.value]
         image = degrade_by_sliders(face.image, self.degradation)
         self.results, self.quality_value = score_aligned_face(self.detectors, image, self.quality)
-        self.image_view.value = InlineImage(mask_montage(image, self.results), quality=95).jpeg()
+        self.image_view.value = InlineImage(mask_montage(image, self.results, ncols=2),
+            quality=95).jpeg()
         self.gauges.value = ''.join(f'<div style="max-width:420px;line-height:1.5">'
             f'<b>{escape(name)}</b>: {r.decision}<br>{self.notes[name]}</div>{gauge_svg(r)}<br>'
             for name, r in self.results.items())
