@@ -141,3 +141,12 @@ def test_heads_by_place():
     places = {n: r.create().resolve_config('tiny') for n, r in rows.items()}
     assert {(c.use_llsm, c.use_flm and c.beta>0, c.use_flm and c.cls_from=='decoder') for c in places.values()}=={
         (a, b, d) for a in (False, True) for b in (False, True) for d in (False, True)} # {plain, map, decoder, both} x two heads
+
+def test_training_that_learned_nothing_is_told(faces, tmp_path):
+    from deepfid.commands import training_summary
+    class Fixed:
+        name, threshold = 'fixed', .5
+        def __init__(self, spread): self.spread = spread
+        def score(self, manifest): return .5+self.spread*(manifest.table['label'].to_numpy()-.5)
+    assert 'nothing was learned (constant output)' in training_summary(Fixed(0.), faces, tmp_path)['text']
+    assert 'nothing was learned' not in training_summary(Fixed(.5), faces, tmp_path)['text']

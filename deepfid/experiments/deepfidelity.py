@@ -70,7 +70,7 @@ _STEPS = 2000 # of every training, so that tables share trainings
 # %% ../../nbs/55_experiments_deepfidelity.ipynb #595f0884
 def quality_premises(
     run:Any, # `TableRun` whose baseline row has no mapping
-)->list[dict]: # of `quality_premise`, with the names of the set `trained` on and of the test `faces`
+)->list[dict]: # of `quality_premise`, with the names of training set and test faces
     "Test on each set, as it is and degraded, whether the plain network is surer of better faces"
     row, findings = run.base_row(run.baseline), []
     for train in dict.fromkeys(c.train for c in run.columns):
@@ -183,6 +183,8 @@ cross_table = Table('cross', 'Trained on one data set, tested on others (Tables 
         'Between photographs and synthetic faces every row falls to 50 to 60, whichever way; '
         'between the two sets of photographs it keeps more. Neither SSAA nor the mapping changes '
         'the AUC on a foreign set by more than two points, and shuffled quality does as well.'))
+
+# %% ../../nbs/55_experiments_deepfidelity.ipynb #f3a73032
 _MAPPING_SHUFFLED_ROW = Row('mapping, shuffled quality', after='plain network',
     refit=refit_shuffled, settings=dict(mapping='minmax'))
 ablation_table = Table('ablation', 'SSAA and quality mapping, one at a time (Table 4)',
@@ -426,6 +428,11 @@ def switch_mirror_off(
         with torch.no_grad(): m.w.copy_(m.w.new_tensor([80. if softmax else 1., 0.]))
     return other.calibrate_on(other.loaders(manifest).valid)
 
+# %% ../../nbs/55_experiments_deepfidelity.ipynb #d9f72016
+# the control of SSAA in the ablation
+ablation_table.rows.append(Row('SSAA, mirror off', after='SSAA', refit=switch_mirror_off))
+ablation_table.controls |= {'SSAA': 'SSAA, mirror off'}
+
 # %% ../../nbs/55_experiments_deepfidelity.ipynb #sym00003
 def sided_manifests(
     manifests:dict, # name of `DEMO_SETS` -> `Manifest` that was made by it
@@ -444,9 +451,6 @@ def sided_manifests(
         for kind, side in (('two-sided', 'both'), ('one-sided', 'random'))}
 
 def _sided_columns(names): return within_columns([n for n in names if ', ' in n])
-
-ablation_table.rows.append(Row('SSAA, mirror off', after='SSAA', refit=switch_mirror_off))
-ablation_table.controls |= {'SSAA': 'SSAA, mirror off'}
 
 symmetry_rows = [Row(f'{n} blocks', DeepFidelity, dict(ssaa_blocks=n, mapping=None),
     measure=mirror_weights) for n in (0, 1, 2)]

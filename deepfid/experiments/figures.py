@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['example_faces', 'real_counterpart', 'map_image', 'masks_figure', 'degradations_figure', 'segmentation_figure',
-           'attention_figure', 'attention_levels_figure', 'attention_drift', 'attention_scores', 'features_figure',
+           'attention_figure', 'attention_scores', 'attention_levels_figure', 'attention_drift', 'features_figure',
            'plot_differences']
 
 # %% ../../nbs/lib/experiments.figures.ipynb #2618d8d4
@@ -129,6 +129,20 @@ def _stacked(pages):
     width = max(p.shape[1] for p in pages)
     return np.concatenate([np.pad(p, ((0, 0), (0, width-p.shape[1]), (0, 0)), constant_values=255) for p in pages])
 
+def attention_scores(
+    manifest:Manifest, # its fake test faces are scored, where the mask is not empty
+    detector:Any,      # trained `Detector` with an `explain_layer`
+)->dict:               # energy, pointing_game, area, each 0 to 1, and faces
+    "Measure how much of a detector's Grad-CAM lies inside the exact masks"
+    test = manifest.of('test')
+    rows = [int(i) for i in np.flatnonzero(test.table['label']==0) if test.mask(int(i)).max()>.5]
+    cams = detector_grad_cam(detector, [test.image(i) for i in rows], _explain_layer(detector),
+        detector.fake_logit)
+    s = localization_scores(cams, np.stack([test.mask(i) for i in rows]))
+    means = {k: float(getattr(s, k).mean()) for k in ('energy', 'pointing_game', 'area')}
+    return dict(means, faces=len(rows))
+
+# %% ../../nbs/lib/experiments.figures.ipynb #6ffd0d3b
 def _at_level(face, level):
     "A face compressed as a one-frame video"
     return compress_image_h264(face, crf=COMPRESSION_LEVELS[level]) if COMPRESSION_LEVELS[level] else face
@@ -156,21 +170,9 @@ def attention_drift(
         cams = np.asarray(detector_grad_cam(detector, faces, _explain_layer(detector), detector.fake_logit), float)
         first = cams if first is None else first
         same = [np.corrcoef(a.ravel(), b.ravel())[0, 1] if a.std()*b.std() else 0. for a, b in zip(first, cams)]
-        out[level] = dict(energy=float(localization_scores(cams, masks).energy.mean()), correlation=float(np.mean(same)))
+        energy = localization_scores(cams, masks).energy.mean()
+        out[level] = dict(energy=float(energy), correlation=float(np.mean(same)))
     return out
-
-def attention_scores(
-    manifest:Manifest, # its fake test faces are scored, where the mask is not empty
-    detector:Any,      # trained `Detector` with an `explain_layer`
-)->dict:               # energy, pointing_game, area, each 0 to 1, and faces
-    "Measure how much of a detector's Grad-CAM lies inside the exact masks"
-    test = manifest.of('test')
-    rows = [int(i) for i in np.flatnonzero(test.table['label']==0) if test.mask(int(i)).max()>.5]
-    cams = detector_grad_cam(detector, [test.image(i) for i in rows], _explain_layer(detector),
-        detector.fake_logit)
-    s = localization_scores(cams, np.stack([test.mask(i) for i in rows]))
-    means = {k: float(getattr(s, k).mean()) for k in ('energy', 'pointing_game', 'area')}
-    return dict(means, faces=len(rows))
 
 # %% ../../nbs/lib/experiments.figures.ipynb #baed38f2
 def features_figure(

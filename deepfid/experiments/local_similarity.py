@@ -36,6 +36,7 @@ LLSM_ROW = _row('LLSM', use_llsm=True, use_flm=False)
 FLM_ROW = _row('FLM', use_llsm=False, use_flm=True)
 LLSM_FLM_ROW = _row('LLSM and FLM')
 
+# %% ../../nbs/56_experiments_local_similarity.ipynb #98eec828
 _PAPER_TABLE_IV = """| AUC, trained on FF++, tested on Celeb-DF v2 | |
 |---|---|
 | Xception | 72.15 |

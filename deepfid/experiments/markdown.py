@@ -76,17 +76,6 @@ def _lines(head, rows):
     lines = [f"| {' | '.join(map(str, r))} |" for r in rows]
     return '\n'.join([f"| {' | '.join(head)} |", '|---'*len(head)+'|', *lines]) if lines else ''
 
-def _premise_text(record):
-    "Whether better faces are judged with more certainty, by the plain network"
-    def interval(c): return f"{c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
-    def quartile(q): return '–' if q['value'] is None else f"{100*q['value']:.1f}"
-    rows = [[p['trained'], p['faces'], interval(p['correlation']), f"{p['of_fakes']:+.2f}", f"{p['of_reals']:+.2f}",
-        ', '.join(map(quartile, p['quartiles'])), 'yes' if p['holds'] else 'no'] for p in record.get('premise', [])]
-    table = _lines(['premise: trained on', 'tested on', 'rank correlation of quality and margin', 'fakes', 'reals',
-        'AUC by quartile of quality, from the worst', 'holds'], rows)
-    return table and ('**Premise**, tested before the table: a network without the idea is surer of better faces.\n\n'
-        +table)
-
 def _trainings_text(record):
     "Start, length and duration of each training, and what was measured of it"
     trainings = record.get('trainings', [])
@@ -128,6 +117,18 @@ def _verdicts_text(record):
         [[v['row'], v['control'] or '–', v['verdict'], v['reason']] for v in record.get('verdicts', [])])
     said = record.get('prediction', '')
     return '\n\n'.join(p for p in (f'**Predicted before it was run.** {said}' if said else '', table) if p)
+
+# %% ../../nbs/lib/experiments.markdown.ipynb #de9a0eb9
+def _premise_text(record):
+    "Whether better faces are judged with more certainty, by the plain network"
+    def interval(c): return f"{c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
+    def quartile(q): return '–' if q['value'] is None else f"{100*q['value']:.1f}"
+    rows = [[p['trained'], p['faces'], interval(p['correlation']), f"{p['of_fakes']:+.2f}", f"{p['of_reals']:+.2f}",
+        ', '.join(map(quartile, p['quartiles'])), 'yes' if p['holds'] else 'no'] for p in record.get('premise', [])]
+    table = _lines(['premise: trained on', 'tested on', 'rank correlation of quality and margin', 'fakes', 'reals',
+        'AUC by quartile of quality, from the worst', 'holds'], rows)
+    return table and ('**Premise**, tested before the table: a network without the idea is surer of better faces.\n\n'
+        +table)
 
 # %% ../../nbs/lib/experiments.markdown.ipynb #mkd00007
 def record_markdown(

@@ -90,7 +90,7 @@ _FIGURES:dict[str, FigureSpec] = {f.name: f for f in (
     FigureSpec('segmentation', 'Predicted masks, and what they mark outside the exact mask (LiSiam, Figure 6)',
         _F+'segmentation_figure'),
     FigureSpec('attention', 'Grad-CAM, beside a baseline detector’s (LiSiam, Figure 7)', _F+'attention_figure', 2),
-    FigureSpec('attention-levels', 'Grad-CAM at each compression level, beside a baseline detector’s (LiSiam, Figure 8)',
+    FigureSpec('attention-levels', 'Grad-CAM by compression level, beside a baseline detector’s (LiSiam, Figure 8)',
         _F+'attention_levels_figure', 2),
     FigureSpec('features', 't-SNE of the features, by forger (LiSiam, Figure 5)', _F+'features_figure'),
 )}
