@@ -232,14 +232,15 @@ def problems(path):
 # -- the reading path -----------------------------------------------------------------------------------------------
 
 def describe(path):
-    "Title, promise, modules and minutes of the notebook at `path`; minutes follow from words and cells, rounded to 5"
+    "Title, promise, modules and minutes of the notebook at `path`; minutes follow from words, cells and live trainings, rounded to 5"
     nb = read(path)
     title, _, rest = source(nb['cells'][0]).removeprefix('# ').partition('\n')
     words = sum(len(source(c).split()) for c in nb['cells'] if c['cell_type'] == 'markdown' and c['id'] != PATH_FOOT)
     told = [directives(c) for c in code(nb)]
     shown = sum(not {'hide', 'default_exp'} & set(d) for d in told)
     modules = [d[k] for d in told for k in ('default_exp', 'export', 'exports') if d.get(k)]
-    minutes = max(5, 5*round((words/WORDS_A_MINUTE + shown/CELLS_A_MINUTE)/5))
+    live = sum(bool(re.search(r'= train_live\(', source(c))) for c in code(nb)) # each trains for a minute
+    minutes = max(5, 5*int((words/WORDS_A_MINUTE + shown/CELLS_A_MINUTE + live)/5 + .5))
     return dict(title=title.strip(), promise=rest.partition('> ')[2].partition('\n')[0].strip(),
                 modules=list(dict.fromkeys(modules)), minutes=minutes)
 
@@ -265,7 +266,7 @@ def path_table():
     hours = f"{round(sum(s['minutes'] for s in stops)/30)/2:g}"
     rows = [f"| {i} | [{s['stop']}]({s['name']}) | {s['promise']} | {s['minutes']} |" for i, s in enumerate(stops, 1)]
     return '\n'.join([f'{len(stops)} stops, about {hours} hours in all, lead from the first face to your own photographs. Each can be read alone.',
-                      f'A minute is {WORDS_A_MINUTE} words, or {CELLS_A_MINUTE} code cells with what they show. Terms are explained in the [glossary](glossary.ipynb).',
+                      f'A minute is {WORDS_A_MINUTE} words, {CELLS_A_MINUTE} code cells with what they show, or a live training. Terms are explained in the [glossary](glossary.ipynb).',
                       '', '| | stop | what it shows | minutes |', '|---|---|---|---|', *rows])
 
 def _shelf(title, paths):
