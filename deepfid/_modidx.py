@@ -315,6 +315,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'deepfid.data.extract._clip_result': ( 'lib/data.extract.html#_clip_result',
                                                                              'deepfid/data/extract.py'),
                                       'deepfid.data.extract._crop_clips': ('lib/data.extract.html#_crop_clips', 'deepfid/data/extract.py'),
+                                      'deepfid.data.extract._crop_config': ( 'lib/data.extract.html#_crop_config',
+                                                                             'deepfid/data/extract.py'),
                                       'deepfid.data.extract._crop_frame': ('lib/data.extract.html#_crop_frame', 'deepfid/data/extract.py'),
                                       'deepfid.data.extract._crop_mask': ('lib/data.extract.html#_crop_mask', 'deepfid/data/extract.py'),
                                       'deepfid.data.extract._error_line': ('lib/data.extract.html#_error_line', 'deepfid/data/extract.py'),

@@ -74,7 +74,7 @@ def test_every_table_says_what_it_expects():
 def test_degraded_pairs_are_degraded_alike_and_widely(faces, tmp_path):
     made = conditions.degraded_manifests({'x': faces}, tmp_path)['x, degraded']
     before, after = (m.table['quality'] for m in (faces, made))
-    assert after.notna().all() and after.mean()<before.mean() and made.table['pair'].equals(faces.table['pair'])
+    assert after.notna().all() and (after!=before).all() and made.table['pair'].equals(faces.table['pair'])
     for i in range(4): # a pair's strength follows from its name
         name = f"{faces.table['dataset'].iloc[i]}/{faces.table['pair'].iloc[i]}"
         assert (conditions.degrade_pair(faces.image(i), name)==made.image(i)).all()
