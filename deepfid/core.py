@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import reprlib
 import sys
 import warnings
 from collections.abc import Collection, Iterable
@@ -83,14 +84,14 @@ def check_number(
     if optional and value is None: return value
     types = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     good = isinstance(value, types) and not isinstance(value, bool) and -math.inf < value < math.inf
-    good = good and (isinstance(value, np.generic) or abs(value) <= sys.float_info.max) # no integer beyond all floats
+    good = good and not (isinstance(value, int) and abs(value) > sys.float_info.max) # an integer beyond all floats
     if good and low is not None: good = value > low if above else value >= low
     if good and high is not None: good = value < high if below else value <= high
     if good: return value
     lower = '' if low is None else f" {'above' if above else 'from'} {low:g}"
     upper = '' if high is None else f" {'below' if below else 'up to'} {high:g}"
     what = f"a{' whole' if integer else ''} number{lower}{upper}{', or None' if optional else ''}"
-    raise DeepfidError(f'{name}={value!r}: give {what}')
+    raise DeepfidError(f'{name}={reprlib.repr(value)}: give {what}')
 
 # %% ../nbs/lib/core.ipynb #chk00004
 def check_array(

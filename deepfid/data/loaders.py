@@ -53,6 +53,8 @@ def faces_to_batch(
     for i, im in enumerate(images):
         if im.dtype!=np.uint8:
             raise ImageError(f'face {i}: is {im.dtype}, and a face is uint8, 0 to 255 (deepfid.io.to_uint8 converts)')
+        if im.ndim!=3 or im.shape[2]!=3 or not im.size:
+            raise ImageError(f'face {i}: has the shape {im.shape}, and a face is RGB (H,W,3)')
     size = size or len(images[0])
     pixels = np.stack([resize_square(im, size, f'face {i}') for i, im in enumerate(images)])
     return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)

@@ -387,6 +387,7 @@ class NetworkDetector(Detector, ABC):
         batch_size:int=32,
     )->np.ndarray: # float32 (N,D)
         "Compute the features behind the score"
+        if not (faces := list(faces)): return self.features([np.zeros((self.size, self.size, 3), np.uint8)])[:0]
         return self.run_batches(self.batches(faces, batch_size), self.embed)
 
     def predict(self,
