@@ -16,7 +16,7 @@ import notebooks as keeper # noqa: E402 - lies beside this file
 SOURCE, SITE = ROOT/'out/site-source', ROOT/'out/site'
 MAX_OPEN_LINES = 40 # a longer cell is folded, and so is one of imports
 IMPORTS = re.compile(r'(((import|from|set_style)\b|    |\)).*\n|\n)*')
-CSS = '.content{width:58em} .content pre{font-size:.78rem} .cell_output img{max-width:100%;height:auto}\n'
+CSS = '.main{min-width:0} .content{width:58em;max-width:100%;min-width:0} .content pre{font-size:.78rem} .cell_output img{max-width:100%;height:auto}\n'
 
 # -- notebooks ------------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,9 @@ def write_sources():
         text = (ROOT/name).read_text(encoding='utf-8')
         (SOURCE/name).write_text(text.replace('(README.md', '(index.md'), encoding='utf-8') # the README is the site's first page
     text = (ROOT/'README.md').read_text(encoding='utf-8')
-    trees = [toctree(caption, entries) for caption, entries in sidebar(paths).items()]
+    stops = {'nbs/' + n.removesuffix('.ipynb'): f'{i}. {title}' for i, (n, title) in enumerate(keeper.PATH.items(), 1)}
+    titled = lambda n: f'{stops[n]} <{n}>' if n in stops else n
+    trees = [toctree(caption, map(titled, entries)) for caption, entries in sidebar(paths).items()]
     (SOURCE/'index.md').write_text(text + '\n\n' + '\n'.join(trees), encoding='utf-8')
     (SOURCE/'_static').mkdir()
     (SOURCE/'_static/deepfid.css').write_text(CSS, encoding='utf-8')
