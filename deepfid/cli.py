@@ -419,7 +419,8 @@ def _run(argv):
     except BrokenPipeError: raise
     except OSError as e: # a full disk, a folder taken away: not of our making, so without a traceback
         if not e.strerror: raise
-        return commands.print_error(': '.join(str(part) for part in (e.filename, e.strerror) if part))
+        where = e.filename or getattr(args, 'out', None) # of a full disk the system names no file
+        return commands.print_error(': '.join(str(part) for part in (where, e.strerror) if part))
 
 def _warn_in_lines():
     "Print what this package warns of as one line each; libraries' notes to programmers are not for users"

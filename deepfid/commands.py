@@ -96,9 +96,11 @@ def list_command(args:Namespace)->dict:
 def synth_command(args:Namespace)->dict:
     "Generate synthetic faces, as photographed by a simulated camera"
     from deepfid.data.synth import camera_jpeg, synthetic_face
+    from deepfid.io import atomic_folder
     out = make_new_folder(args.out)
-    for seed in range(args.seed, args.seed+args.n):
-        (out/f'synthetic-{seed:06d}.jpg').write_bytes(camera_jpeg(synthetic_face(seed, args.size).image, seed))
+    with atomic_folder(out, 'set of faces') as tmp: # all faces or none
+        for seed in range(args.seed, args.seed+args.n):
+            (tmp/f'synthetic-{seed:06d}.jpg').write_bytes(camera_jpeg(synthetic_face(seed, args.size).image, seed))
     return dict(saved=str(out), faces=args.n)
 
 def photo_identity(

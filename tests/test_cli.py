@@ -75,7 +75,7 @@ def interrupted(seconds):
         p.stdout.readline()
         time.sleep(seconds)
         p.send_signal(signal.SIGINT)
-        _, err = p.communicate(timeout=60)
+        _, err = p.communicate(timeout=300) # it waits for the end of an import, which takes long on a busy machine
     return p.returncode, err
 
 @pytest.mark.parametrize('seconds', [0, .05, .15, .3, .7])
@@ -353,6 +353,17 @@ def test_synth_gives_the_same_faces(capsys, tmp_path):
     for name in 'ab': assert run(capsys, 'synth', '--out', tmp_path/name, '--n', 2, '--size', 64, '--seed', 5)[0]==0
     assert [p.read_bytes() for p in sorted((tmp_path/'a').iterdir())]==[p.read_bytes() for p in sorted((tmp_path/'b').iterdir())]
     one_line(run(capsys, 'synth', '--out', tmp_path/'a'), 'exists already')
+
+def test_a_full_disk_names_the_folder_and_leaves_no_half_of_it(capsys, tmp_path, monkeypatch):
+    from pathlib import Path
+    write, written = Path.write_bytes, []
+    def full(path, data):
+        written.append(path)
+        if len(written)==3: raise OSError(28, 'No space left on device') # the system names no file
+        return write(path, data)
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    one_line(run(capsys, 'synth', '--out', tmp_path/'new', '--n', 5, '--size', 64), f"{tmp_path/'new'}: No space left on device")
+    assert len(written)==3 and [p.name for p in tmp_path.iterdir()]==['new'] and not list((tmp_path/'new').iterdir())
 
 def test_forge_only_blends_a_face_with_itself(capsys, photos, tmp_path):
     from deepfid.data.manifest import Manifest
