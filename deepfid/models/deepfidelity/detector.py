@@ -39,7 +39,8 @@ DEEPFIDELITY_PRESETS = {
 
 # %% ../../../nbs/23_deepfidelity.ipynb #6cfe330a
 # what `svr=None` tries, as released first
-SVR_CANDIDATES = ({}, dict(C=10.), dict(scale=True, C=.1), dict(scale=True, C=1.))
+SVR_CANDIDATES:tuple[dict[str, Any], ...] = ({}, dict(C=10.), dict(scale=True, C=.1),
+    dict(scale=True, C=1.))
 
 def ranking_auc(
     scores:np.ndarray, # (n,)

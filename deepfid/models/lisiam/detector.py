@@ -144,8 +144,8 @@ class LiSiam(NetworkDetector):
     def build_model(self)->LiSiamNet:
         "Build a fresh network"
         c = self.config
-        return LiSiamNet(preset=c.preset, scu=c.scu, mt=self.variant['mt'], ocr_fuse=c.ocr_fuse,
-            backbone=c.backbone, dilate=c.dilate)
+        return LiSiamNet(preset=c.preset, scu=c.scu or 'separable', mt=self.variant['mt'],
+            ocr_fuse=c.ocr_fuse, backbone=c.backbone, dilate=bool(c.dilate))
 
     def initialise_weights(self)->None:
         "Begin with weights that have seen images, where the settings say so"
