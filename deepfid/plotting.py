@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
     import numpy as np
-    from IPython.display import SVG
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -113,7 +112,7 @@ def diagram(
 # %% ../nbs/lib/plotting.ipynb #e2c422e9
 def show_svg(
     ax:Axes # of a finished figure, such as `diagram` returns
-)->SVG:
+)->Any: # `IPython.display.SVG`
     "Close a figure and return it as SVG for a notebook, sharp at any size"
     import matplotlib.pyplot as plt
     from IPython.display import SVG

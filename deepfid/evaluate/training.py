@@ -166,11 +166,11 @@ def training_speed(
     network:str,       # name of that network in timm
     turns:int=3,       # of an epoch and as many bare steps
     cbs:Callable=list, # makes more fastai callbacks for each epoch
-)->dict: # medians over all steps: images_per_second, of_cached, bare_ratio
+)->dict: # medians over all steps: images_per_second, of_cached, loop_ratio
     "Compare a training with the same on a batch that is ready, and with a bare loop on the same network, in turns"
     import timm
     detector.configure('tiny', 'finetune')
-    dls, timer, bare = detector.loaders(manifest), StepTimes(), []
+    dls, timer, loop = detector.loaders(manifest), StepTimes(), []
     learn = detector.learner(dls, [timer, ChannelsLast(), *cbs()], 0)
     waits, computations = [], []
     with learn.no_bar(), learn.no_logging():
@@ -180,8 +180,8 @@ def training_speed(
             y = torch.arange(len(x), device=x.device)%2
             steps = time_bare_steps(timm.create_model(network, num_classes=1), x, y, 10)
             if not turn: continue # everything is slow at first
-            waits, computations, bare = waits+timer.waits[1:], computations+timer.computations[1:], bare+steps[2:]
+            waits, computations, loop = waits+timer.waits[1:], computations+timer.computations[1:], loop+steps[2:]
     wait, computation, size = np.median(waits), np.median(computations), len(timer.batch[0])
     return dict(images_per_second=float(size/(wait+computation)), of_cached=float(computation/(wait+computation)),
-        bare_ratio=float(computation/np.median(bare)), wait=float(wait), computation=float(computation),
-        bare=float(np.median(bare)))
+        loop_ratio=float(computation/np.median(loop)), wait=float(wait), computation=float(computation),
+        loop=float(np.median(loop)))

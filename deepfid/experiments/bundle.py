@@ -16,7 +16,8 @@ from ..data.degrade import jpeg
 from ..data.faces import FACE_CROP
 from ..data.manifest import Manifest
 from .provenance import describe_run
-from .training_faces import (FACE_SIZE, HELD_OUT_METHOD, PART_PAIRS, TEST_CONDITIONS, TRAINED_METHODS,    condition_faces, training_faces)
+from .training_faces import (FACE_SIZE, HELD_OUT_METHOD, PART_PAIRS, TEST_CONDITIONS,
+    TRAINED_METHODS, condition_faces, training_faces)
 from ..io import MARKER_FILE, mark_folder, read_json, save_safetensors, write_atomically, write_json
 
 # %% auto #0
@@ -228,8 +229,9 @@ def model_card(
         'Jones 2017, CC BY 4.0); portraits of U.S. representatives and of members of the U.S. Congress (public '
         'domain). Fakes: self-blended faces and parts of faces, in which everybody stays themselves; of London also '
         'Poisson swaps between two people. Real and fake went through the same camera, sizes and codecs. For the test '
-        'alone: faces that an autoencoder rendered anew, of the same people; and four manipulations of London\'s test people '
-        'that were in no training (face swap by alpha blending, changed expression, synthesis anew, other mouth).', '## Training',
+        'alone: faces that an autoencoder rendered anew, of the same people; and four manipulations of London\'s test '
+        'people that were in no training (face swap by alpha blending, other expression, synthesis anew, other mouth).',
+        '## Training',
         f"`python -m deepfid.experiments.bundle {record['name']}`, seed {record['seed']}, commit {record['commit']}, "
         f"{record['hardware']}, {record['seconds']/60:.0f} minutes from the common start. Settings: "
         +', '.join(f'{k}={v}' for k, v in config.items())+'.',

@@ -286,7 +286,7 @@ def degraded_manifest(
     t = manifest.table
     names = [f'{d}/{p or path}' for d, p, path in zip(t['dataset'], t['pair'], t['path'])]
     copy = map_images(manifest, lambda image, i: degrade_pair(image, names[i]), folder, by_row=True)
-    if copy.table['quality'].isna().any():
+    if copy.table['quality'].isna().to_numpy().any():
         measure = QUALITY_MEASURES['niqe']()
         copy.table['quality'] = measure.score(copy.image(i) for i in range(len(copy)))
         copy.save()

@@ -41,9 +41,9 @@ DEMO_SETS:dict[str, dict[str, Any]] = { # pairs of train, valid and test
             channel=Channel(quality=(60, 95), face=(80, 300), video=0, strength=.4)), # a mild one: no video codec
         credit=f'{LONDON_CREDIT}; the people agreed to altered forms of their images.',
         limits='One studio, one background, a hundred people, JPEG of quality 60 to 95, and only manipulation methods '
-            'that were seen in training, the five of the lesson on manipulations. A detector that does well here has not '
-            'met another camera, strong compression, a video codec, a blend without a seam (Poisson), or any method '
-            'that it was not trained on.'),
+            'that were seen in training, the five of the lesson on manipulations. A detector that does well here has '
+            'not met another camera, strong compression, a video codec, a blend without a seam (Poisson), or any '
+            'method that it was not trained on.'),
     'synthetic': dict(pairs=(1800, 200, 640), epochs=6, detector='deepfidelity', title='synthetic faces',
         credit='Faces synthesised by deepfid.',
         limits='Synthetic faces are not photographs, and these forgers are not the programs that made the videos '

@@ -15,7 +15,7 @@ from ..data.manifest import Manifest
 from ..data.pairs import CropJitter, build_pairs
 
 # %% auto #0
-__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'UNSEEN_FORGERS', 'PART_PAIRS',
+__all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD', 'UNSEEN_METHODS', 'PART_PAIRS',
            'TRAINING_CHANNELS', 'TEST_CONDITIONS', 'merge_manifests', 'photograph_crops', 'training_faces',
            'condition_faces']
 
@@ -24,7 +24,7 @@ PHOTOGRAPH_SETS = ('london', 'portraits', 'congress')
 FACE_SIZE = 160 # pixels: side of the faces
 TRAINED_METHODS = ('sbi', 'sbi', 'sbi_part', 'sbi', 'poisson') # in turn; Poisson swaps of London's people only
 HELD_OUT_METHOD = 'reconstruct' # in no training and no threshold
-UNSEEN_FORGERS = ('swap', 'reenact', 'resynth', 'mouth') # of London's people, in no training and no threshold either
+UNSEEN_METHODS = ('swap', 'reenact', 'resynth', 'mouth') # of London's people, in no training and no threshold either
 PART_PAIRS = 3000 # training pairs that are made at a time: those of one epoch
 # half of the training pairs keep more of their detail, so that there is something to learn from the first step on
 TRAINING_CHANNELS = (Channel(), Channel(crf=(15, 30), quality=(60, 98), face=(100, 300), strength=.6))
@@ -94,4 +94,4 @@ def condition_faces(
     return merge_manifests({f'{name}-{k}': _pairs(c, folder/f'{name}-{k}', methods, counts(n), seed, workers, **style)
         for k, c, methods, n in (('trained', crops, TRAINED_METHODS, pairs),
             ('london', london, TRAINED_METHODS, pairs//4), ('held-out', crops, (HELD_OUT_METHOD,), pairs//4),
-            ('unseen', london, UNSEEN_FORGERS, pairs//4*2))}, folder)
+            ('unseen', london, UNSEEN_METHODS, pairs//4*2))}, folder)
