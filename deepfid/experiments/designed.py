@@ -97,7 +97,8 @@ def _with_masks_of_others(row):
 
 _LLSM, _DECODER = _local('LLSM', use_llsm=True), _local('decoder', use_flm=True)
 region_condition_table = Table('condition-regions',
-    'LLSM and the decoder where little of the face is forged, and all of it', [_local('plain'), *(r for row in (_LLSM, _DECODER) for r in (row, _with_masks_of_others(row)))],
+    'LLSM and the decoder where little of the face is forged, and all of it',
+    [_local('plain'), *(r for row in (_LLSM, _DECODER) for r in (row, _with_masks_of_others(row)))],
     partial(_derived_columns, metrics=SCORE_AND_MASK_METRICS), derive_manifests=region_manifests, seeds=5,
     train_steps=_STEPS, controls={r.name: f'{r.name}, masks of others' for r in (_LLSM, _DECODER)}, prediction=(
         'Small regions: the decoder gains two points of AUC and more over the plain network, LLSM one; with masks of '
