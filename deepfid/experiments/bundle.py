@@ -17,7 +17,7 @@ from ..data.faces import FACE_CROP
 from ..data.manifest import Manifest
 from .provenance import describe_run
 from .training_faces import (FACE_SIZE, HELD_OUT_METHOD, PART_PAIRS, TEST_CONDITIONS,
-    TRAINED_METHODS, condition_faces, training_faces)
+    TRAINED_METHODS, UNSEEN_METHODS, condition_faces, training_faces)
 from ..io import MARKER_FILE, mark_folder, read_json, save_safetensors, write_atomically, write_json
 
 # %% auto #0
@@ -118,9 +118,11 @@ def _share(wrong, people, n_boot=1000)->dict:
 def evaluate_condition(
     detector:Any,   # trained
     faces:Manifest, # of `condition_faces`
-)->dict: # auc (all trained manipulations), by set and by method; false_alarms, misses, decided
+    plain:Any=None, # (N,) fidelities by the plain network
+)->dict: # auc (all trained manipulations), by set and by method; false_alarms, misses, decided; and either the
+    # fidelities or, by kind of manipulation, the differences of AUC to the plain network
     "Measure a detector on test faces that all went through one condition"
-    from deepfid.evaluate.metrics import auc_interval
+    from deepfid.evaluate.metrics import auc_difference, auc_interval
     from deepfid.inference.decisions import decision_rule
     t, fidelity, rule = faces.table, detector.score(faces), decision_rule(detector)
     label, people, method = (t[c].to_numpy() for c in ('label', 'identity', 'method'))
@@ -128,7 +130,12 @@ def evaluate_condition(
     def measured(use): return auc_interval(fidelity[use], label[use], people[use], 1000)._asdict()
     trained, real, fake = np.isin(pair_method, TRAINED_METHODS), label==1, label==0
     alarm, miss = fidelity<rule.low, fidelity>=rule.high
-    return dict(auc=measured(trained), faces=len(t), people=len(set(people)),
+    groups = {'trained': trained, HELD_OUT_METHOD: pair_method==HELD_OUT_METHOD,
+        'unseen forgers': np.isin(pair_method, UNSEEN_METHODS)}
+    differences = {k: auc_difference(np.asarray(plain)[use], fidelity[use], label[use], people[use], 1000)._asdict()
+        for k, use in groups.items() if plain is not None and use.any()}
+    scores = {'fidelity': [round(float(f), 6) for f in fidelity]} if plain is None else {'differences': differences}
+    return scores|dict(auc=measured(trained), faces=len(t), people=len(set(people)),
         sets={str(s): measured(trained&(t['dataset']==s).to_numpy()) for s in sorted(set(t['dataset']))},
         methods={str(m): measured(pair_method==m) for m in sorted(set(pair_method))},
         false_alarms=_share(alarm[real], people[real]), misses=_share(miss[fake&trained], people[fake&trained]),
@@ -177,7 +184,7 @@ def bundle_record(
     plain:dict|None=None # record of the plain network, for the card
 )->dict:               # JSON-able
     "Describe how a detector was trained and test it"
-    results = {c: evaluate_condition(detector, m) for c, m in tests.items()}
+    results = {c: evaluate_condition(detector, m, plain and plain['results'][c]['fidelity']) for c, m in tests.items()}
     sent = results['channel']
     metrics = {f'{c} | auc': r['auc'] for c, r in results.items()}|{
         f'all | {k}': sent[k] for k in ('false_alarms', 'misses', 'decided')}|{
