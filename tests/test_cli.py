@@ -187,13 +187,15 @@ def test_scores_photographs(capsys, photos, model, tmp_path):
     assert (tmp_path/'r.html').read_text().count('class="card"')==2 and len((tmp_path/'r.csv').read_text().splitlines())==3
 
 def test_a_photograph_is_cropped_like_the_faces_of_a_manifest(capsys, photos, model, tmp_path):
-    from deepfid.data.faces import align_face, find_face
+    from deepfid.data.faces import alignment_matrix, find_face, warp_crop
     from deepfid.models.deepfidelity.detector import DeepFidelity
     wide = tmp_path/'wide.png'                       # not square, and the face away from the middle
     cv2.imwrite(str(wide), np.pad(read_image(photos[0]), ((40, 0), (300, 0), (0, 0)), 'edge')[..., ::-1])
     _, out, _ = run(capsys, 'score', '--json', '--model', model, photos[0], wide)
     got, detector = [faces[0]['scores'][0]['fidelity'] for faces in faces_of(out)], DeepFidelity.load(model)
-    expected = detector.predict([align_face(find_face(photos[0]), detector.size)])[0].fidelity
+    face, (align, margin) = find_face(photos[0]), detector.crop_rule
+    crop = warp_crop(face.image, alignment_matrix(face.points, detector.size, margin, align), detector.size)
+    expected = detector.predict([crop])[0].fidelity
     assert got[0]==pytest.approx(expected, abs=1e-6) and abs(got[1]-expected)<.1
 
 def test_a_folder_continues_after_a_bad_file(capsys, photos, model, tmp_path):
@@ -471,9 +473,9 @@ def test_notes_of_a_manifest_are_printed(capsys, tmp_path, model):
     rows = [f'{name}{i}.png,{1-i},p{i},test' for name in ('', 'copy') for i in (0, 1)]
     (tmp_path/'m.csv').write_text('\n'.join(['path,label,identity,split', *rows])+'\n')
     status, out, err = run(capsys, 'evaluate', model, tmp_path/'m.csv')
-    assert status==0 and 'm.csv: 2 images are copies of another one in the same split' in err and '.py:' not in err
+    assert status==0 and 'm.csv: images that are copies of another one in the same split: 2' in err and '.py:' not in err
     status, _, err = run(capsys, 'train', tmp_path/'m.csv', '--out', tmp_path/'m')
-    assert status==1 and '2 images are copies' in err and error_lines(err)[-1].endswith('real and fake ones are both needed; a folder of fewer than ten people '
+    assert status==1 and 'same split: 2' in err and error_lines(err)[-1].endswith('real and fake ones are both needed; a folder of fewer than ten people '
         'goes to the test split as a whole: bring more people, or write the split into the manifest yourself')
 
 def test_evaluation_as_page_and_image(capsys, tmp_path, model):

@@ -252,7 +252,7 @@ def test_faces_that_are_in_two_splits_are_left_out_of_training(people, tmp_path)
     table, log = Manifest.read(result['saved']).table, pd.read_csv(result['log'])
     assert set(table['video'])=={'train/bob.png', 'train/swap/ann_bob.png', 'test/carl.png', 'test/dora.png', 'test/dora/2.png'}
     assert log['video'].tolist()==['train/ann.png'] and 'in the test split' in log['reason'][0]
-    assert "1 fakes are named TARGET_DONOR: 'train/swap/ann_bob.png' is 'ann' with the face of 'bob'" in result['text'] and '1 images are copies' in result['text']
+    assert "1 fakes are named TARGET_DONOR: 'train/swap/ann_bob.png' is 'ann' with the face of 'bob'" in result['text'] and 'same split: 1' in result['text']
 
 def test_frames_are_decoded_again_where_memory_is_short(videos, complete, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, 'FRAME_MEMORY_BYTES', 0)

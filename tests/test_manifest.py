@@ -77,7 +77,7 @@ def test_copied_images_are_refused_across_splits_and_reported_within(tmp_path, m
     assert m.check().notes==[] and not hashed # images that cannot be equal are not hashed
     os.link(tmp_path/'1.png', tmp_path/'5.png')
     within = Manifest(pd.concat([m.table, m.table[:1].assign(path='5.png')]), tmp_path)
-    assert within.check().notes==['1 images are copies of another one in the same split'] and 'are copies' in repr(within) and len(hashed)==2
+    assert within.check().notes==['images that are copies of another one in the same split: 1'] and 'are copies' in repr(within) and len(hashed)==2
     (tmp_path/'4.png').write_bytes((tmp_path/'2.png').read_bytes())
     with pytest.raises(ManifestError, match="'2.png' in 'train' is a copy of '4.png' in 'test'"): m.check()
     (tmp_path/'4.png').unlink()

@@ -272,7 +272,7 @@ def test_command(manifests, tmp_path, capsys):
     out = capsys.readouterr().out
     assert status==0 and 'SSAA and mapping' in out and 'other data' in out
     record = json.loads((tmp_path/'table-ablation.json').read_text())
-    assert record['seed']==[0] and len(record['results'])==18 and record['verdicts']
+    assert record['seed']==[0] and len(record['results'])==22 and record['verdicts'] # eleven rows, two metrics
     assert list(tmp_path.glob('detectors/*/network.safetensors'))
 
 @pytest.mark.parametrize('argv, message', [(['cross', '--manifest', 'synthetic'], 'needs 2 manifests'),

@@ -157,7 +157,7 @@ def test_each_face_is_cropped_by_the_rule_of_its_detector():
 def test_a_detector_keeps_the_crop_rule_of_its_faces(saved, tmp_path):
     from deepfid.models.deepfidelity.detector import DeepFidelity
     from deepfid.testing import tiny_manifest
-    assert load(saved).crop_rule==('similarity', 1.3)
+    assert load(saved).crop_rule==('symmetric', 1.3)
     about = json.loads((saved/'detector.json').read_text())
     for key in ('crop_align', 'crop_margin'): del about['config'][key] # as detectors of earlier versions are
     shutil.copytree(saved, tmp_path/'old')

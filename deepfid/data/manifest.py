@@ -262,7 +262,7 @@ def check_copies(
         copy, original = (table.iloc[i] for i in next(iter(across.items())))
         refuse_rows(table, np.isin(np.arange(len(table)), list(across)), name, 'path', f"{copy['path']!r} in "
             f"{copy['split']!r} is a copy of {original['path']!r} in {original['split']!r}; keep one of them")
-    return [f'{within} images are copies of another one in the same split'] if within else []
+    return [f'images that are copies of another one in the same split: {within}'] if within else []
 
 # %% ../../nbs/lib/data.manifest.ipynb #67b86762
 class Manifest:
