@@ -393,7 +393,7 @@ def test_sizes_that_a_stride_cuts_are_refused():
 
 # -- the regression is chosen on validation faces --
 def test_settings_of_the_regression_are_chosen_on_validation_faces(manifest, trained, tmp_path):
-    from deepfid.models.deepfidelity.detector import SVR_CANDIDATES, ranking_auc
+    from deepfid.models.deepfidelity.detector import SVR_CANDIDATES
     assert [t['svr'] for t in trained.svr_tried]==list(SVR_CANDIDATES) and SVR_CANDIDATES[0]=={}
     tried = [t['valid_auc'] for t in trained.svr_tried]
     best = SVR_CANDIDATES[int(np.argmax(tried))]
@@ -404,6 +404,3 @@ def test_settings_of_the_regression_are_chosen_on_validation_faces(manifest, tra
         other = trained.refit(manifest, svr=settings)
         assert other.svr_tried==[] and auc(other.score(valid), valid.table['label'].to_numpy())==pytest.approx(value, abs=1e-6)
     assert DeepFidelity.load(trained.save(tmp_path/'d')).svr_tried==trained.svr_tried
-    rng = np.random.default_rng(0)
-    s, y = rng.integers(0, 9, 60).astype(float), np.arange(60)%2
-    assert ranking_auc(s, y)==pytest.approx(auc(s, y))

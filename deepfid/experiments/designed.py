@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mirror_condition_table', 'region_condition_table', 'codec_condition_table', 'quality_condition_table',
            'CONDITION_TABLES', 'mirror_condition_manifests', 'region_manifests', 'masks_of_others', 'codec_manifests',
-           'damage_manifests']
+           'quality_condition_manifests']
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00003
 from functools import partial
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from ..core import check_choice
-from ..data.channel import Channel
 from ..data.faces import FACE_CROP
 from ..data.manifest import Manifest
 from ..data.pairs import map_images
 from ..data.video import compress_image_h264
-from .conditions import COMPRESSION_LEVELS
+from .conditions import COMPRESSION_LEVELS, degraded_manifest
 from .deepfidelity import mirror_weights, refit_shuffled, switch_mirror_off
 from .demo import demo_pairs
 from .live import LIVE_CHANNEL
@@ -131,26 +130,26 @@ codec_condition_table = Table('condition-codec', 'The agreement of LiSiam under 
         'network without it, and one over the plain network that was trained on degraded faces.'))
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00014
-_DAMAGE = (Channel(quality=(90, 98), face=(250, 300), video=0, strength=0),
-    Channel(quality=(40, 70), face=(60, 100), video=0, strength=1.))
-
-def damage_manifests(
+def quality_condition_manifests(
     manifests:dict, # 'london' -> `Manifest`: number of pairs and size of the faces
     folder:Path,
-)->dict:            # 'london, damage varies' and 'london, damage alike' -> `Manifest`, with quality
-    "Make faces of which half are hardly damaged and half strongly, and faces that are damaged alike"
-    return {f'{next(iter(manifests))}, {kind}': _variant(manifests, folder, kind.replace(' ', '-'), channel=channel,
-        quality=True) for kind, channel in (('damage varies', _DAMAGE), ('damage alike', LIVE_CHANNEL))}
+)->dict:            # 'london, degraded alike' and 'london, degraded widely' -> `Manifest`, with quality
+    "Make faces that are degraded alike, and degrade each of their pairs by a strength of its own"
+    name = next(iter(manifests))
+    alike = _variant(manifests, folder, 'degraded-alike', quality=True)
+    widely = degraded_manifest(alike, Path(folder)/f'{alike.key()[:12]}-degraded-widely')
+    return {f'{name}, degraded widely': widely, f'{name}, degraded alike': alike}
 
 _MAPPED = dict(mapping='minmax')
-quality_condition_table = Table('condition-quality', 'The quality mapping where damage varies, and where it does not',
+quality_condition_table = Table('condition-quality',
+    'The quality mapping where degradation varies, and where it does not',
     [_row('plain', DeepFidelity, mapping=None, ssaa_blocks=0), Row('mapping', after='plain', settings=_MAPPED),
         Row('shuffled quality', after='plain', refit=refit_shuffled, settings=_MAPPED),
         Row('label SVR', after='plain', settings=_MAPPED|dict(bands=((0., 0.), (1., 1.))))],
-    _derived_columns, derive_manifests=damage_manifests, seeds=5, train_steps=_STEPS,
+    _derived_columns, derive_manifests=quality_condition_manifests, seeds=5, train_steps=_STEPS,
     controls={'mapping': 'shuffled quality'}, prediction=(
-        'Damage varies: the mapping gains half a point over the plain network, and as much over shuffled quality. '
-        'Damage alike: it changes nothing. What speaks against it: the regression sees the same features either way, '
+        'Degraded widely: the mapping gains half a point over the plain network, and as much over shuffled quality. '
+        'Degraded alike: it changes nothing. What speaks against it: the regression sees the same features either way, '
         'and quality separates hard faces from easy ones, not real ones from fakes.'))
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00015

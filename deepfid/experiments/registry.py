@@ -56,7 +56,7 @@ _TABLES:dict = { # name -> (title, 'module:attribute' or `Table`)
     'lisiam-robustness': ('Corruptions seen and unseen in training', _L+'lisiam_robustness_table'),
     'overall': ('One table over all: each idea on EfficientNet-Lite0', 'deepfid.experiments.overall:overall_table'),
     'condition-mirror': ('SSAA on photographs, forged on both sides and on one', _C+'mirror_condition_table'),
-    'condition-quality': ('The quality mapping where damage varies, and where it does not',
+    'condition-quality': ('The quality mapping where degradation varies, and where it does not',
         _C+'quality_condition_table'),
     'condition-regions': ('LLSM and the decoder where little of the face is forged, and all of it',
         _C+'region_condition_table'),
