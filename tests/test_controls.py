@@ -159,6 +159,8 @@ def test_symmetry_table_at_toy_size(tmp_path):
     two, one = (run.manifests[c.train] for c in run.columns)
     assert (two.image(0)==one.image(0)).all() and two.table['path'].tolist()==one.table['path'].tolist()
     assert sum(one.mask(i).sum() for i in range(len(one)))<.7*sum(two.mask(i).sum() for i in range(len(two)))
+    trained = {run.key(table.rows[0], (c.train,), 0) for c in run.columns}
+    assert len(trained)==2, 'faces of the same names and other pixels would share their trainings'
     measured = {t['row']: t['measured'] for t in record['trainings']}
     assert set(measured['2 blocks'])=={f'{w} of block {k}' for w in ('w1', 'w2') for k in (1, 2)}
     assert measured['0 blocks']=={} and measured['1 blocks']['w1 of block 1']==pytest.approx(.5, abs=.1)

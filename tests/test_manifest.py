@@ -1,5 +1,5 @@
 "Manifests and their checks, pairs forged in parallel, data loaders"
-import filecmp, os
+import filecmp, os, shutil
 import cv2, numpy as np, pandas as pd, pytest, torch
 from deepfid.core import DeepfidError, ManifestError
 from deepfid.data.loaders import FaceDataset, dataloaders
@@ -205,6 +205,18 @@ def test_key_keeps_the_last_digit(built):
     table = m.table.assign(quality=-7.779709979665626+1e-15*np.arange(len(m)))
     assert Manifest(table, m.folder).table['quality'].tolist()==table['quality'].tolist()
     assert Manifest(table.astype({'quality': str}), m.folder).key()==Manifest(table, m.folder).key()
+
+def test_key_hears_of_other_pixels_under_the_same_names(built, tmp_path):
+    copied = shutil.copytree(built.folder, tmp_path/'copy')
+    m = Manifest(built.table, copied)
+    assert m.key()==built.key()
+    for column, value in (('path', 0), ('mask', 0)):
+        file = copied/next(name for name in m.table[column] if name)
+        before, content = m.key(), file.read_bytes()
+        file.write_bytes(content+b'x')
+        assert m.key()!=before
+        file.write_bytes(content)
+        assert m.key()==before
 
 @pytest.mark.parametrize('change, message', [
     (lambda mask: cv2.resize(mask, (64, 32)), 'a mask of 64x32 pixels for a face of 112x112'),

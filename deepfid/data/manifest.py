@@ -343,8 +343,12 @@ class Manifest:
         return Face(self.image(i), identity=row['identity'], source=row['dataset'], consent=row['consent'], meta=row)
 
     def key(self)->str: # 64 hexadecimal digits
-        "Compute the SHA-256 of the table's content"
-        return hashlib.sha256(self.table.to_csv(index=False).encode()).hexdigest()
+        "Compute the SHA-256 of the table's content and of the images and masks that it names"
+        key = hashlib.sha256(self.table.to_csv(index=False).encode())
+        with _read_errors():
+            for name in dict.fromkeys([*self.table['path'], *self.table['mask']]):
+                if name: key.update(file_hash(self.folder/name).encode())
+        return key.hexdigest()
 
     def summary(self)->pd.DataFrame: # one row per split
         "Count people, and images of each method, per split"
