@@ -138,6 +138,9 @@ def _warm_up(paths):
     text = ' '.join(p.read_text(encoding='utf-8') for p in paths)
     for name, epochs in sorted(set(re.findall(r'\b(tiny_manifest|tiny_detector)\((\d*)\)', text))):
         getattr(testing, name)(*map(int, epochs))
+    if len(re.findall(r'= train_live\(', text)) > 1:
+        from deepfid.experiments.live import live_pairs
+        live_pairs() # one set of faces for all lessons
     gc.collect(), gc.freeze()
 
 def _run_test(path, flags):
