@@ -19,3 +19,13 @@ def __getattr__(name):
     if name not in _LAZY: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from importlib import import_module
     return getattr(import_module(f'{__name__}.{_LAZY[name]}'), name)
+
+def run_command()->int:
+    "Run the `deepfid` command, as its script does: Ctrl-C is one line also while the modules of `cli` are imported"
+    try:
+        from .cli import main
+        return main()
+    except KeyboardInterrupt:
+        import sys
+        print('deepfid: interrupted', file=sys.stderr, flush=True)
+        return 130

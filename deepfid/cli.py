@@ -334,6 +334,7 @@ class _Interrupts:
     "Ctrl-C while a command runs: held back where Python or a library would swallow it, in imports and callbacks"
     def __init__(self, pause):
         self.pause, self.timer, self.by_timer = pause, None, False
+        self.longest = 25*pause
         self.hook = sys.unraisablehook
         self.held_back_in = [f.__code__ for f in (type(self).later, type(self).unraisable)]
 
@@ -346,10 +347,11 @@ class _Interrupts:
         return False
 
     def later(self):
-        "Deliver the interruption again in a moment"
+        "Deliver the interruption again in a moment; ever rarer: on a busy machine each attempt delays an import"
         self.timer = threading.Timer(self.pause, self.deliver)
         self.timer.daemon = True
         self.timer.start()
+        self.pause = min(1.5*self.pause, self.longest)
 
     def deliver(self):
         self.by_timer = True

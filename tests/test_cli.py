@@ -83,6 +83,21 @@ def test_an_interruption_is_one_line_from_the_beginning(seconds):
     "Also while the options are looked up and libraries are imported"
     assert interrupted(seconds)==(130, 'deepfid: interrupted\n')
 
+@pytest.mark.parametrize('module', ['argparse', 'deepfid.commands', 'importlib.metadata'])
+def test_an_interruption_while_the_commands_are_imported_is_one_line(module):
+    "By what the `deepfid` script calls: it imports nothing else before"
+    code = f'''if True:
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        class Interrupting:
+            def find_spec(name, path, target=None):
+                if name=={module!r}: signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Interrupting)
+        from deepfid import run_command
+        sys.exit(run_command())'''
+    done = subprocess.run([sys.executable, '-c', code, 'list'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr)==(130, '', 'deepfid: interrupted\n')
+
 @pytest.mark.slow
 def test_no_interruption_of_the_first_seconds_is_lost():
     moments = np.random.default_rng(0).uniform(0, 2, 30)
