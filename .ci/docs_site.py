@@ -15,8 +15,10 @@ import notebooks as keeper # noqa: E402 - lies beside this file
 
 SOURCE, SITE = ROOT/'out/site-source', ROOT/'out/site'
 MAX_OPEN_LINES = 40 # a longer cell is folded, and so is one of imports
-IMPORTS = re.compile(r'(((import|from|set_style)\b|    |\)).*\n|\n)*')
-CSS = '.main{min-width:0} .content{width:58em;max-width:100%;min-width:0} .content pre{font-size:.78rem} .cell_output img{max-width:100%;height:auto}\n'
+IMPORTS = re.compile(r'(((import|from|set_style|if TYPE_CHECKING|set_seed)\b|rng = |    |\)).*\n|\n)*')
+CSS = '''.main{min-width:0} .content{width:58em;max-width:100%;min-width:0} .content pre{font-size:.73rem}
+.cell_output pre{white-space:pre-wrap} .cell_output img{max-width:100%;height:auto} math[display=block] mtd{padding:.25em .2em}
+'''
 
 # -- notebooks ------------------------------------------------------------------------------------------------------
 
@@ -171,9 +173,9 @@ def setup(app):
 
 def settings():
     import deepfid
-    return dict(project='deepfid', author='The deepfid authors', version=deepfid.__version__, release=deepfid.__version__,
+    return dict(project='deepfid', author='The deepfid authors', copyright='The deepfid authors, Apache-2.0', version=deepfid.__version__, release=deepfid.__version__,
         extensions=['myst_nb', 'docs_site'], html_theme='furo', html_title=f'deepfid {deepfid.__version__}', html_math_renderer='mathml',
-        nb_execution_mode='off', nb_ipywidgets_js={}, nb_merge_streams=True, myst_enable_extensions=['dollarmath', 'html_image'],
+        nb_execution_mode='off', nb_ipywidgets_js={}, nb_merge_streams=True, nb_render_markdown_format='myst', myst_enable_extensions=['dollarmath', 'html_image'],
         myst_heading_anchors=3, html_copy_source=False, html_static_path=['_static'], html_show_sourcelink=False, exclude_patterns=['nbs/results/**'],
         suppress_warnings=['mystnb.unknown_mime_type', 'misc.highlighting_failure', 'myst.header'],
         html_theme_options=dict(top_of_page_buttons=[]))

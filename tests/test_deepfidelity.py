@@ -231,7 +231,7 @@ def test_other_faces_are_not_mixed_in(manifest, stopped):
     fewer = manifest.where(pair=list(dict.fromkeys(manifest.table['pair']))[3:])
     with pytest.raises(DeepfidError, match='faces='): DeepFidelity(epochs=1, **SMALL).fit(fewer, 'tiny', resume=stopped)
 
-def test_damaged_training_state_is_refused(manifest, stopped, tmp_path):
+def test_corrupt_training_state_is_refused(manifest, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path/'t')
     (tmp_path/'t'/'training.pt').write_bytes(b'nothing')
     with pytest.raises(DeepfidError, match='not a checkpoint'): DeepFidelity(epochs=1, **SMALL).fit(manifest, 'tiny', resume=tmp_path/'t')

@@ -197,7 +197,7 @@ def _is_file(path)->bool:
 def _missing_advice(folder, file)->str:
     "What to do about a file of a manifest that is not there"
     causes = [(re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', file), 'is an address; download the files and give their paths'),
-        ('\\' in file, 'has backslashes; write / in their place'),
+        ('\\' in file, 'has backslashes; write / instead'),
         (file!=file.strip() and _is_file(folder/file.strip()), 'has spaces around it; remove them'),
         (True, 'check the folder, or build the set again')]
     return next(advice for holds, advice in causes if holds)

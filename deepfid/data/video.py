@@ -357,20 +357,20 @@ def _dependent_frames(index, stamp)->set:
 # %% ../../nbs/06_video.ipynb #5589d5x1
 def _decode_in_order(container, stream, failed)->Iterator:
     "Yield (av frame, is it whole?) of all frames, collect undecodable packets in `failed`"
-    damaged = False
+    corrupt = False
     def frames():
-        nonlocal damaged
+        nonlocal corrupt
         try:
             for packet in container.demux(stream):
                 try: yield from packet.decode()
                 except FFmpegError:
                     failed.append(packet.pos)
-                    damaged = True
+                    corrupt = True
         except FFmpegError: # the container ends here; frames may still wait in the decoder
             yield from stream.codec_context.decode(None)
     for frame in frames(): # corruption lasts until the next key frame
-        damaged = frame.is_corrupt or damaged and not frame.key_frame
-        yield frame, not damaged
+        corrupt = frame.is_corrupt or corrupt and not frame.key_frame
+        yield frame, not corrupt
 
 # %% ../../nbs/06_video.ipynb #5589d5x2
 def _decode_again(index, wanted)->Iterator:
@@ -651,7 +651,7 @@ def track_faces(
     max_distance:float=1.,  # how far a face may move between frames, see `box_distance`
     max_gap:int=5,          # frames for which a face may be out of sight
     # function of an image and its detections that returns an embedding of each face, (n,D):
-    # people who change places keep their tracks, and who takes another one's place begins a new one
+    # people who swap positions keep their tracks, and a newcomer at another one's position begins a new one
     embed:Callable|None=None,
 )->list: # of `Track`, the main face first
     "Track every face through the frames, which are looked at once and not kept; not across cuts"

@@ -97,7 +97,7 @@ def shuffle_labels(
     manifest:Manifest,
     seed:int=0,
 )->Manifest: # the test faces as they were
-    "Let the training and validation images change places between the labels"
+    "Swap the training and validation images between the labels"
     table = manifest.table.reset_index(drop=True)
     source = _shuffled_rows(table, np.random.default_rng(seed))
     moved = [c for c in table if c not in _OF_THE_LABEL]

@@ -37,7 +37,7 @@ _TABLES:dict = { # name -> (title, 'module:attribute' or `Table`)
     'similarity-cross': ('Table I: trained on one set, tested on others', _S+'similarity_cross_table'),
     'similarity-forgers': ('Table III: trained on one forger, tested on each, and on other sets',
         _S+'similarity_forgers_table'),
-    'similarity-ablation': ('Table IV: ablation of LLSM and FLM, by the place of the classifier',
+    'similarity-ablation': ('Table IV: ablation of LLSM and FLM, by the position of the classifier',
         _S+'similarity_ablation_table'),
     'similarity-kernels': ('Similarity kernels', _S+'similarity_kernels_table'),
     'similarity-sampled': ('Number of positions compared in training', _S+'similarity_sampled_table'),

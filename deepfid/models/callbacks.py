@@ -168,7 +168,7 @@ def read_checkpoint(
     path:Path,   # `training.pt`
     config:dict, # settings that must be the same
 )->dict|None: # None where there is none
-    "Read the state of an interrupted training; refuse one of other settings or a damaged file"
+    "Read the state of an interrupted training; refuse one of other settings or a corrupt file"
     if not path.is_file(): return None
     about = path.with_suffix('.json')
     try: saved = read_json(about)
@@ -180,7 +180,7 @@ def read_checkpoint(
         raise DeepfidError(f'{path.parent}: holds a training with {k}={saved.get(k)!r}, not {config.get(k)!r}; '
             'give another folder, or the same settings')
     try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: # torch.load of a damaged file raises anything
+    except Exception as e: # torch.load of a corrupt file raises anything
         raise DeepfidError(f'{path}: is not a checkpoint of a training ({type(e).__name__}); '
             'delete the folder and begin again') from None
 

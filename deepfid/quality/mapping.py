@@ -191,6 +191,7 @@ class FidelityMapping:
             problem = ' overlap; if this is what you want to study, set overlap=True'
         if problem: raise DeepfidError(f'FidelityMapping: bands={self.bands!r}{problem}')
 
+# %% ../../nbs/12_mapping.ipynb #bdeeab61
 def _read_knots(state):
     "Knots from lists: for each name as many positions as qualities, both rising"
     knots = {str(name): tuple(_as_quality(a) for a in pair) for name, pair in state.items()}

@@ -297,7 +297,7 @@ class NIQE:
     def load(cls,
         path:str|Path, # a file that `save` wrote
     )->'NIQE': # fitted
-        "Read a fit; a file that is missing, damaged or changed raises a `WeightsError`"
+        "Read a fit; a file that is missing, corrupt or changed raises a `WeightsError`"
         mean, cov, config = _read(path)
         out = cls(config['patch'], config['step'], config['sharp'])
         out.provenance = config['about']

@@ -206,7 +206,7 @@ def save_embedder(
 def load_embedder(
     path:str|Path|None=None # file that `save_embedder` wrote; None: the packaged one
 )->FaceEmbedder: # in evaluation mode
-    "Read an embedder; a file that is missing, damaged or of another kind raises a `WeightsError`"
+    "Read an embedder; a file that is missing, corrupt or of another kind raises a `WeightsError`"
     path, net = path or Path(deepfid.__file__).parent/'weights'/EMBEDDER_FILE, face_embedder()
     try:
         with safe_open(path, 'pt') as f:

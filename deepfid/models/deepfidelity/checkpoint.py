@@ -36,7 +36,7 @@ def read_weights(
         if isinstance(content, dict): return content
         problem = f'holds a {type(content).__name__}, not weights by name'
     except FileNotFoundError: problem = 'no such file'
-    except Exception as e: # torch.load of a damaged file raises anything
+    except Exception as e: # torch.load of a corrupt file raises anything
         needed = re.search(r'GLOBAL (\S+)', str(e))
         reason = f'it needs {needed[1]}' if needed else str(e).strip().split('\n')[0][:60]
         problem = (f'cannot be read as weights alone ({type(e).__name__}: {reason}); a pickle that needs more than '

@@ -123,6 +123,7 @@ class LiSiamConfig(DetectorConfig):
         self.weights = str(self.weights) if self.weights else None
         for quirk in self.released_quirks: check_choice('released_quirks', quirk, RELEASED_QUIRKS)
 
+# %% ../../../nbs/41_lisiam.ipynb #f4452ce1
 class LiSiam(NetworkDetector):
     "Score and mask from a network whose segmentation survives degradation (LiSiam)"
     name, config_class = 'lisiam', LiSiamConfig

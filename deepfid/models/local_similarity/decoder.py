@@ -53,6 +53,7 @@ def double_conv(
         return [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
     return nn.Sequential(*layer(ni, nf), *layer(nf, nf))
 
+# %% ../../../nbs/32_local_similarity.ipynb #d8580791
 class MaskDecoder(nn.Module):
     "Decoder from the backbone's last map to a mask of the image's size (FLM)"
     def __init__(self,
@@ -115,6 +116,7 @@ def decoder_plan(
     levels = tuple((s, DECODER_WIDTHS.get(s, 64)) for s in reversed(finer)) or ((None, 8),)
     return dict(levels=levels, last=last, bottleneck=SMALL_BOTTLENECK_CHANNELS)
 
+# %% ../../../nbs/32_local_similarity.ipynb #95569364
 class SimilarityNet(nn.Module):
     "Backbone with a pairwise similarity matrix at a middle stage and a mask decoder at its end"
     def __init__(self,

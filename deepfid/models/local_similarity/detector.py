@@ -73,6 +73,7 @@ class LocalSimilarityConfig(DetectorConfig):
         if self.cls_from is None:
             self.cls_from = 'decoder' if self.backbone=='xception' else 'encoder'
 
+# %% ../../../nbs/32_local_similarity.ipynb #33c7f81b
 class LocalSimilarity(NetworkDetector):
     "Score, mask and pairwise similarity matrix from one network (Learnable Local Similarity)"
     name, config_class = 'local_similarity', LocalSimilarityConfig
