@@ -1921,6 +1921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'deepfid.io._read_error': ('lib/io.html#_read_error', 'deepfid/io.py'),
                             'deepfid.io._read_json_key': ('lib/io.html#_read_json_key', 'deepfid/io.py'),
                             'deepfid.io._rescale': ('lib/io.html#_rescale', 'deepfid/io.py'),
+                            'deepfid.io._silence_libtiff': ('lib/io.html#_silence_libtiff', 'deepfid/io.py'),
                             'deepfid.io._srgb_transform': ('lib/io.html#_srgb_transform', 'deepfid/io.py'),
                             'deepfid.io._temporary_name': ('lib/io.html#_temporary_name', 'deepfid/io.py'),
                             'deepfid.io._unknown_content': ('lib/io.html#_unknown_content', 'deepfid/io.py'),

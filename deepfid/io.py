@@ -11,18 +11,21 @@ __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MA
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
+import ctypes
 import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import mmap
 import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -141,6 +144,17 @@ def _profile_to_srgb(image):
     except Exception: return image # of a profile that cannot be used: the numbers are taken as sRGB, as if it had none
 
 # %% ../nbs/lib/io.ipynb #io000015
+# of tags and sizes that are odd: an image is read, or its error says why it was not
+warnings.filterwarnings('ignore', module=r'PIL\.')
+logging.getLogger('PIL').addHandler(logging.NullHandler())
+
+@functools.cache
+def _silence_libtiff():
+    "Keep PIL's own libtiff from printing what is wrong with a file: the error of the file says that"
+    package = Path(Image.__file__).parent
+    for library in (*package.parent.glob('pillow.libs/libtiff*'), *package.glob('.dylibs/libtiff*')):
+        with suppress(OSError, AttributeError): ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
+
 def _open_image(file):
     "Open an image; PIL's plug-ins of rare formats are imported only where no common format fits"
     Image.preinit()
@@ -157,6 +171,7 @@ def _decode(file, name, max_pixels, background):
     if image is None or image.width*image.height > max_pixels:
         raise ImageError(f'{name}: {size} pixels, more than max_pixels={max_pixels:,}; refused before decoding. '
             'Shrink it, or pass a larger max_pixels if you trust it')
+    if image.format == 'TIFF': _silence_libtiff()
     with image:
         image.load()
         try: orientation = image.getexif().get(0x0112, 1)

@@ -296,6 +296,26 @@ def test_mutated_images_give_an_image_or_one_line(n, seed):
     read, refused = fuzz(n, seed)
     assert read>n//20 and refused>n//20
 
+def test_broken_tiff_files_print_nothing_themselves():
+    "Neither libtiff's lines nor PIL's warnings: what is wrong is the error of the file"
+    code = '''if True:
+        import io, random
+        from PIL import Image
+        from deepfid.core import ImageError
+        from deepfid.io import read_image
+        rng, refused = random.Random(1), 0
+        for compression in ('tiff_adobe_deflate', 'tiff_lzw', 'group4'):
+            out, image = io.BytesIO(), Image.linear_gradient('L')
+            image.convert('1' if compression=='group4' else 'RGB').save(out, 'TIFF', compression=compression)
+            for _ in range(60):
+                data = bytearray(out.getvalue())
+                for _ in range(10): data[rng.randrange(len(data))] = rng.randrange(256)
+                try: read_image(bytes(data))
+                except ImageError: refused += 1
+        print(refused)'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode==0 and int(done.stdout)>20 and done.stderr=='', done
+
 # -- permissions, names, text as numbers --------------------------------------------------------------------------------
 
 def test_files_have_the_permissions_of_any_new_file(tmp_path):
