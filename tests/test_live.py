@@ -7,7 +7,7 @@ from deepfid.experiments.live import LIVE_METHODS, LIVE_SETTINGS, LiveCurve, liv
 from deepfid.models.local_similarity.detector import LocalSimilarity
 
 NBS = Path(__file__).resolve().parents[1]/'nbs'
-LESSONS = ('tutorials/first_look', '20_ssaa', '21_ssaaformer', '23_deepfidelity', '31_llsm', '32_local_similarity', '40_ocr_transformer', '41_lisiam')
+LESSONS = ('tutorials/first_look', '20_ssaa', '23_deepfidelity', '31_llsm', '32_local_similarity', '40_ocr_transformer', '41_lisiam')
 MAX_SECONDS = 96 # of one thread, as stored; two cores take a minute for that
 LINE = re.compile(r'live: AUC (\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\], (\d+) s')
 
