@@ -91,8 +91,8 @@ class _ScoringForm(NamedTuple):
     function:Callable # elementwise: exponential or cosine
 
 # %% ../../../nbs/22_regressor.ipynb #f32a96ce
-class _KernelRegressor:
-    "scikit-learn's estimator interface, scoring and files of both regressors"
+class _Estimator:
+    "scikit-learn's estimator interface: settings, checks of the data, rows to solve with"
     C:float; epsilon:float; gamma:float|str; scale:bool; two_classes:bool
     tol:float; max_iter:int; max_rows:int|None; random_state:int|None
     n_features_in_:int; mean_:np.ndarray; std_:np.ndarray; gamma_:float; intercept_:float
@@ -111,6 +111,69 @@ class _KernelRegressor:
         except (DeepfidError, ValueError) as e: raise RegressorError(str(e)) from e
         return self
 
+    def get_params(self,
+        deep:bool=True, # scikit-learn's; there are no nested estimators
+    )->dict: # name -> value
+        "Return all settings"
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def set_params(self,
+        **params # settings by name
+    )->Any: # the regressor itself
+        "Change settings"
+        if unknown := sorted(set(params)-set(self.get_params())):
+            raise RegressorError(f'{type(self).__name__} has no setting {unknown[0]!r}')
+        for k,v in params.items(): setattr(self, k, v)
+        return self
+
+    def __sklearn_tags__(self):
+        from sklearn.utils import RegressorTags, Tags, TargetTags
+        tags:Any = Tags
+        return tags(estimator_type='regressor', target_tags=TargetTags(required=True),
+            regressor_tags=RegressorTags())
+
+    def _check_fitted(self):
+        if hasattr(self, 'intercept_'): return
+        from sklearn.utils.validation import check_is_fitted
+        check_is_fitted(self, 'intercept_')
+
+    def _check_features(self, X)->np.ndarray:
+        "Return float64 rows; whatever is not plainly right is left to scikit-learn to explain"
+        if (type(X) is np.ndarray and X.dtype.kind=='f' and X.ndim==2 and len(X)
+            and X.shape[1]==self.n_features_in_ and not hasattr(self, 'feature_names_in_')
+            and np.isfinite(X).all()): return X.astype(np.float64, copy=False)
+        from sklearn.utils import validation
+        check:Any = validation.validate_data
+        try: return check(self, X, dtype=np.float64, reset=False)
+        except ValueError as e: raise RegressorError(str(e)) from e
+
+    def _rules(self)->dict: # setting -> range for `check_number`
+        return dict(C=dict(low=0, above=True), epsilon=dict(low=0),
+            max_rows=dict(low=self._min_rows(), integer=True, optional=True),
+            random_state=dict(low=0, integer=True, optional=True))
+
+    def _min_rows(self): return 2
+
+    def _prepare(self, X, y)->tuple: # standardised rows, targets, indices of the rows
+        "Check everything, set `mean_`, `std_` and `gamma_`, and draw at most `max_rows` rows"
+        from sklearn.utils import validation
+        check:Any = validation.validate_data
+        for k,rule in self._rules().items(): check_number(k, getattr(self, k), **rule)
+        X,y = check(self, X, y, dtype=np.float64, y_numeric=True)
+        check_targets(X, y, self.two_classes, self._min_rows())
+        self.mean_ = X.mean(0) if self.scale or self._center else np.zeros(X.shape[1])
+        self.std_ = np.where(X.std(0)>0, X.std(0), 1.) if self.scale else np.ones(X.shape[1])
+        U = (X-self.mean_)/self.std_
+        self.gamma_,self._forms = resolve_gamma(U if self.scale else X, self.gamma),{}
+        if self.max_rows is None or self.max_rows>=len(y): return U,y,np.arange(len(y))
+        rows = stratified_rows(y, self.max_rows, self.random_state)
+        return U[rows],y[rows],rows
+
+    def _solve(self, U, y, rows): raise NotImplementedError
+
+# %% ../../../nbs/22_regressor.ipynb #krs00002
+class _KernelScorer(_Estimator):
+    "Scores of a fitted regressor, by one matrix product for a chunk of rows"
     def predict(self,
         X:np.ndarray, # (N,D) features
         batch_size:int=8192, # rows at a time, at most: bounds the memory of the kernel matrix
@@ -154,6 +217,26 @@ class _KernelRegressor:
         from sklearn.metrics import r2_score
         return float(r2_score(y, self.predict(X), sample_weight=sample_weight))
 
+    def _form(self, dtype='float64')->_ScoringForm:
+        "The scoring form, made once for a fit and dtype"
+        if dtype not in self._forms:
+            shift,scale,W,coef,f = self._matrix()
+            self._forms[dtype] = _ScoringForm(shift, scale, W.astype(dtype), coef.astype(dtype), f)
+        return self._forms[dtype]
+
+    def _matrix(self)->_ScoringForm:
+        "The RBF kernel as the exponential of one matrix product, centred on the support vectors"
+        S,unit,c = self.support_vectors_,np.sqrt(2*self.gamma_),self._centroid()
+        S = (S-c)*unit
+        W = np.c_[S, -.5*np.einsum('ij,ij->i', S, S), np.ones(len(S))].T
+        return _ScoringForm(self.mean_+c*self.std_, unit/self.std_, W, self.dual_coef_, np.exp)
+
+    def _centroid(self):
+        return self.support_vectors_.sum(0)/max(len(self.support_vectors_), 1)
+
+# %% ../../../nbs/22_regressor.ipynb #krs00004
+class _KernelRegressor(_KernelScorer):
+    "Files without pickle, and the regressor as a layer of a network"
     def save(self,
         folder, # where to write; made if missing
         # 'float64': exact (in 32 bits what they hold exactly); 'float32': scores to about 1e-6
@@ -196,87 +279,14 @@ class _KernelRegressor:
         return make(**{k: torch.as_tensor(v, dtype=dtype).clone() for k,
             v in buffers.items()}).eval()
 
-    def get_params(self,
-        deep:bool=True, # scikit-learn's; there are no nested estimators
-    )->dict: # name -> value
-        "Return all settings"
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def set_params(self,
-        **params # settings by name
-    )->Any: # the regressor itself
-        "Change settings"
-        if unknown := sorted(set(params)-set(self.get_params())):
-            raise RegressorError(f'{type(self).__name__} has no setting {unknown[0]!r}')
-        for k,v in params.items(): setattr(self, k, v)
-        return self
-
-    def __sklearn_tags__(self):
-        from sklearn.utils import RegressorTags, Tags, TargetTags
-        tags:Any = Tags
-        return tags(estimator_type='regressor', target_tags=TargetTags(required=True),
-            regressor_tags=RegressorTags())
-
-    def _check_fitted(self):
-        if hasattr(self, 'intercept_'): return
-        from sklearn.utils.validation import check_is_fitted
-        check_is_fitted(self, 'intercept_')
-
-    def _check_features(self, X)->np.ndarray:
-        "Return float64 rows; whatever is not plainly right is left to scikit-learn to explain"
-        if (type(X) is np.ndarray and X.dtype.kind=='f' and X.ndim==2 and len(X)
-            and X.shape[1]==self.n_features_in_ and not hasattr(self, 'feature_names_in_')
-            and np.isfinite(X).all()): return X.astype(np.float64, copy=False)
-        from sklearn.utils import validation
-        check:Any = validation.validate_data
-        try: return check(self, X, dtype=np.float64, reset=False)
-        except ValueError as e: raise RegressorError(str(e)) from e
-
-    def _rules(self)->dict: # setting -> range for `check_number`
-        return dict(C=dict(low=0, above=True), epsilon=dict(low=0),
-            max_rows=dict(low=self._min_rows(), integer=True, optional=True),
-            random_state=dict(low=0, integer=True, optional=True))
-    def _min_rows(self): return 2
-
-    def _prepare(self, X, y)->tuple: # standardised rows, targets, indices of the rows
-        "Check everything, set `mean_`, `std_` and `gamma_`, and draw at most `max_rows` rows"
-        from sklearn.utils import validation
-        check:Any = validation.validate_data
-        for k,rule in self._rules().items(): check_number(k, getattr(self, k), **rule)
-        X,y = check(self, X, y, dtype=np.float64, y_numeric=True)
-        check_targets(X, y, self.two_classes, self._min_rows())
-        self.mean_ = X.mean(0) if self.scale or self._center else np.zeros(X.shape[1])
-        self.std_ = np.where(X.std(0)>0, X.std(0), 1.) if self.scale else np.ones(X.shape[1])
-        U = (X-self.mean_)/self.std_
-        self.gamma_,self._forms = resolve_gamma(U if self.scale else X, self.gamma),{}
-        if self.max_rows is None or self.max_rows>=len(y): return U,y,np.arange(len(y))
-        rows = stratified_rows(y, self.max_rows, self.random_state)
-        return U[rows],y[rows],rows
-
-    def _solve(self, U, y, rows): raise NotImplementedError
-
-    def _form(self, dtype='float64')->_ScoringForm:
-        "The scoring form, made once for a fit and dtype"
-        if dtype not in self._forms:
-            shift,scale,W,coef,f = self._matrix()
-            self._forms[dtype] = _ScoringForm(shift, scale, W.astype(dtype), coef.astype(dtype), f)
-        return self._forms[dtype]
-
-    def _matrix(self)->_ScoringForm:
-        "The RBF kernel as the exponential of one matrix product, centred on the support vectors"
-        S,unit,c = self.support_vectors_,np.sqrt(2*self.gamma_),self._centroid()
-        S = (S-c)*unit
-        W = np.c_[S, -.5*np.einsum('ij,ij->i', S, S), np.ones(len(S))].T
-        return _ScoringForm(self.mean_+c*self.std_, unit/self.std_, W, self.dual_coef_, np.exp)
-
-    def _centroid(self):
-        return self.support_vectors_.sum(0)/max(len(self.support_vectors_), 1)
     def _buffers(self)->tuple: # module class, its buffers
         c = self._centroid()
         return RBFKernelModule,dict(support_vectors=self.support_vectors_-c, coef=self.dual_coef_,
             gamma=self.gamma_, mean=self.mean_+c*self.std_)
+
     @classmethod
     def _format(cls): return f'deepfid.{cls.__name__}'
+
     def _axes(self)->dict: return _RBF_TENSORS # name -> axes of each saved array
 
 # %% ../../../nbs/22_regressor.ipynb #a811fda3
