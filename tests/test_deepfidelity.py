@@ -136,6 +136,18 @@ def test_scales_and_mirror_weights_do_not_decay():
     assert not any('gamma' in n or n.endswith(('.w', '.bias')) for n in decayed['matrices'])
     assert {n for n in decayed['timm']-decayed['matrices']}=={f'blocks{i}.0.gamma_{j}' for i in (1,2) for j in (1,2)}
 
+def test_mixing_weights_have_a_learning_rate_of_their_own(manifest):
+    moved = {}
+    for factor in (0., 1., 50.):
+        d = DeepFidelity(arch='ssaa_lite0', weights=None, mapping=None, regression='head', mirror_lr=factor, size=64, bs=20,
+            epochs=1, steps=3, ema=None).fit(manifest, 'tiny', 'finetune')
+        start = torch.tensor([1., 0.])
+        moved[factor] = max((p.detach()-start).abs().max().item() for n, p in d.model.named_parameters() if n.endswith('.w'))
+    assert moved[0.]==0 and 0<moved[1.]<.004 and moved[50.]>5*moved[1.]
+    *decay, mixing = weight_decay_groups(d.model)
+    assert len(mixing)==sum(n.endswith('.w') for n, _ in d.model.named_parameters())>0
+    assert sum(map(len, decay))+len(mixing)==len([*d.model.parameters()])
+
 def test_mixed_labels_have_no_gradient_at_the_truth():
     y, logits = torch.tensor([1, 0]), torch.zeros(2, 2, requires_grad=True)
     grad, = torch.autograd.grad(TokenLoss(0., True)(TokenOutput(logits, None, .5), y), logits)

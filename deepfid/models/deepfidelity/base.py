@@ -8,6 +8,7 @@ __all__ = ['SSAADetector']
 # %% ../../../nbs/lib/models.deepfidelity.base.ipynb #bas00003
 from functools import partial
 from typing import TYPE_CHECKING, Any
+import numpy as np
 import torch
 from torch import nn
 from ...core import DeepfidError
@@ -120,10 +121,11 @@ class SSAADetector(NetworkDetector):
         from fastai.callback.schedule import ParamScheduler
         from deepfid.models.deepfidelity.recipes import LR_SCHEDULES
         c = self.config
-        if c.schedule=='one-cycle': learn.fit_one_cycle(phase.epochs, c.lr, wd=[c.wd, 0.])
+        lr, wd = c.lr*np.array([1., 1., c.mirror_lr]), [c.wd, 0., 0.] # of the groups of `weight_decay_groups`
+        if c.schedule=='one-cycle': learn.fit_one_cycle(phase.epochs, lr, wd=wd)
         else:
-            schedule = LR_SCHEDULES[c.schedule](c.lr, phase.epochs)
-            learn.fit(phase.epochs, c.lr, wd=[c.wd, 0.], cbs=ParamScheduler(dict(lr=schedule)))
+            schedule = LR_SCHEDULES[c.schedule](lr, phase.epochs)
+            learn.fit(phase.epochs, lr, wd=wd, cbs=ParamScheduler(dict(lr=schedule)))
 
     def preprocess(self, x:torch.Tensor)->torch.Tensor: return centre_crop(x, self.config.crop)
     def fake_logit(self, output:torch.Tensor)->torch.Tensor: return output[:, 0]

@@ -60,6 +60,7 @@ class DeepFidelityConfig(DetectorConfig):
     checkpointing:bool = False # save memory by computing activations twice
     schedule:str = setting('one-cycle', choices=('one-cycle', 'cosine', 'warm-up of five')) # of lr
     decay:str = setting('matrices', choices=('matrices', 'timm')) # which parameters decay
+    mirror_lr:float = setting(1., low=0) # learning rate of SSAA's two mixing weights, times lr
     smoothing:float = setting(.1, low=0, high=1, below=True) # label smoothing
     mix_labels:bool = True # mixed images have mixed labels
     ema_warmup:bool = True # a shorter memory of the averaged weights in the first steps

@@ -12,6 +12,7 @@ from math import cos, pi
 import torch
 from torch import nn
 from torch.nn import functional as F
+from .ssaa import SSAA, MirrorMix
 from .ssaaformer import TokenOutput
 
 # %% ../../../nbs/lib/models.deepfidelity.recipes.ipynb #03279811
@@ -32,7 +33,7 @@ DEEPFIDELITY_RECIPES = {
     'finetune': dict(arch='ssaa_lite0', weights='imagenet', size=160, bs=64, amp=None, lr=1e-3,
         schedule='one-cycle', wd=.02, decay='matrices', clip=1., smoothing=0., mix_labels=True,
         ema=.995, ema_warmup=True, augment='face', shift=4, select='last', crop=1.,
-        pool='mean', svr=dict(max_rows=1000), network={}),
+        pool='mean', svr=dict(max_rows=1000), mirror_lr=50., network={}),
 }
 
 # %% ../../../nbs/lib/models.deepfidelity.recipes.ipynb #ddc68c9e
@@ -93,11 +94,13 @@ def fidelity_loss(
 def weight_decay_groups(
     model:nn.Module, # any network
     how:str='matrices', # 'matrices': matrices and kernels decay; 'timm': all but 1-D parameters
-)->list: # two lists of parameters: with and without decay
-    "Split the trainable parameters into those with and those without weight decay"
+)->list: # three lists of parameters: with decay; without; SSAA's mixing weights, without decay too
+    "Split the trainable parameters by weight decay, and set SSAA's mixing weights apart for a learning rate of their own"
     def decays(p): return p.ndim>1 if how=='timm' else p.ndim>1 and p.numel()>max(p.shape)
+    mixing = {id(m.w) for m in model.modules() if isinstance(m, (SSAA, MirrorMix)) and hasattr(m, 'w')}
     ps = [p for p in model.parameters() if p.requires_grad]
-    return [[p for p in ps if decays(p)], [p for p in ps if not decays(p)]]
+    rest = [p for p in ps if id(p) not in mixing]
+    return [[p for p in rest if decays(p)], [p for p in rest if not decays(p)], [p for p in ps if id(p) in mixing]]
 
 # %% ../../../nbs/lib/models.deepfidelity.recipes.ipynb #3b25f85d
 def centre_crop(
