@@ -84,8 +84,10 @@ def describe(name, obj, level, label):
     out = [f'({label})=', f"{'#'*level} {name}", clean(inspect.getdoc(obj)) if inspect.isclass(obj) or callable(obj) else '']
     if inspect.isclass(obj):
         if dataclasses.is_dataclass(obj): out.append(field_table(obj))
-        elif '__init__' in vars(obj): out.append(parameter_table(obj.__init__))
-        for key, member in vars(obj).items():
+        own = [c for c in reversed(obj.__mro__) if c is obj or c.__name__[0]=='_' and c.__module__.startswith('deepfid')] # private bases have no page of their own
+        members = {key: member for c in own for key, member in vars(c).items()}
+        if not dataclasses.is_dataclass(obj) and '__init__' in members: out.append(parameter_table(obj.__init__))
+        for key, member in members.items():
             if isinstance(member, (classmethod, staticmethod)): member = member.__func__
             if key[0] != '_' and inspect.isfunction(member) and inspect.getdoc(member):
                 out += [f'**`{name}.{key}`** — {clean(inspect.getdoc(member))}', parameter_table(member)]

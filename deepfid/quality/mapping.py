@@ -6,7 +6,7 @@
 __all__ = ['MAPPING_METHODS', 'plot_class_histograms', 'minmax_knots', 'rank_knots', 'FidelityMapping', 'plot_mapping']
 
 # %% ../../nbs/12_mapping.ipynb #adfacf3e
-from typing import Any
+from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 from ..core import DeepfidError, check_array, check_choice
@@ -75,15 +75,85 @@ def rank_knots(
 
 MAPPING_METHODS = dict(minmax=minmax_knots, rank=rank_knots)
 
+# %% ../../nbs/12_mapping.ipynb #bdeeab61
+def _read_knots(state):
+    "Knots from lists: for each name as many positions as qualities, both rising"
+    knots = {str(name): tuple(_as_quality(a) for a in pair) for name, pair in state.items()}
+    for q, position in knots.values():
+        assert q.shape == position.shape and q.ndim == 1 and q.size
+        assert (np.diff(q) > 0).all() and (np.diff(position) > 0).all()
+        assert 0 <= position[0] and position[-1] <= 1
+    return knots
+
 # %% ../../nbs/12_mapping.ipynb #319a919d
-class FidelityMapping:
-    "Quality to fidelity: each class onto a band of its own, the best image at the upper end"
+class _MappingState:
+    "Settings and knots of a mapping: scikit-learn's conventions, checks, JSON"
+    knots_:dict; groups_:dict # once fitted
+
     def __init__(self,
         method:str='minmax', # 'minmax' (the paper's code) or 'rank' (robust to outliers)
         bands:tuple=((0., .4), (.6, 1.)), # (low, high) of fake, then of real
         overlap:bool=False, # allow overlapping bands: for experiments, such as quality alone
     ): self.method, self.bands, self.overlap = method, bands, overlap
 
+    def get_params(self, deep:bool=True)->dict:
+        "Return the constructor's arguments, as scikit-learn's `clone` reads them"
+        return dict(method=self.method, bands=self.bands, overlap=self.overlap)
+
+    def set_params(self, **params:Any)->Self: # itself
+        "Set constructor's arguments by name"
+        for name, value in params.items():
+            setattr(self, check_choice('parameter', name, self.get_params()), value)
+        return self
+
+    def __repr__(self):
+        return f"FidelityMapping({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
+
+    def to_dict(self)->dict: # only lists, numbers and strings
+        "Return everything needed to make the same mapping again, ready for JSON"
+        lists = lambda knots: {name: [a.tolist() for a in k] for name, k in knots.items()}
+        out:dict = dict(method=self.method, bands=[[float(v) for v in b] for b in self.bands],
+            knots=lists(getattr(self, 'knots_', {})))
+        if self.overlap: out['overlap'] = True
+        if groups := getattr(self, 'groups_', {}):
+            out['groups'] = {name: lists(g) for name, g in groups.items()}
+        return out
+
+    @classmethod
+    def from_dict(cls,
+        state:dict, # what `to_dict` returned
+    )->Self: # as it was
+        "Make a mapping from its JSON state"
+        try:
+            bands = tuple(tuple(b) for b in state['bands'])
+            # before there were groups, bands could overlap without being requested
+            overlap = state.get('overlap', 'groups' not in state and bands[0][1] > bands[1][0])
+            out = cls(state['method'], bands, bool(overlap))
+            knots = _read_knots(state['knots'])
+            groups = {name: _read_knots(g) for name, g in state.get('groups', {}).items()}
+            out._check_params()
+            assert set(knots) <= set(_CLASSES) and set(groups) <= set(knots)
+            assert all(groups.values())
+        except (AssertionError, LookupError, TypeError, ValueError, AttributeError, DeepfidError):
+            raise DeepfidError('FidelityMapping.from_dict: not the state of a mapping (method, '
+                'bands, knots); save it again with to_dict') from None
+        if knots: out.knots_, out.groups_ = knots, groups
+        return out
+
+    def _check_params(self):
+        "Raise for an unknown method, and for bands outside [0,1], upside down or overlapping"
+        check_choice('FidelityMapping: method', self.method, MAPPING_METHODS)
+        fake, real = check_array('FidelityMapping: bands', self.bands, (2, 2), np.float64, 0, 1)
+        problem = ''
+        if fake[0] > fake[1] or real[0] > real[1] or (real < fake).any():
+            problem = ': give two pairs with low <= high, of fake and of real; fake lies below'
+        elif fake[1] > real[0] and not self.overlap:
+            problem = ' overlap; if this is what you want to study, set overlap=True'
+        if problem: raise DeepfidError(f'FidelityMapping: bands={self.bands!r}{problem}')
+
+# %% ../../nbs/12_mapping.ipynb #map00001c
+class FidelityMapping(_MappingState):
+    "Quality to fidelity: each class onto a band of its own, the best image at the upper end"
     def fit(self,
         quality:ArrayLike, # (N,) higher = better
         is_real:ArrayLike, # (N,) True/1 = real, False/0 = fake
@@ -123,50 +193,6 @@ class FidelityMapping:
         "`fit`, then `transform` the same"
         return self.fit(quality, is_real, groups).transform(quality, is_real, groups)
 
-    def get_params(self, deep:bool=True)->dict:
-        "Return the constructor's arguments, as scikit-learn's `clone` reads them"
-        return dict(method=self.method, bands=self.bands, overlap=self.overlap)
-
-    def set_params(self, **params:Any)->'FidelityMapping': # itself
-        "Set constructor's arguments by name"
-        for name, value in params.items():
-            setattr(self, check_choice('parameter', name, self.get_params()), value)
-        return self
-
-    def __repr__(self):
-        return f"FidelityMapping({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
-
-    def to_dict(self)->dict: # only lists, numbers and strings
-        "Return everything needed to make the same mapping again, ready for JSON"
-        lists = lambda knots: {name: [a.tolist() for a in k] for name, k in knots.items()}
-        out:dict = dict(method=self.method, bands=[[float(v) for v in b] for b in self.bands],
-            knots=lists(getattr(self, 'knots_', {})))
-        if self.overlap: out['overlap'] = True
-        if groups := getattr(self, 'groups_', {}):
-            out['groups'] = {name: lists(g) for name, g in groups.items()}
-        return out
-
-    @classmethod
-    def from_dict(cls,
-        state:dict, # what `to_dict` returned
-    )->'FidelityMapping': # as it was
-        "Make a mapping from its JSON state"
-        try:
-            bands = tuple(tuple(b) for b in state['bands'])
-            # before there were groups, bands could overlap without being requested
-            overlap = state.get('overlap', 'groups' not in state and bands[0][1] > bands[1][0])
-            out = cls(state['method'], bands, bool(overlap))
-            knots = _read_knots(state['knots'])
-            groups = {name: _read_knots(g) for name, g in state.get('groups', {}).items()}
-            out._check_params()
-            assert set(knots) <= set(_CLASSES) and set(groups) <= set(knots)
-            assert all(groups.values())
-        except (AssertionError, LookupError, TypeError, ValueError, AttributeError, DeepfidError):
-            raise DeepfidError('FidelityMapping.from_dict: not the state of a mapping (method, '
-                'bands, knots); save it again with to_dict') from None
-        if knots: out.knots_, out.groups_ = knots, groups
-        return out
-
     def _position(self, name, q, groups):
         "Positions in [0,1] of faces of one class: among all of it, or each in its group"
         if name not in (knots := getattr(self, 'knots_', {})):
@@ -179,27 +205,6 @@ class FidelityMapping:
         out = np.empty(len(q))
         for g in set(groups): out[groups == g] = np.interp(q[groups == g], *known[g])
         return out
-
-    def _check_params(self):
-        "Raise for an unknown method, and for bands outside [0,1], upside down or overlapping"
-        check_choice('FidelityMapping: method', self.method, MAPPING_METHODS)
-        fake, real = check_array('FidelityMapping: bands', self.bands, (2, 2), np.float64, 0, 1)
-        problem = ''
-        if fake[0] > fake[1] or real[0] > real[1] or (real < fake).any():
-            problem = ': give two pairs with low <= high, of fake and of real; fake lies below'
-        elif fake[1] > real[0] and not self.overlap:
-            problem = ' overlap; if this is what you want to study, set overlap=True'
-        if problem: raise DeepfidError(f'FidelityMapping: bands={self.bands!r}{problem}')
-
-# %% ../../nbs/12_mapping.ipynb #bdeeab61
-def _read_knots(state):
-    "Knots from lists: for each name as many positions as qualities, both rising"
-    knots = {str(name): tuple(_as_quality(a) for a in pair) for name, pair in state.items()}
-    for q, position in knots.values():
-        assert q.shape == position.shape and q.ndim == 1 and q.size
-        assert (np.diff(q) > 0).all() and (np.diff(position) > 0).all()
-        assert 0 <= position[0] and position[-1] <= 1
-    return knots
 
 # %% ../../nbs/12_mapping.ipynb #12375da7
 def plot_mapping(
