@@ -75,7 +75,7 @@ class LocalSimilarityConfig(DetectorConfig):
 
 # %% ../../../nbs/32_local_similarity.ipynb #33c7f81b
 class SimilarityTraining(NetworkDetector):
-    "The network of Learnable Local Similarity and its training: weights, callbacks, loaders, schedule"
+    "The network of Learnable Local Similarity and its training: callbacks, loaders, schedule"
     config:LocalSimilarityConfig
 
     def build_model(self)->SimilarityNet:
