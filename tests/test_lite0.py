@@ -44,12 +44,17 @@ def finetuned(manifest, weights, **settings):
 def trained(manifest, weights): return finetuned(manifest, weights)
 
 # -- the mirror --
-def test_mirror_mix_is_equation_3():
+@pytest.mark.parametrize('axis', [-1, -2])
+def test_mirror_mix_is_equation_3(axis):
     conv, x = nn.Conv2d(4, 4, 3, padding=1, groups=4), torch.randn(2, 4, 5, 7)
-    mix = MirrorMix(conv)
+    mix = MirrorMix(conv, axis)
     assert torch.equal(mix(x), conv(x))
     mix.w.data = torch.tensor([.3, -2.])
-    torch.testing.assert_close(mix(x), .3*conv(x)-2*conv(x).flip(-1))
+    torch.testing.assert_close(mix(x), .3*conv(x)-2*conv(x).flip(axis))
+
+def test_axis_of_the_mirror_reaches_every_mix():
+    assert {m.axis for m in SSAALite0(axis=-2).modules() if isinstance(m, MirrorMix)}=={-2}
+    with pytest.raises(DeepfidError, match='axis'): SSAALite0(axis=1)
 
 @pytest.mark.parametrize('stages, n', [((0,), 1), ((0, 1), 2), ((4,), 3), ((1, 3, 6), 4)])
 def test_only_depthwise_convolutions_with_stride_1_are_wrapped(timm, stages, n):

@@ -138,10 +138,12 @@ def test_what_cannot_be_folded_stays(net):
     assert fold_batch_norms(net, torch.randn(2, 3, 8, 8)) is net
 
 @pytest.mark.parametrize('w', [(1., 0.), (.9, .2), (-.5, 2.), (.3, -.2), (.7, -.7), (0., 1.)])
-def test_norms_behind_mirror_mixes(w):
+@pytest.mark.parametrize('axis', [-1, -2])
+def test_norms_behind_mirror_mixes(w, axis):
     "The last two stay: a shift is lost, or there is nothing to divide by"
     torch.manual_seed(0)
-    net = with_random_norms(nn.Sequential(MirrorMix(nn.Conv2d(3, 3, 3, padding=1, groups=3)), nn.BatchNorm2d(3), nn.ReLU())).eval()
+    mix = MirrorMix(nn.Conv2d(3, 3, 3, padding=1, groups=3), axis)
+    net = with_random_norms(nn.Sequential(mix, nn.BatchNorm2d(3), nn.ReLU())).eval()
     net[0].w.data = torch.tensor(w)
     x = torch.randn(2, 3, 9, 9)
     folded = fold_batch_norms(net, x)

@@ -36,11 +36,13 @@ def live_pairs(
     pairs:tuple=LIVE_PAIRS, # of train, valid and test
     methods:tuple=LIVE_METHODS, # manipulation methods
     size:int=112, seed:int=0,   # side of the faces, pixels
+    **style:Any,                # of `build_pairs`, such as side='random' for forgeries on one side
 )->Manifest: # without quality; show its faces with `add_london_credit`
     "Make pairs of packaged London photographs and their forgeries, once a process, with each person in one split"
     folder = Path(_live_folder().name)/f"{'-'.join(map(str, pairs))}-{'-'.join(methods)}-{size}-{seed}"
+    folder = folder.with_name('-'.join([folder.name, *(f'{k}-{v}' for k, v in style.items())]))
     return build_pairs(demo_sources('london', pairs), folder, methods, pairs, size, seed=seed, workers=1,
-        split_seed=0, channel=LIVE_CHANNEL, **FACE_CROP)
+        split_seed=0, **dict(channel=LIVE_CHANNEL)|FACE_CROP|style)
 
 # %% ../../nbs/lib/experiments.live.ipynb #liv00009
 LIVE_SETTINGS:dict[str, Any] = dict(size=112, bs=16, steps=25, lr=1e-3, shift=2, ema=None, seed=0, # of any detector

@@ -57,16 +57,17 @@ class MirrorMix(nn.Module):
     "Depthwise convolution and mirror mix, `w1*conv(x) + w2*flip(conv(x))` (eq. 2 and 3), at (1, 0)"
     def __init__(self,
         conv:nn.Conv2d, # becomes a part of this module
+        axis:int=-1, # along which to flip; -2, top to bottom, is a control without symmetry
     ):
         super().__init__()
-        self.conv = conv
+        self.conv,self.axis = conv,axis
         self.w = nn.Parameter(conv.weight.new_tensor([1., 0.])) # free: no softmax
 
     def forward(self,
         x:torch.Tensor, # (B,C,H,W)
     )->torch.Tensor: # (B,C',H',W')
         a = self.conv(x)
-        return self.w[0]*a + self.w[1]*a.flip(-1)
+        return self.w[0]*a + self.w[1]*a.flip(self.axis)
 
     def fold_norm(self,
         scale:torch.Tensor, # (C',) of the norm behind the mix
@@ -75,31 +76,34 @@ class MirrorMix(nn.Module):
         "Fold the mixing weights and the norm behind them into the convolution, for inference"
         w1,w2 = self.w.tolist()
         if min(abs(w1), abs(w1+w2))<.01: return None
-        return FoldedMirrorMix(scale_conv(self.conv, scale*w1, shift*w1/(w1+w2)), w2/w1)
+        return FoldedMirrorMix(scale_conv(self.conv, scale*w1, shift*w1/(w1+w2)), w2/w1,
+            self.axis)
 
 class FoldedMirrorMix(nn.Module):
     "Mirror mix without a factor for the own side, `conv(x) + ratio*flip(conv(x))`"
     def __init__(self,
         conv:nn.Conv2d, # becomes a part of this module
         ratio:float, # w2/w1
+        axis:int=-1, # along which to flip
     ):
         super().__init__()
-        self.conv,self.ratio = conv,ratio
+        self.conv,self.ratio,self.axis = conv,ratio,axis
 
     def forward(self,
         x:torch.Tensor, # (B,C,H,W)
     )->torch.Tensor: # (B,C',H',W')
         a = self.conv(x)
-        return a.add_(a.flip(-1), alpha=self.ratio)
+        return a.add_(a.flip(self.axis), alpha=self.ratio)
 
 # %% ../../../nbs/20_ssaa.ipynb #mir00007
 def add_mirror_mix(
     net:nn.Module, # with `blocks` by stage, as timm's EfficientNets; changed in place
     stages:tuple[int, ...]=(0, 1), # of `net.blocks`, counted from 0
+    axis:int=-1, # along which to flip
 )->int: # how many were wrapped
     "Wrap the depthwise convolutions with stride 1 of some stages in `MirrorMix`"
     found = [(m, name, child) for i in stages for m in net.get_submodule(f'blocks.{i}').modules()
         for name, child in m.named_children() if isinstance(child, nn.Conv2d)
         and child.stride==(1, 1) and 1<child.groups==child.in_channels]
-    for parent, name, conv in found: setattr(parent, name, MirrorMix(conv))
+    for parent, name, conv in found: setattr(parent, name, MirrorMix(conv, axis))
     return len(found)

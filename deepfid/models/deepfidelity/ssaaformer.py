@@ -473,16 +473,18 @@ class SSAALite0(nn.Module):
         num_classes:int=2, # logits
         mirror:bool=True, # False: the network as timm has it
         stages:tuple[int, ...]=(0, 1), # with `MirrorMix`, of seven, counted from 0
+        axis:int=-1, # that the maps are flipped along; -2: a control
         drop_path_rate:float=0., # stochastic depth of the last block; rises linearly from 0
     ):
         super().__init__()
         import timm
         for i in stages: check_number('stages', i, 0, 6, integer=True)
+        check_choice('axis', axis, (-1, -2))
         net = timm.create_model('tf_efficientnet_lite0', num_classes=num_classes,
             drop_path_rate=drop_path_rate)
         for name,child in net.named_children(): self.add_module(name, child)
         _init_linear(self.classifier) # timm's own start is too wide for few classes
-        self.mirrored = add_mirror_mix(self, tuple(stages)) if mirror else 0
+        self.mirrored = add_mirror_mix(self, tuple(stages), axis) if mirror else 0
         self.aux,self.mix_token,self.grad_checkpointing = False,False,False
         self.num_classes,self.num_features,self.in_chans = num_classes,1280,3
 
