@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import notebooks as keeper # noqa: E402 - lies beside this file
 
 SOURCE, SITE = ROOT/'out/site-source', ROOT/'out/site'
-MAX_OPEN_LINES = 40 # a longer cell is folded, and so is one of imports
+MAX_OPEN_LINES = 40 # a longer cell is folded, and so is one of imports, or one that records a result
 IMPORTS = re.compile(r'(((import|from|set_style|if TYPE_CHECKING|set_seed)\b|rng = |    |\)).*\n|\n)*')
 CSS = '''.main{min-width:0} .content{width:58em;max-width:100%;min-width:0} .content pre{font-size:.73rem}
+.cell_output table{border-collapse:collapse;font-size:.85rem} .cell_output :is(th,td){border:0;padding:.15em .6em;text-align:right}
+.cell_output thead tr:last-child th{border-bottom:1px solid currentcolor}
 .cell_output pre{white-space:pre-wrap} .cell_output img{max-width:100%;height:auto} math[display=block] mtd{padding:.25em .2em}
 '''
 
@@ -30,7 +32,7 @@ def show_cell(cell):
     text = re.sub(r'\A(\s*#\s*\|.*\n?)+', '', keeper.source(cell)).strip()
     tags = ['remove-input'] if d.get('echo') == 'false' or not text else []
     if d.get('output') == 'false': tags.append('remove-output')
-    if text.count('\n') > MAX_OPEN_LINES or IMPORTS.fullmatch(text + '\n'): tags.append('hide-input')
+    if text.count('\n') > MAX_OPEN_LINES or IMPORTS.fullmatch(text + '\n') or {'slow', 'cuda'} & set(d): tags.append('hide-input')
     return dict(cell, source=text, metadata=dict(cell['metadata'], tags=tags))
 
 def copy_notebook(path):
