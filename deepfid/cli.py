@@ -221,7 +221,7 @@ def _table_options(p):
     p.add_argument('--epochs', type=_count, help='passes over the training faces, from 1 (default: the recipe\'s)')
     p.add_argument('--set', type=parse_setting, action='append', metavar='NAME=VALUE',
         help='any other setting of the detectors, such as amp=bf16; train_steps=2000 gives every classifier so many '
-             'steps (default: as the table declares, unless --epochs is given)')
+             'steps, recipe=finetune starts from ImageNet (default: as the table declares, unless --epochs is given)')
     p.add_argument('--pairs', type=_count,
         help='of real and fake faces in all, where they are generated, from 1 (default: that of the demo)')
     p.add_argument('--size', type=number_type(16, 2048), default=112,

@@ -50,6 +50,17 @@ def test_no_table_starts_from_weights_that_have_seen_forgeries(faces, tmp_path):
     with pytest.raises(DeepfidError, match='start ImageNet against noise'):
         set_up(faces, tmp_path, [Row('plain', LocalSimilarity, PLAIN), lite0])
 
+def test_one_recipe_for_all_rows_that_name_none(faces, tmp_path):
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    rows = [Row('plain', DeepFidelity, dict(ssaa_blocks=0, mapping=None, size=64)), Row('SSAA', DeepFidelity, dict(mapping=None, size=64)),
+        Row('mapping', after='plain', settings=dict(mapping='minmax'))]
+    r = TableRun(Table('t', 't', rows, within_columns, train_steps=8), {'x': faces}, 1, 'tiny', tmp_path, recipe='finetune')
+    assert [r.rows[n].recipe for n in ('plain', 'SSAA', 'mapping', 'frozen probe')]==['finetune', 'finetune', None, 'finetune']
+    assert {r.training_length(r.rows[n], 'x')['start'] for n in ('plain', 'SSAA')}=={'ImageNet'}
+    rows[0].recipe = 'ours'
+    with pytest.raises(DeepfidError, match='start ImageNet against noise|start noise against ImageNet'):
+        TableRun(Table('t', 't', rows, within_columns, train_steps=8), {'x': faces}, 1, 'tiny', tmp_path, recipe='finetune')
+
 # -- shuffled labels --
 def test_shuffled_labels_say_nothing_of_the_images(faces):
     shuffled = shuffle_labels(faces)

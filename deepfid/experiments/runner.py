@@ -461,6 +461,7 @@ class TableRun(TableScores):
         log:Callable = print,          # called with each progress message
         train_steps:int|None = None,   # of each classifier; default: the table's, unless epochs or steps are given
         probes:bool = True,            # add the frozen probe and the training on shuffled labels
+        recipe:str|None = None,        # of rows that name none, such as 'finetune': EfficientNet-Lite0 from ImageNet
         **overrides:Any                # settings for every row, such as epochs=2
     ):
         table.require_manifests(len(manifests))
@@ -472,6 +473,8 @@ class TableRun(TableScores):
         self.manifests = dict(manifests)
         if table.derive_manifests: self.manifests |= table.derive_manifests(manifests, self.cache/'derived')
         if table.rows_for_preset: table = replace(table, rows=table.rows_for_preset(self.preset, overrides))
+        if recipe: table = replace(table, rows=[replace(r, recipe=r.recipe or recipe) if r.detector else r
+            for r in table.rows])
         self.table, self.rows = table, {r.name: r for r in table.rows}
         self.columns = [self._with_video_metrics(c) for c in table.columns(list(self.manifests))]
         self.data = ', '.join(manifests)
