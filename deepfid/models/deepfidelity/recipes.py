@@ -95,7 +95,7 @@ def weight_decay_groups(
     model:nn.Module, # any network
     how:str='matrices', # 'matrices': matrices and kernels decay; 'timm': all but 1-D parameters
 )->list: # three lists of parameters: with decay; without; SSAA's mixing weights, without decay too
-    "Split the trainable parameters by weight decay, and set SSAA's mixing weights apart for a learning rate of their own"
+    "Split the trainable parameters by weight decay, and set SSAA's mixing weights apart, for a rate of their own"
     def decays(p): return p.ndim>1 if how=='timm' else p.ndim>1 and p.numel()>max(p.shape)
     mixing = {id(m.w) for m in model.modules() if isinstance(m, (SSAA, MirrorMix)) and hasattr(m, 'w')}
     ps = [p for p in model.parameters() if p.requires_grad]
