@@ -170,6 +170,22 @@ def test_ffpp_errors(ff):
     with pytest.raises(DataMissingError, match='train.json, val.json and test.json come from dataset/splits of github.com/ondyari'): ffpp(ff)
     with pytest.raises(DataMissingError, match='form at github.com/ondyari'): ffpp(ff/'nowhere')
 
+@pytest.mark.parametrize('content', [None, 3, 'text', [1], ['ab'], [[1]], [None], {'a': 1}, {'a': {'b': {'train': [1]}}}, {'a': {'b': 1}}, {'a': {'b': {'train': {'v': {'frames': 3}}}}},
+    {'a': {'b_real': {'train': {'v': 1}}}}, {'000.mp4': {}}, {'000.mp4': {'label': 'real'}}, {'000.mp4': [1]}])
+def test_lists_of_another_form_are_one_line(ff, tmp_path, content):
+    "As they are after an unlucky edit, or where another file was saved under the name"
+    wrong, names = 'get the file again|no rows', ((('000', '003'),), (('672', '720'),), ())
+    official(ff, names)
+    write_json(ff/'train.json', content)
+    with pytest.raises(DeepfidError, match='train.json: .*get the file again'): ffpp(ff)
+    touch(tmp_path/'dfdc_preview_set', '000.mp4')
+    write_json(tmp_path/'dfdc_preview_set'/'dataset.json', content)
+    if isinstance(content, dict) and '000.mp4' not in content: assert dfdcp(tmp_path)==[] # names no clip that is there
+    else:
+        with pytest.raises(ManifestError, match='dataset.json: .*get the file again'): dfdcp(tmp_path)
+    write_json(tmp_path/'bench.json', content)
+    with pytest.raises(ManifestError, match=wrong): read_deepfakebench(tmp_path/'bench.json')
+
 def test_dfd(tmp_path):
     touch(tmp_path, 'original_sequences/actors/c23/videos/01__exit_phone_room.mp4', 'original_sequences/actors/c23/videos/02__exit_phone_room.mp4',
           'manipulated_sequences/DeepFakeDetection/c23/videos/01_02__exit_phone_room__YVGY8LOK.mp4', 'manipulated_sequences/DeepFakeDetection/c23/videos/03_02__kitchen_pan__1ABCDEFG.mp4')

@@ -179,6 +179,14 @@ def test_faces_without_labels_are_cut_for_scoring_only(people, tmp_path):
     before = contents(tmp_path/'out')
     extract_dataset(album, tmp_path/'out', frames=3, workers=1, progress=False)
     assert contents(tmp_path/'out')==before
+    for _ in range(2): # into a folder below the source: what the first run wrote is no source of the second
+        again = extract_dataset(album, album/'faces', frames=3, workers=1, progress=False)
+        assert (again['clips'], again['faces'])==(result['clips'], result['faces'])
+    notes = next((album/'faces').rglob('clip.mp4/clip.json'))
+    for text in ('[1]', '{}', '{"rows": 3}', '{"rows": [{"path": 3}]}'): # changed by hand: one line, and left as it is
+        notes.write_text(text)
+        with pytest.raises(DeepfidError, match='clip.mp4: holds clip.json, which was changed'): extract_dataset(album, album/'faces', frames=3, workers=1, progress=False)
+    assert notes.read_text()==text
     (tmp_path/'out'/'faces.csv').write_text('notes of mine')
     with pytest.raises(DeepfidError, match='faces.csv: exists already and was not written by deepfid'): extract_dataset(album, tmp_path/'out', frames=3, workers=1, progress=False)
     assert (tmp_path/'out'/'faces.csv').read_text()=='notes of mine'

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -80,6 +81,16 @@ DATASETS = {
         'ai.meta.com/datasets/dfdc', dict(real=1131, fake=4119))}
 
 # %% ../../nbs/lib/data.datasets.ipynb #bc0ef82c
+def _wrong_form(path)->ManifestError:
+    "Error about a list that is not in the form in which its data set publishes it"
+    return ManifestError(f'{path}: is not in the form that the data set publishes; get the file again')
+
+@contextmanager
+def _published_form(path):
+    "Raise what a list of another form leads to as one line that names it"
+    try: yield
+    except (AttributeError, KeyError, TypeError, ValueError): raise _wrong_form(path) from None
+
 def _require(found, message:str):
     "Refuse to go on without a file or folder, with one line on where to get it"
     if not found: raise DataMissingError(message)
@@ -361,7 +372,10 @@ def ffpp_splits(
         f'val.json, test.json; {SPLIT_FILES["ffpp"]}')
     split_of = {}
     for name, split in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
-        for video in (v for pair in read_json(lists/f'{name}.json', ManifestError) for v in pair):
+        pairs = read_json(lists/f'{name}.json', ManifestError)
+        if not (isinstance(pairs, list) and all(isinstance(p, list) and all(isinstance(v, str) for v in p)
+                for p in pairs)): raise _wrong_form(lists/f'{name}.json')
+        for video in (v for pair in pairs for v in pair):
             if split_of.setdefault(video, split)!=split:
                 raise ManifestError(
                     f'{lists}: video {video!r} is in {split_of[video]} and {split}; get the files again')
@@ -454,13 +468,15 @@ def dfdcp(
     "List the clips of the preview of Facebook's Deepfake Detection Challenge"
     folder, clips = dataset_root('dfdcp', root), []
     _require((folder/'dataset.json').is_file(), f'{folder}: no dataset.json; {SPLIT_FILES["dfdcp"]}')
-    for name, entry in read_json(folder/'dataset.json', ManifestError).items():
-        path = folder/name
-        if not path.exists(): continue
-        identity, donor, source = parse_identities('dfdcp', path.stem)
-        real, split = entry['label']=='real', dict(train='train', test='test').get(entry['set'], 'valid')
-        clips.append(Clip(str(path), int(real), identity, split, path.stem, 'real' if real else name.split('/')[0],
-            'dfdcp', '' if real else source, '' if real else donor))
+    entries = read_json(folder/'dataset.json', ManifestError)
+    with _published_form(folder/'dataset.json'):
+        for name, entry in entries.items():
+            path = folder/name
+            if not path.exists(): continue
+            identity, donor, source = parse_identities('dfdcp', path.stem)
+            real, split = entry['label']=='real', dict(train='train', test='test').get(entry['set'], 'valid')
+            clips.append(Clip(str(path), int(real), identity, split, path.stem, 'real' if real else name.split('/')[0],
+                'dfdcp', '' if real else source, '' if real else donor))
     return _finish(clips, strict)
 
 # %% ../../nbs/lib/data.datasets.ipynb #e085cf54
@@ -642,14 +658,8 @@ def _deepfakebench_clip(name, label, video, split)->Clip:
     return Clip('', int(real), identity, split, video, method, name, donor=donor)
 
 # %% ../../nbs/lib/data.datasets.ipynb #df85c60c
-def read_deepfakebench(
-    path:str|Path,         # JSON file of a dataset
-    root:str|os.PathLike|None=None, # folder that its frames' paths are relative to; default: the file's folder
-    compression:str='c23', # where the file has several
-    strict:bool=True,      # see `celebdf`
-)->Manifest: # of the crops that it lists
-    "Read a list of DeepfakeBench"
-    videos = _deepfakebench_videos(read_json(path, ManifestError), compression)
+def _deepfakebench_rows(videos, strict)->pd.DataFrame:
+    "The crops of the videos of a DeepfakeBench list as rows of a manifest"
     clips = [_deepfakebench_clip(name, label, video, split) for (name, label, video), (split, _) in videos.items()]
     clips = remove_split_leaks(clips) if strict else unique_identities(clips)
     def by_frame(names): return {Path(p).stem: p for p in (n.replace('\\', '/') for n in names)}
@@ -659,8 +669,18 @@ def read_deepfakebench(
         masks = by_frame(entry.get('masks') or [])
         rows += [dict({c: getattr(clip, c) for c in columns}, path=p, mask=masks.get(frame, ''),
             frame=frame if frame.isdigit() else -1) for frame, p in sorted(by_frame(entry['frames']).items())]
-    table = pd.DataFrame(rows, columns=['path', *columns, 'mask', 'frame'])
-    return Manifest(table, root or Path(path).parent, path).check()
+    return pd.DataFrame(rows, columns=['path', *columns, 'mask', 'frame'])
+
+def read_deepfakebench(
+    path:str|Path,         # JSON file of a dataset
+    root:str|os.PathLike|None=None, # folder that its frames' paths are relative to; default: the file's folder
+    compression:str='c23', # where the file has several
+    strict:bool=True,      # see `celebdf`
+)->Manifest: # of the crops that it lists
+    "Read a list of DeepfakeBench"
+    content = read_json(path, ManifestError)
+    with _published_form(path): rows = _deepfakebench_rows(_deepfakebench_videos(content, compression), strict)
+    return Manifest(rows, root or Path(path).parent, path).check()
 
 def write_deepfakebench(
     manifest:Manifest,     # crops to list

@@ -269,11 +269,12 @@ def read_finished_clip(
     has_source:bool,   # whether it would be cropped with a source's boxes now
 )->dict|None:
     "Read the notes of a clip that is cropped already, None if it has to be cropped"
-    try: notes = _read_notes(clip, config)
-    except DeepfidError: return None
-    files = [Path(config.out)/p for r in notes['rows'] for p in (r['path'], r['mask']) if p]
-    complete = files and all(p.is_file() and p.stat().st_size for p in files)
-    same = notes['had_source']==has_source and notes['file_size']==_file_size(clip)
+    try:
+        notes = _read_notes(clip, config)
+        files = [Path(config.out)/p for r in notes['rows'] for p in (r['path'], r['mask']) if p]
+        complete = files and all(p.is_file() and p.stat().st_size for p in files)
+        same = notes['had_source']==has_source and notes['file_size']==_file_size(clip)
+    except (DeepfidError, AttributeError, KeyError, TypeError, ValueError): return None # missing, or changed by hand
     return notes if complete and same else None
 
 def write_clip(
@@ -526,7 +527,8 @@ def extract_dataset(
     "Read a dataset by name and extract its faces, as `deepfid faces` does; a folder without labels is cut for scoring"
     started = time.perf_counter()
     if dataset=='folder' and not labelled_branches(source): dataset = 'unlabelled'
-    clips = read_clips(dataset, source, **options)
+    own = os.path.join(os.path.realpath(out), '') # what an earlier run wrote is no source
+    clips = [c for c in read_clips(dataset, source, **options) if not os.path.realpath(c.path).startswith(own)]
     given:dict[str, Any] = dict(size=size, margin=margin, frames=frames, align=align, drop=drop, embed=embed,
         workers=workers, engine=engine, progress=progress)
     given = {k: v for k, v in given.items() if v is not None}
@@ -541,8 +543,8 @@ def extract_dataset(
     failed = n-len(table[['dataset', *({'method'}&set(table)), 'video']].drop_duplicates())-left_out
     causes = {cause: int(k) for cause, k in log['cause'].dropna().value_counts().items()}
     gave_none = f'; no face of {failed+left_out} ({describe_causes(log)})' if failed+left_out else ''
-    counts = (f'{n} clips found: {len(table)} faces of {n-failed-left_out}{gave_none}; each with its reason: '
-        f"{Path(out)/'skipped.csv'}")
+    reasons = f"; each with its reason: {Path(out)/'skipped.csv'}" if len(log) else ''
+    counts = f'{n} clips found: {len(table)} faces of {n-failed-left_out}{gave_none}{reasons}'
     return dict(saved=str(saved), log=str(Path(out)/'skipped.csv'), text='\n'.join([*lines[:-1], counts, lines[-1]]),
         clips=n, faces=len(table), failed=failed, causes=causes, skipped=len(log),
         seconds=round(time.perf_counter()-started, 1), status=3 if failed else 0)
