@@ -470,11 +470,10 @@ def save_explanations(
 def _list_items(sources, folder, passed_over):
     "List what is to be scored, as (name, path); '-' is standard input"
     from deepfid.inference.scorer import iter_sources
-    items = []
+    items, path = [], Path(folder)/'standard input'
     for s in sources:
         if s=='-':
-            path = Path(folder)/'standard input'
-            path.write_bytes(sys.stdin.buffer.read())
+            if not path.exists(): path.write_bytes(sys.stdin.buffer.read()) # given twice, it is read once
             items.append((path.name, path))
         else: items += iter_sources(s, passed_over)
     return items

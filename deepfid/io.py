@@ -329,6 +329,8 @@ def check_overwrite(
 )->None:
     "Raise a `DeepfidError` if a file is there already that is not empty and does not hold `mark`"
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DeepfidError(f'{path}: is a pipe or a device, not a file; name another file')
     if not path.is_file() or not path.stat().st_size: return
     with report_write_errors(path), open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
         known = content.find(mark) >= 0

@@ -249,6 +249,10 @@ def test_options_of_score(capsys, photos, model, tmp_path, monkeypatch):
     scores = [faces[0].pop('scores')[0] for faces in (got['faces'], expected)]
     assert got['faces']==expected and scores[0]['decision']==scores[1]['decision']
     assert scores[0]['fidelity']==pytest.approx(scores[1]['fidelity'], abs=1e-5) # one face a batch, and two
+    class Stdin: buffer = open(tmp_path/'0.jfif', 'rb')
+    monkeypatch.setattr(sys, 'stdin', Stdin)
+    status, out, _ = run(capsys, 'score', '-', '-', '--model', model, '--json')           # read once
+    assert status==0 and [len(faces) for faces in faces_of(out)]==[1, 1]
     one_line(run(capsys, 'score', photos[0], '--model', model, '--device', 'abacus'), 'no such device')
     one_line(run(capsys, 'score', tmp_path/'none*.jpg', '--model', model), 'none*.jpg')
     sideways = tmp_path/'side.png'

@@ -1,5 +1,5 @@
 "Nothing that the package did not write is ever removed or overwritten, by any command or function"
-import argparse, json, shutil
+import argparse, json, os, shutil
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -86,6 +86,13 @@ def test_commands_leave_a_file_alone(capsys, tmp_path, command, option, link):
     refused(capsys, [*argv, option, path], 'not written by deepfid', 'name another file')
     assert content(tmp_path/'theirs')==before
     refused(capsys, [*argv, option, photo(tmp_path/'theirs'/'other.bmp')], 'other.bmp', 'name another file')
+
+@pytest.mark.parametrize('command, option', FILE_COMMANDS)
+def test_commands_leave_a_pipe_alone(capsys, tmp_path, command, option):
+    argv, suffix = FILE_COMMANDS[command, option]
+    os.mkfifo(path := tmp_path/f'pipe{suffix}')
+    refused(capsys, [*argv, option, path], 'is a pipe or a device', 'name another file')
+    assert path.is_fifo()
 
 def test_table_and_notebooks_leave_files_alone(capsys, tmp_path):
     for name in ('table-ablation.json', 'table-ablation.md', 'table-ablation.svg', 'explorers.ipynb'):

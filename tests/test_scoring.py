@@ -1,5 +1,5 @@
 "Scoring: files of every kind, one clear line for each bad one, nothing lost or doubled in an interrupted run"
-import csv, io, itertools, json, os, random, shutil, signal, subprocess, sys, time
+import csv, io, itertools, json, os, random, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 from fractions import Fraction
 import cv2, numpy as np, pytest
@@ -237,6 +237,29 @@ def test_a_bad_file_is_one_clear_line_and_the_rest_is_scored(album, monkeypatch)
         bad = files.pop(str(album/name))
         assert expected in bad.error and name in bad.error and '\n' not in bad.error and not bad.faces, name
     assert len(files)==12 and all(f.faces and not f.error for f in files.values())
+
+def test_a_pipe_is_never_waited_for(album):
+    for name in ('a.jpg', 'b.mp4', 'c.csv'): os.mkfifo(album/name)
+    scored = []
+    thread = threading.Thread(target=lambda: scored.extend(score_grid(album)), daemon=True)
+    thread.start()
+    thread.join(60)
+    found = {os.path.basename(f.source): f.error for f in scored}
+    assert len(found)==14 and all('is not a regular file' in found[n] for n in ('a.jpg', 'b.mp4'))
+
+@pytest.mark.parametrize('text, encoding', [('file\na.png\n', 'utf-8'), ('', 'utf-8'), ('path;x\na.png;1\n', 'utf-8'), ('path\ncaf\xe9.png\n', 'latin-1'), ('path\n', 'utf-8'),
+    ('path\na.png\n', 'utf-16')])
+def test_a_table_without_images_says_what_a_table_needs(tmp_path, text, encoding):
+    cv2.imwrite(str(tmp_path/'a.png'), grey(45))
+    (tmp_path/'t.csv').write_text(text, encoding=encoding)
+    bad, good = score_grid([tmp_path/'t.csv', tmp_path/'a.png'])
+    assert bad.error.startswith(f"{tmp_path/'t.csv'}: ") and ('a column path' in bad.error or text=='' and 'is empty' in bad.error) and good.faces
+
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    cv2.imwrite(str(tmp_path/'é.png'), grey(45))
+    (tmp_path/'t.csv').write_text('path,x\r\né.png,1\r\nno\0such.png,2\r\n', encoding='utf-8-sig')
+    good, bad = score_grid(tmp_path/'t.csv')
+    assert good.faces and not good.error and 'cannot be scored' in bad.error
 
 @pytest.mark.parametrize('error', [TypeError('x'), IndexError(), EOFError('end\nof file'), MemoryError(), ZeroDivisionError()])
 def test_whatever_a_file_raises_becomes_its_line(album, error, tmp_path):

@@ -43,7 +43,7 @@ def media_kind(
     try:
         if not stat.S_ISREG(os.stat(path).st_mode): return '' # a pipe would be waited for
         with open(path, 'rb') as f: head = f.read(600)
-    except OSError: return ''
+    except (OSError, ValueError): return '' # no name of a file holds a NUL
     return next((kind for kind, signature in _SIGNATURES if signature.match(head)), '')
 
 MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
@@ -59,7 +59,7 @@ def _folder_media(folder, passed_over):
 def _table_images(table):
     "Yield the images that a CSV table names in its column `path`; the table itself if there are none"
     try:
-        with open(table, newline='', encoding='utf-8') as f:
+        with open(table, newline='', encoding='utf-8-sig') as f: # as spreadsheets write it
             paths = [unescape_formula(row.get('path') or '') for row in csv.DictReader(f)]
     except (OSError, ValueError, csv.Error): paths = []
     return [table.parent/p for p in paths if p] or [table]
@@ -276,9 +276,13 @@ class Scorer:
         if isinstance(item, Path) and item.is_dir():
             raise ImageError(f'{file.source}: contains no images or videos' if os.access(item, os.R_OK|os.X_OK) else
                 f'{file.source}: permission denied; make the folder readable')
+        if isinstance(item, Path) and item.suffix.lower()=='.csv' and item.is_file() and not media_kind(item):
+            raise ImageError(f'{file.source}: names no images; a table needs a column path, commas and UTF-8')
         if file.kind=='video': return self.read_video(file, item)
-        compression = {} if not isinstance(item, Path) else dict(jpeg_quality=jpeg_quality(item))
-        if isinstance(item, Path): item, file.note = read_image_with_note(item)
+        compression = {}
+        if isinstance(item, Path): # a pipe is refused before anything else opens it
+            path, (item, file.note) = item, read_image_with_note(item)
+            compression = dict(jpeg_quality=jpeg_quality(path))
         image, detections, turned = self.find_turned(Face(getattr(item, 'image', item)).image)
         file.note = '; '.join(filter(None, (file.note, turned)))
         crops = crop_detections(image, detections, self.all_crops)
