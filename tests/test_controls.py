@@ -5,7 +5,7 @@ import pytest
 from deepfid.core import DeepfidError, Detector, Prediction
 from deepfid.data.manifest import Manifest
 from deepfid.experiments.controls import (FORGERY_WEIGHTS, FrozenProbe, collapse, row_verdict, shuffle_labels,
-    smallest_difference, starting_weights)
+    margin_of_mean, smallest_difference, starting_weights)
 from deepfid.experiments.markdown import record_markdown
 from deepfid.experiments.records import upgrade_record
 from deepfid.experiments.runner import Row, Table, TableRun, run_tables, within_columns
@@ -134,6 +134,21 @@ def cell(column, d, control=None, problem=''):
 def test_verdicts(cells, verdict, said):
     found, reason = row_verdict(cells)
     assert found==verdict and said in reason
+
+def test_margin_of_a_mean_by_hand():
+    assert margin_of_mean([.4, .5, .6])==pytest.approx(4.3027*.1/3**.5, rel=1e-4) and margin_of_mean([.7])==0
+
+def test_each_seed_has_a_shuffle_of_its_own(faces, tmp_path):
+    r = set_up(faces, tmp_path, [Row('plain', LocalSimilarity, PLAIN)])
+    first, again, other = (r.training_manifest(r.shuffled, 'x', s) for s in (0, 0, 1))
+    assert first.key()==again.key()!=other.key() and r.training_manifest(r.rows['plain'], 'x', 1) is faces
+    labels = faces.of('test').table['label'].to_numpy()
+    def permutation(*fidelity):
+        r.seeds = list(range(len(fidelity)))
+        r.cells = {('shuffled labels', 'x', 'x', s): dict(fidelity=f, threshold=.5) for s, f in enumerate(fidelity)}
+        return r.permutation()['x']
+    up, down = labels+np.linspace(0, 1.5, len(labels)), -labels+np.linspace(0, 1.5, len(labels))
+    assert not permutation(up)['passed'] and not permutation(up, up, up)['passed'] and permutation(up, down, up)['passed']
 
 def test_smallest_difference_by_hand():
     # standard deviation .01 over three seeds: (4.3027+1.0607)*.01/sqrt(3)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORGERY_WEIGHTS', 'WIDEST_INTERVAL', 'VERDICTS', 'starting_weights', 'classifier_epochs', 'training_length',
            'FrozenProbe', 'shuffle_labels', 'shuffle_quality', 'quality_premise', 'premise_lines', 'validation_auc',
-           'collapse', 'smallest_difference', 'row_verdict']
+           'collapse', 'margin_of_mean', 'smallest_difference', 'row_verdict']
 
 # %% ../../nbs/lib/experiments.controls.ipynb #ctl00003
 from pathlib import Path
@@ -186,6 +186,13 @@ def collapse(
     return f"validation AUC {validation['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 # %% ../../nbs/lib/experiments.controls.ipynb #ctl00017
+def margin_of_mean(
+    values:list[float], # one for each seed
+)->float:               # half the 95 % interval; 0 with one seed, which says nothing of others
+    "Compute how far the mean over seeds may be from that over all seeds, by Student's t"
+    n = len(values)
+    return float(student_t.ppf(.975, n-1)*np.std(values, ddof=1)/n**.5) if n>1 else 0.
+
 def smallest_difference(
     differences:list[dict], # of the rows of one column, see `TableRun.results`
 )->float|None:              # None: with one seed there is no telling

@@ -41,8 +41,9 @@ def live_pairs(
     "Make pairs of packaged London photographs and their forgeries, once a process, with each person in one split"
     folder = Path(_live_folder().name)/f"{'-'.join(map(str, pairs))}-{'-'.join(methods)}-{size}-{seed}"
     folder = folder.with_name('-'.join([folder.name, *(f'{k}-{v}' for k, v in style.items())]))
+    settings:dict[str, Any] = dict(channel=LIVE_CHANNEL)|FACE_CROP|style
     return build_pairs(demo_sources('london', pairs), folder, methods, pairs, size, seed=seed, workers=1,
-        split_seed=0, **dict(channel=LIVE_CHANNEL)|FACE_CROP|style)
+        split_seed=0, **settings)
 
 # %% ../../nbs/lib/experiments.live.ipynb #liv00009
 LIVE_SETTINGS:dict[str, Any] = dict(size=112, bs=16, steps=25, lr=1e-3, shift=2, ema=None, seed=0, # of any detector

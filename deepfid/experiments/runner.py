@@ -21,7 +21,7 @@ from ..core import DeepfidError, check_choice, get_preset
 from ..data.manifest import Manifest
 from ..evaluate.metrics import average_over_seeds, localisation_report, score_face_mask, video_scores
 from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, premise_lines,
-    row_verdict, shuffle_labels, smallest_difference, starting_weights, training_length, validation_auc)
+    margin_of_mean, row_verdict, shuffle_labels, smallest_difference, starting_weights, training_length, validation_auc)
 from .provenance import describe_code, describe_machine, describe_run, source_hash
 from ..io import mark_folder, read_json, to_json, write_json
 from ..parallel import limit_threads, map_processes, map_ray
@@ -307,16 +307,18 @@ class TableScores:
         return video if video in column.metrics else self.table.metric
 
     def permutation(self)->dict: # column -> value, low, high, passed
-        "Test the training on shuffled labels: nothing can be learned from them"
+        "Test the trainings on shuffled labels, a shuffle for each seed: on average nothing is learned from them"
         if not self.shuffled: return {}
-        out, row = {}, self.shuffled
+        out = {}
         for column in self.columns:
             test, counted = self.test_table(column)
-            scores, label = self.cells[row.name, column.train, column.test, self.seeds[0]]['fidelity'], test['label']
-            if label[counted].nunique()<2: continue
-            run = [(np.array(scores)[counted], None)]
-            found = average_over_seeds(run, label[counted].to_numpy(), 'auc', test['identity'][counted])._asdict()
-            out[column.name] = found|dict(passed=found['low']<=.5<=found['high'])
+            label, people = test['label'].to_numpy()[counted], test['identity'].to_numpy()[counted]
+            if len(set(label))<2: continue
+            runs = self._seed_runs(self.shuffled, column, 'auc', self.seeds)
+            seeds = [average_over_seeds([r], label, 'auc', n_boot=0).value for r in runs]
+            found, margin = average_over_seeds(runs, label, 'auc', people), margin_of_mean(seeds)
+            low, high = min(found.low, found.value-margin), max(found.high, found.value+margin)
+            out[column.name] = dict(value=found.value, low=low, high=high, seeds=seeds, passed=low<=.5<=high)
         return out
 
     def verdicts(self,
@@ -330,13 +332,15 @@ class TableScores:
                     found.setdefault(r['row'], []).append((c, r))
         ideas = [r for r in self.table.rows if r.name in found and not r.frozen
             and r.name not in self.table.controls.values()]
+        trained = [row for row in ideas if not row.after] or ideas
         for c in self.columns:
-            own = [r['difference'] for row in ideas for column, r in found[row.name] if column is c]
+            own = [r['difference'] for row in trained for column, r in found[row.name] if column is c]
             smallest[c.name] = smallest_difference(own) if own else None
         out = []
         for row in ideas:
             control = self.table.controls.get(row.name, '')
-            cells = [dict(column=c.name, difference=r['difference'], smallest=smallest[c.name], control=control,
+            cells = [dict(column=c.name, difference=r['difference'], control=control,
+                smallest=smallest_difference([r['difference']]),
                 control_difference=self.compare(row, self.rows[control], c, self.headline(c)) if control else None,
                 problem=self._problem(row, c, permutation)) for c, r in found[row.name]]
             verdict, reason = row_verdict(cells, self.table.metric)
@@ -572,8 +576,8 @@ class TableRun(TableScores):
         "List every cell, training by training"
         tests = {train: dict.fromkeys(c.test for c in self.columns if c.train==train)
             for train in dict.fromkeys(c.train for c in self.columns)}
-        def rows(seed): return [*self.table.rows, *([self.shuffled] if self.shuffled and seed==self.seeds[0] else [])]
-        return [(row, train, test, seed) for train in tests for seed in self.seeds for row in rows(seed)
+        rows = [*self.table.rows, *([self.shuffled] if self.shuffled else [])]
+        return [(row, train, test, seed) for train in tests for seed in self.seeds for row in rows
             for test in tests[train]]
 
     def cell(self,
@@ -613,7 +617,7 @@ class TableRun(TableScores):
         at = (row.name, train, seed)
         if at in self.trained: return self.trained[at]
         self.trained = {k: v for k, v in self.trained.items() if k[1:]==at[1:]}
-        start, manifest = time.time(), self.training_manifest(row, train)
+        start, manifest = time.time(), self.training_manifest(row, train, seed)
         if not row.after: detector = self._load_or_train(row, train, seed)
         else:
             base = self.detector(self.rows[row.after], train, seed)
@@ -622,8 +626,9 @@ class TableRun(TableScores):
         self.trained[at], self.validation[at] = detector, validation_auc(detector, self.manifests[train])
         return detector
 
-    def training_manifest(self, row:Row, train:str)->Manifest:
+    def training_manifest(self, row:Row, train:str, seed:int)->Manifest:
         "Return the faces that a row is trained on"
+        if row.change is shuffle_labels: return shuffle_labels(self.manifests[train], seed)
         return row.change(self.manifests[train]) if row.change else self.manifests[train]
 
     def _load_or_train(self, row, train, seed):
@@ -636,7 +641,7 @@ class TableRun(TableScores):
         unfinished, options = self.cache/'unfinished'/folder.name, {}
         if row.frozen: detector = FrozenProbe(detector)
         elif hasattr(detector, 'phases'): options = dict(resume=unfinished) # an interrupted training is resumed
-        detector.fit(self.training_manifest(row, train), preset=self.preset, recipe=row.recipe, **options)
+        detector.fit(self.training_manifest(row, train, seed), preset=self.preset, recipe=row.recipe, **options)
         self.provenance[row.name, train, seed] = provenance = dict(provenance, seconds=time.time()-start)
         try:
             detector.save(folder)
