@@ -191,13 +191,14 @@ def plot_differences(
     record:dict,     # of a table, see `read_record`
     metric:str|None=None, # key of `METRIC_LABELS`; default: the one that the table's verdicts are about
     columns:Sequence[str]|None=None, # which; default: all that have a difference by the metric
+    rows:Sequence[str]|None=None, # which, in this order; default: all but the frozen probe
 )->Any:              # matplotlib Figure
     "Plot the differences of rows to the baseline, controls in grey, a panel for each column"
     metric = metric or record['metric']
     found = [r for r in record['results'] if r['metric']==metric and r['difference'] and r['row']!='frozen probe']
     panels = [c for c in dict.fromkeys(r['column'] for r in found) if columns is None or c in columns]
     if not panels: raise DeepfidError(f"{record['title']}: no differences by {metric}")
-    rows = list(dict.fromkeys(r['row'] for r in found))
+    rows = list(dict.fromkeys(r['row'] for r in found) if rows is None else rows)
     fig, axes = new_figure(2+2.2*len(panels), .9+.36*len(rows), len(panels))
     for ax in axes[1:]: ax.sharex(axes[0])
     for ax, column in zip(axes, panels):
@@ -205,7 +206,7 @@ def plot_differences(
         smallest = record['smallest_difference'].get(column) if metric==record['metric'] else None
         if smallest: ax.axvspan(-100*smallest, 100*smallest, color=GRID, lw=0, zorder=0)
         ax.axvline(0, color='#9aa5ae', lw=1)
-        for r in (r for r in found if r['column']==column):
+        for r in (r for r in found if r['column']==column and r['row'] in rows):
             d, y = r['difference'], rows.index(r['row'])
             colour = '#9aa5ae' if r['row'] in record['controls'].values() else REAL
             ax.plot([100*d['low'], 100*d['high']], [y, y], color=colour, lw=3, alpha=.5, solid_capstyle='round')
