@@ -16,6 +16,7 @@ from ..data.synth import synthetic_face
 from ..evaluate.metrics import mask_iou
 from deepfid.explore.score import (CONTROL_STYLE, Explorer, image_widget, side_by_side,
     wide_slider)
+from ..plotting import MASK, paint_mask
 
 # %% ../../nbs/61_explore_maps.ipynb #da34f807
 def synthetic_forgery(
@@ -56,11 +57,12 @@ def forgery_montage(
     masks:dict,   # of `compare_masks`
     side:int=150  # of each panel, pixels
 )->np.ndarray: # uint8 RGB
-    "Show real, fake, their difference eight times as strong, and the masks with their IoU"
+    "Show real, fake, their difference eight times as strong, and the masks over the fake"
     difference = np.clip(8*np.abs(forgery.real.astype(int)-forgery.fake), 0, 255).astype(np.uint8)
     iou = mask_ious(masks)
     titles = [f'{name} {iou[name]:.2f}' if name in iou else f'{name} mask' for name in masks]
-    return montage([forgery.real, forgery.fake, difference, *masks.values()],
+    over = [paint_mask(forgery.fake, m) for m in masks.values()]
+    return montage([forgery.real, forgery.fake, difference, *over],
         ['real', forgery.method, 'difference x 8', *titles], ncols=6, scale=side/len(forgery.real))
 
 # %% ../../nbs/61_explore_maps.ipynb #557ab758
@@ -90,8 +92,7 @@ class ForgeryExplorer(Explorer):
         right = [self.diff, self.ssim, self.jpeg]
         controls = side_by_side(w.VBox(left), w.VBox(right))
         super().__init__(w.VBox([controls, self.image_view]), left+right,
-            {'white; border:1px solid #888': 'pixels that a mask marks',
-            'black': 'pixels that it leaves'})
+            {MASK: 'pixels that a mask marks; above each, its IoU with the true mask'})
 
     def refresh(self)->str:
         "Render, forge and compare"

@@ -148,6 +148,8 @@ def _probe_images(faces, most=3):
     region = region_mask(len(some[0].image), .5, .6, .5, .4)
     forged = [self_blend_region(f, region, 0, 2.).fake for f in some if f.consent]
     return [*(f.image for f in some), *(degrade_image(f.image, 3, 1, 10) for f in some), *forged]
+
+# %% ../../nbs/61_explore_maps.ipynb #965f2bc3
 class SimilarityExplorer(Explorer):
     "Click a position of a face: the others are coloured by how much they differ from it"
     def __init__(self,
@@ -174,7 +176,7 @@ class SimilarityExplorer(Explorer):
             self.height, self.strength]
         view = side_by_side(self.grid, w.VBox([*controls, self.mask_view]))
         super().__init__(view, controls, {'white; border:1px solid #888': 'chosen position (frame)',
-            MASK: 'differs from it: the more opaque, the surer'})
+            MASK: 'differs from it; in the masks, manipulated: the more opaque, the surer'})
 
     def click(self, position:int)->None:
         "Compare the face with another position"
@@ -209,9 +211,9 @@ class SimilarityExplorer(Explorer):
         self.prediction = self.detector.predict([self.forgery.fake])[0]
         predicted, mask = self.prediction.similarity, self.forgery.mask
         self.matrices = dict(predicted=predicted, true=true_similarity(mask, len(predicted)))
-        masks = {'true mask': mask}
+        masks = {'true mask': paint_mask(self.forgery.fake, mask)}
         if self.prediction.mask is not None:
-            masks['predicted mask'] = resize_map(self.prediction.mask, region.shape)
+            masks['predicted mask'] = paint_mask(self.forgery.fake, self.prediction.mask)
         self.image_view.value = InlineImage(self.forgery.fake, quality=95).jpeg()
         self.mask_view.value = InlineImage(montage(masks.values(), masks)).jpeg()
         self._inputs = inputs

@@ -164,7 +164,8 @@ def legend_html(
 )->str: # HTML
     "List colours and what they mean, in one line where there is room"
     def entry(colour, meaning):
-        box = f'display:inline-block;width:12px;height:12px;border-radius:2px;background:{colour}'
+        box = ('display:inline-block;box-sizing:border-box;width:12px;height:12px;'
+            f'border:1px solid #9aa5ae;border-radius:2px;background:{colour}')
         return (f'<span style="margin-right:16px;white-space:nowrap"><span style="{box}"></span> '
                 f'{escape(meaning)}</span>')
     return '<div style="line-height:1.6">'+' '.join(
