@@ -53,7 +53,8 @@ def image_rows(folder, *rows, **columns):
         p.write_bytes(cv2.imencode('.png', np.random.default_rng(k).integers(0, 256, (16, 16, 3), np.uint8))[1].tobytes())
     return Manifest(pd.DataFrame([dict(path=p, identity=i, split=s, label=1) for p, i, s in rows]).assign(**columns), folder)
 
-@pytest.mark.parametrize('one, other', [('p010', 'P010'), ('p010', ' p010 '), ('Zo\u00e9', 'Zoe\u0301'), ('stra\u00dfe', 'STRASSE')])
+@pytest.mark.parametrize('one, other', [('p010', 'P010'), ('p010', ' p010 '), ('Zo\u00e9', 'Zoe\u0301'), ('stra\u00dfe', 'STRASSE'),
+    ('p010', '\uff50\uff10\uff11\uff10'), ('p010', 'p010\u200b'), ('ann lee', 'ann  lee'), ('ann lee', 'Ann\u00a0Lee')])
 @pytest.mark.parametrize('datasets', [('', ''), ('a', 'b')])
 def test_one_person_in_two_splits_however_written(tmp_path, one, other, datasets):
     m = image_rows(tmp_path, ('1.png', one, 'train'), ('2.png', other, 'test'), dataset=datasets)
@@ -105,6 +106,7 @@ CSV = 'path,label,identity,split\nfaces/a.png,1,p,test\n'
     (lambda t: t.replace('faces/', 'https://example.org/'), 'https://example.org/a.png; is an address; download'),
     (lambda t: t.replace('label', 'is_real'), "no column 'label'; a manifest needs path, label, identity, split"),
     (lambda t: t.replace('p,test', 'J\u00fcrgen,test').encode('cp1252'), 'is not UTF-8 text'),
+    (lambda t: t.replace('p,test', 'p,test,and,more'), 'rows have more cells than its first line'),
     (lambda t: t.encode('utf-16'), 'is not UTF-8 text')])
 def test_the_cause_is_named(tmp_path, change, message):
     image_rows(tmp_path, ('faces/a.png', 'p', 'test'))

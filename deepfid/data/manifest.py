@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import unicodedata
+import warnings
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,12 +105,16 @@ def read_manifest_csv(
     csv:str|Path, # path of the file
 )->pd.DataFrame: # its cells as text
     "Read the rows of a manifest file without converting them"
-    try: table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, ValueError) as e: # pandas' parser errors are ValueErrors
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)
+            table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as e: # pandas' parser errors are ValueErrors
         reasons = {FileNotFoundError: 'no such manifest file; check the path, or make one with build_pairs',
             IsADirectoryError: 'is a folder; give the path of the manifest file in it',
             PermissionError: 'permission denied; make the file readable',
-            UnicodeDecodeError: 'is not UTF-8 text; save it as CSV in UTF-8'}
+            UnicodeDecodeError: 'is not UTF-8 text; save it as CSV in UTF-8',
+            pd.errors.ParserWarning: 'its rows have more cells than its first line; put text with commas in quotes'}
         reason = next((text for kind, text in reasons.items() if isinstance(e, kind)),
             f'cannot be read as a comma-separated table ({str(e).splitlines()[0]})')
         raise ManifestError(f'{csv}: {reason}') from None
@@ -127,9 +132,10 @@ def csv_text(
 # %% ../../nbs/lib/data.manifest.ipynb #e42f6c4d
 def person_key(
     name:str, # of a person, as somebody typed it
-)->str: # the same for 'P010', 'p010 ' and for both ways to write an accent
+)->str: # the same for 'P010', 'p010 ', full-width and invisible characters, and for both ways to write an accent
     "Reduce the name of a person to what names are compared by"
-    return unicodedata.normalize('NFC', str(name)).strip().casefold()
+    visible = (c for c in unicodedata.normalize('NFKC', str(name)) if unicodedata.category(c)!='Cf')
+    return ' '.join(''.join(visible).casefold().split())
 
 def check_rows(
     table:pd.DataFrame, # as `typed_table` returns it
