@@ -46,6 +46,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'deepfid.commands._save_evaluation': ('lib/commands.html#_save_evaluation', 'deepfid/commands.py'),
                                   'deepfid.commands._save_quality': ('lib/commands.html#_save_quality', 'deepfid/commands.py'),
                                   'deepfid.commands._score_items': ('lib/commands.html#_score_items', 'deepfid/commands.py'),
+                                  'deepfid.commands._short_name': ('lib/commands.html#_short_name', 'deepfid/commands.py'),
                                   'deepfid.commands.auc_by_group': ('lib/commands.html#auc_by_group', 'deepfid/commands.py'),
                                   'deepfid.commands.check_input': ('lib/commands.html#check_input', 'deepfid/commands.py'),
                                   'deepfid.commands.check_output_file': ('lib/commands.html#check_output_file', 'deepfid/commands.py'),

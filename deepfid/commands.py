@@ -684,12 +684,14 @@ def _manifest(name, folder, pairs=None, size=112):
     from deepfid.experiments.conditions import synthetic_video_set
     return synthetic_video_set(made, size=size)
 
+def _short_name(manifest): return Path(manifest).resolve().parent.name if manifest.endswith('.csv') else manifest
+
 def _manifests(names, folder, pairs=None, size=112):
     "Read manifests, by short name: that of generated faces, or the folder of the file"
     from deepfid.core import DeepfidError
     for n in names:
         if n.endswith('.csv'): check_input(n)
-    short_names = [Path(n).resolve().parent.name if n.endswith('.csv') else n for n in names]
+    short_names = [_short_name(n) for n in names]
     if len(set(short_names))<len(names):
         raise DeepfidError(
             'two manifests lie in folders of the same name: rename one, since columns are named after them')
@@ -716,8 +718,11 @@ def save_table(
 def table_command(args:Namespace)->dict:
     "Run tables of the papers on any manifests, and show them beside the published numbers"
     check_output_folder(args.out)
-    from deepfid.experiments.registry import get_table
+    from deepfid.core import check_choice
+    from deepfid.experiments.registry import TABLE_FACES, get_table
     from deepfid.io import check_overwrite
+    for name in {*args.name}&{*TABLE_FACES}: # refused before any face is made
+        check_choice(f'--manifest of {name}', _short_name(args.manifest[0]), (TABLE_FACES[name],))
     tables = [get_table(name) for name in args.name]
     for t in tables:
         t.require_manifests(len(args.manifest))

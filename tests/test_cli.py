@@ -594,4 +594,7 @@ def test_faces_of_a_folder(capsys, photos, tmp_path):
 
 def test_a_table_states_what_it_needs_before_it_generates_a_face(capsys, tmp_path):
     one_line(run(capsys, 'table', 'lisiam-cross', '--manifest', 'synthetic', '--out', tmp_path/'out'), 'needs 2 manifests')
+    from deepfid.experiments.registry import TABLE_FACES
+    assert set(TABLE_FACES)<=set(deepfid.list_tables())
+    for name in TABLE_FACES: one_line(run(capsys, 'table', name, '--manifest', 'synthetic', '--out', tmp_path/'out'), name, "choose one of 'london'")
     assert not (tmp_path/'out').exists()

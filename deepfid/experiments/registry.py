@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # %% auto #0
-__all__ = ['FigureSpec', 'list_tables', 'get_table', 'register_table', 'list_figures', 'get_figure', 'register_figure']
+__all__ = ['TABLE_FACES', 'FigureSpec', 'list_tables', 'get_table', 'register_table', 'list_figures', 'get_figure',
+           'register_figure']
 
 # %% ../../nbs/lib/experiments.registry.ipynb #4c1cc9e3
 _D, _S, _L, _F, _C = (f'deepfid.experiments.{m}:' for m in (
@@ -62,6 +63,8 @@ _TABLES:dict = { # name -> (title, 'module:attribute' or `Table`)
         _C+'region_condition_table'),
     'condition-codec': ('The agreement of LiSiam under a codec that was in no training', _C+'codec_condition_table'),
 }
+# table -> the set of faces that its conditions are made from; other tables run on any
+TABLE_FACES = dict.fromkeys((f'condition-{c}' for c in ('mirror', 'quality', 'regions', 'codec')), 'london')
 
 # %% ../../nbs/lib/experiments.registry.ipynb #c6be31a0
 @dataclass(frozen=True)
