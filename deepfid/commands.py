@@ -585,7 +585,7 @@ def outcome_lines(
     found = dict(proba_fake_of_fakes=fake[label==0].mean(), proba_fake_of_reals=fake[label==1].mean(),
         calibration_error=calibration_error(1-fake, label))
     numbers |= {k: float(v) for k, v in found.items()}
-    shown = [(f'mean probability of fake (predict_proba), {kind}', numbers[f'proba_fake_of_{kind}'])
+    shown = [(f'mean fake probability (1 - predict_proba), {kind}', numbers[f'proba_fake_of_{kind}'])
         for kind in ('fakes', 'reals')]+[('calibration error, probability of fake', numbers['calibration_error'])]
     return [*lines, '', *(f'{name:50}{value:.3f}' for name, value in shown)], numbers
 

@@ -415,7 +415,7 @@ def test_train_and_evaluate(capsys, tmp_path):
     assert result['proba_fake_of_fakes']==pytest.approx(fake[test.table['label']==0].mean(), abs=1e-4) and 0<=result['calibration_error']<=1
     assert sum(result['confusion_matrix'].values())==len(test)
     status, out, _ = run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'pair')
-    assert status==0 and 'AUC by method' in out and 'positive class: fake' in out and 'predict_proba' in out
+    assert status==0 and 'AUC by method' in out and 'positive class: fake' in out and 'fake probability (1 - predict_proba), fakes' in out
     one_line(run(capsys, 'evaluate', tmp_path/'m', csv, '--by', 'hat'), "'hat'")
 
 def test_train_shows_its_work(capsys, tmp_path, monkeypatch):
