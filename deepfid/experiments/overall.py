@@ -68,7 +68,8 @@ overall_rows = [
 
 overall_table = Table('overall', 'One table over all: each idea on EfficientNet-Lite0', overall_rows, overall_columns,
     derive_manifests=overall_manifests, seeds=5, train_steps=2000,
-    controls={'SSAA': 'flipped top to bottom', 'mapping': 'shuffled quality', 'agreement': 'without agreement'}, prediction=(
+    controls={'SSAA': 'flipped top to bottom', 'mapping': 'shuffled quality', 'agreement': 'without agreement'},
+    prediction=(
         'No idea changes the AUC in the set by more than a point. The decoder and the agreement gain 20 points of IoU '
         'over the mean mask. The agreement gains two points and more at c40, and so does the plain network on degraded '
         'faces. SSAA does as well flipped top to bottom, the mapping as well with shuffled quality. Unseen forgers and '
