@@ -67,8 +67,8 @@ mirror_condition_table = Table('condition-mirror', 'SSAA on photographs, forged 
         'Two-sided: SSAA differs from the plain network by less than a point. One-sided: it gains two points and more, '
         'with a mirrored weight below 0, a comparison of the sides; flipped top to bottom, with as many parameters and '
         'as fast a learning rate, it gains nothing. (Written after seeds 0 and 1 of SSAA and of the plain network; the '
-        'control and the other seeds had not been run. With mixing weights as slow as the rest, the mirror stays where it begins, '
-        'at weight 0.)'))
+        'control and the other seeds had not been run. With mixing weights as slow as the rest, the mirror stays where '
+        'it begins, at weight 0.)'))
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00010
 def region_manifests(
