@@ -50,7 +50,7 @@ ENCODER_HEAD_ROW = _row('LLSM and FLM, encoder head', cls_from='encoder')
 _HEAD_ROWS = [_row('Xception, decoder head', use_llsm=False, beta=0.),
     _row('LLSM, decoder head', beta=0.)]
 similarity_ablation_table = Table('similarity-ablation',
-    'Table IV: ablation of LLSM and FLM, by the place of the classifier', [
+    'Table IV: ablation of LLSM and FLM, by the position of the classifier', [
     XCEPTION_ROW, LLSM_ROW, FLM_ROW, LLSM_FLM_ROW,
     _row('FLM, encoder head', use_llsm=False, use_flm=True, cls_from='encoder'),
     ENCODER_HEAD_ROW, *_HEAD_ROWS], _cross, _PAPER_TABLE_IV,
