@@ -651,7 +651,7 @@ def track_faces(
     max_distance:float=1.,  # how far a face may move between frames, see `box_distance`
     max_gap:int=5,          # frames for which a face may be out of sight
     # function of an image and its detections that returns an embedding of each face, (n,D):
-    # people who swap positions keep their tracks, and a newcomer at another one's position begins a new one
+    # people who swap positions keep their tracks; a newcomer at one of them begins a new one
     embed:Callable|None=None,
 )->list: # of `Track`, the main face first
     "Track every face through the frames, which are looked at once and not kept; not across cuts"
