@@ -44,8 +44,8 @@ def _derived_columns(names, metrics=('auc',)): return within_columns([n for n in
 _LIVE = dict(bs=16, size=112, lr=1e-3, shift=2, ema=None)
 _STEPS = 200 # of each classifier
 
-def _row(name, detector, **settings):
-    return Row(name, detector, _LIVE|dict(epochs=8)|settings, 'finetune')
+def _row(name, detector, measure=None, **settings):
+    return Row(name, detector, _LIVE|dict(epochs=8)|settings, 'finetune', measure=measure)
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00008
 def mirror_condition_manifests(
@@ -56,9 +56,8 @@ def mirror_condition_manifests(
     return {f'{next(iter(manifests))}, {kind}': _variant(manifests, folder, kind, align='symmetric', side=side)
         for kind, side in (('two-sided', 'both'), ('one-sided', 'random'))}
 
-_SSAA = _row('SSAA', DeepFidelity, mapping=None)
-_VERTICAL = _row('flipped top to bottom', DeepFidelity, mapping=None, network=dict(axis=-2))
-for row in (_SSAA, _VERTICAL): row.measure = mirror_weights
+_SSAA = _row('SSAA', DeepFidelity, mirror_weights, mapping=None)
+_VERTICAL = _row('flipped top to bottom', DeepFidelity, mirror_weights, mapping=None, network=dict(axis=-2))
 mirror_condition_table = Table('condition-mirror', 'SSAA on photographs, forged on both sides and on one',
     [_row('plain', DeepFidelity, mapping=None, ssaa_blocks=0), _SSAA, _VERTICAL,
         Row('SSAA, mirror off', after='SSAA', refit=switch_mirror_off)],

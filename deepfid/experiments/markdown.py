@@ -101,12 +101,12 @@ def _control_text(record):
     "The training on shuffled labels, collapsed trainings, and the smallest difference that could have been seen"
     if 'verdicts' not in record: return ''
     shuffled = ', '.join(f"{c} {100*p['value']:.1f} [{100*p['low']:.1f}, {100*p['high']:.1f}]"
-        f"{'' if p['passed'] else ' (above 50)'}" for c, p in record['permutation'].items())
+        f"{'' if p['passed'] else ' (not 50)'}" for c, p in record['permutation'].items())
     smallest = ', '.join(f"{c} {'unknown with one seed' if v is None else f'{100*v:.1f}'}"
         for c, v in record['smallest_difference'].items())
     collapsed = '; '.join(f"{c['row']}, trained on {c['train']}, seed {c['seed']} ({c['why']})"
         for c in record['collapsed'])
-    texts = {'AUC after training on shuffled labels, which must not be above 50': shuffled,
+    texts = {'AUC after training on shuffled labels, which must be 50': shuffled,
         f'Smallest difference that could have been seen (four times in five, {len(record["seeds"])} seeds), in points':
         smallest, 'Collapsed trainings, outside the means': collapsed or 'none'}
     return '\n'.join(f'- {k}: {v}.' for k, v in texts.items() if v)

@@ -47,13 +47,13 @@ def overall_columns(
 # %% ../../nbs/lib/experiments.overall.ipynb #ovr00007
 _EQUAL = dict(bs=32, size=160, epochs=8)
 
-def _row(name, detector, **settings): return Row(name, detector, _EQUAL|settings, 'finetune')
+def _row(name, detector, measure=None, **settings):
+    return Row(name, detector, _EQUAL|settings, 'finetune', measure=measure)
 
 _PLAIN = dict(backbone='efficientnet_lite0', use_llsm=False, use_flm=False)
 _SHUFFLED = Row('shuffled quality', after='plain, two logits', refit=refit_shuffled, settings=dict(mapping='minmax'))
-_SSAA = _row('SSAA', DeepFidelity, mapping=None)
-_VERTICAL = _row('flipped top to bottom', DeepFidelity, mapping=None, network=dict(axis=-2))
-for row in (_SSAA, _VERTICAL): row.measure = mirror_weights
+_SSAA = _row('SSAA', DeepFidelity, mirror_weights, mapping=None)
+_VERTICAL = _row('flipped top to bottom', DeepFidelity, mirror_weights, mapping=None, network=dict(axis=-2))
 overall_rows = [
     _row('plain', LocalSimilarity, **_PLAIN),
     _row('LLSM', LocalSimilarity, **_PLAIN|dict(use_llsm=True)),

@@ -318,7 +318,7 @@ class TableScores:
             seeds = [average_over_seeds([r], label, 'auc', n_boot=0).value for r in runs]
             found, margin = average_over_seeds(runs, label, 'auc', people), margin_of_mean(seeds)
             low, high = min(found.low, found.value-margin), max(found.high, found.value+margin)
-            out[column.name] = dict(value=found.value, low=low, high=high, seeds=seeds, passed=low<=.5)
+            out[column.name] = dict(value=found.value, low=low, high=high, seeds=seeds, passed=low<=.5<=high)
         return out
 
     def verdicts(self,
