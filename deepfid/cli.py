@@ -41,7 +41,7 @@ def parse_setting(
     except (ValueError, SyntaxError): return name, value
 
 # %% ../nbs/lib/cli.ipynb #cli0n07
-_count = number_type(1)
+_count, _processes = number_type(1, 10**6), number_type(1, 256)
 
 def _seed_option(p, what='random seed'):
     "Add --seed"
@@ -68,10 +68,10 @@ def _demo_options(p):
     p.add_argument('--out', default='out/demo', type=Path,
         help='folder for report.html, summary.json and the trained detector')
     p.add_argument('--pairs', type=_count,
-        help='real/fake pairs in all, from 1 (default: chosen for three minutes on two cores)')
-    p.add_argument('--epochs', type=_count, help='passes over the training pairs, from 1')
+        help='real/fake pairs in all, 1 to 1,000,000 (default: chosen for three minutes on two cores)')
+    p.add_argument('--epochs', type=_count, help='passes over the training pairs, 1 to 1,000,000')
     _seed_option(p)
-    p.add_argument('--workers', type=_count, help='processes that generate faces, from 1 (default: one a core)')
+    p.add_argument('--workers', type=_processes, help='processes that generate faces, 1 to 256 (default: one a core)')
 
 def _score_options(p):
     from deepfid.inference.hub import DEFAULT_DETECTOR, list_bundled
@@ -95,8 +95,8 @@ def _score_options(p):
     p.add_argument('--rotate', choices=('off', 'auto'), default='off',
         help='auto: of images, try all four turns, for portraits that lie on their side (default: off)')
     p.add_argument('--device', help='on which to compute: cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
-    p.add_argument('--frames', type=_count, default=32, help='of a video, evenly spaced, from 1 (default: 32)')
-    p.add_argument('--workers', type=_count, default=2, help='threads that read files, from 1 (default: 2)')
+    p.add_argument('--frames', type=_count, default=32, help='of a video, evenly spaced, 1 to 1,000,000 (default: 32)')
+    p.add_argument('--workers', type=_processes, default=2, help='threads that read files, 1 to 256 (default: 2)')
 
 # %% ../nbs/lib/cli.ipynb #cli0009
 def _faces_options(p):
@@ -110,17 +110,17 @@ def _faces_options(p):
         help='side of the crops, pixels, 16 to 2048 (default: 224; without labels 320)')
     p.add_argument('--margin', type=number_type(.5, 4, integer=False),
         help='side of the crop relative to the face, 0.5 to 4 (default: 1.3; without labels 1.6)')
-    p.add_argument('--frames', type=_count, default=32, help='of each video, from 1 (default: 32)')
+    p.add_argument('--frames', type=_count, default=32, help='of each video, 1 to 1,000,000 (default: 32)')
     p.add_argument('--align', choices=('similarity', 'symmetric', 'box'),
         help='align the face by a similarity transform (default), the same with the axis of the face in the middle '
         '(for DeepFidelity), or crop an upright square (without labels)')
     p.add_argument('--compression', choices=('raw', 'c23', 'c40'), help='of FaceForensics++ and DFD (default: c23)')
-    p.add_argument('--workers', type=_count, help='processes, from 1 (default: one a core)')
+    p.add_argument('--workers', type=_processes, help='processes, 1 to 256 (default: one a core)')
     p.add_argument('--engine', default='local', choices=('local', 'ray'), help='where processes run (default: local)')
 
 def _synth_options(p):
     p.add_argument('--out', required=True, type=Path, help='a new folder')
-    p.add_argument('--n', type=_count, default=20, help='number of faces, from 1 (default: 20)')
+    p.add_argument('--n', type=_count, default=20, help='number of faces, 1 to 1,000,000 (default: 20)')
     p.add_argument('--size', type=number_type(32, 1024), default=224, help='side, pixels, 32 to 1024 (default: 224)')
     _seed_option(p, 'of the first face; the same seed gives the same face')
 
@@ -145,7 +145,8 @@ def _train_options(p):
     p.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
     p.add_argument('--recipe', choices=('ours', 'paper', 'released', 'finetune'),
         help='training recipe (default: the detector\'s own choice for the preset)')
-    p.add_argument('--epochs', type=_count, help='passes over the training faces, from 1 (default: the recipe\'s)')
+    p.add_argument('--epochs', type=_count,
+        help='passes over the training faces, 1 to 1,000,000 (default: the recipe\'s)')
     _rate_options(p, (Detector.false_alarms, Detector.misses))
     _seed_option(p)
     p.add_argument('--resume', type=Path,
@@ -163,7 +164,7 @@ def _train_options(p):
         help='of quality to fidelity targets, of detectors that have such targets (default: the recipe\'s)')
     p.add_argument('--set', type=parse_setting, action='append', metavar='NAME=VALUE',
         help='any other setting of the detector, such as amp=bf16; may be given several times')
-    p.add_argument('--workers', type=number_type(1, 256), default=4,
+    p.add_argument('--workers', type=_processes, default=4,
         help='threads that decode faces, 1 to 256 (default: 4)')
     p.add_argument('--device', help='on which to compute: cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
 
@@ -213,17 +214,20 @@ def _table_options(p):
     p.add_argument('--manifest', action='append', required=True,
         help='manifest.csv, or synthetic, london, portraits, congress, moving; several may be given, cross tables '
              'train on the first')
-    p.add_argument('--seeds', type=_count, help='trainings of each row, from 1 (default: as the table declares)')
-    p.add_argument('--jobs', type=_count, default=1, help='trainings at a time, each a process, from 1 (default: 1)')
+    p.add_argument('--seeds', type=number_type(1, 100),
+        help='trainings of each row, 1 to 100 (default: as the table declares)')
+    p.add_argument('--jobs', type=_processes, default=1,
+        help='trainings at a time, each a process, 1 to 256 (default: 1)')
     p.add_argument('--engine', choices=('local', 'ray'), default='local',
         help='ray: trainings on the machines of a Ray cluster, which all see the folder of --out (default: local)')
     p.add_argument('--preset', choices=('tiny', 'full'), help='default: full where there is a GPU')
-    p.add_argument('--epochs', type=_count, help='passes over the training faces, from 1 (default: the recipe\'s)')
+    p.add_argument('--epochs', type=_count,
+        help='passes over the training faces, 1 to 1,000,000 (default: the recipe\'s)')
     p.add_argument('--set', type=parse_setting, action='append', metavar='NAME=VALUE',
         help='any other setting of the detectors, such as amp=bf16; train_steps=2000 gives every classifier so many '
              'steps, recipe=finetune starts from ImageNet (default: as the table declares, unless --epochs is given)')
     p.add_argument('--pairs', type=_count,
-        help='of real and fake faces in all, where they are generated, from 1 (default: that of the demo)')
+        help='of real and fake faces in all, where they are generated, 1 to 1,000,000 (default: that of the demo)')
     p.add_argument('--size', type=number_type(16, 2048), default=112,
         help='side of the faces, where they are generated, pixels, 16 to 2048 (default: 112)')
     p.add_argument('--out', default='out/tables', type=Path,

@@ -187,7 +187,7 @@ def make_detector(
     args:Namespace # options of `deepfid train`
 )->Any: # untrained, its settings checked
     "Make the detector that is to be trained; wrong settings are refused before anything is computed"
-    from deepfid.core import DeepfidError
+    from deepfid.core import DeepfidError, raise_as
     from deepfid.inference.hub import resolve_device
     from deepfid.models.registry import get_detector_class
     detector_class:Any = get_detector_class(args.detector)
@@ -195,9 +195,8 @@ def make_detector(
     options:dict = {} if args.device is None else dict(device=resolve_device(args.device))
     if not hasattr(detector_class, 'resolve_config'): return detector_class(**options, **settings)
     detector = detector_class(workers=args.workers, **options, **settings)
-    try: detector.resolve_config(args.preset, args.recipe)
-    except (TypeError, ValueError, AttributeError) as e: # a value of a kind that its check did not expect
-        raise DeepfidError(f'{args.detector}: these settings do not go together ({e}); see --set') from None
+    with raise_as(DeepfidError, f'{args.detector}: these settings do not go together', advice='see --set'):
+        detector.resolve_config(args.preset, args.recipe)
     return detector
 
 # %% ../nbs/lib/commands.ipynb #com0m18

@@ -11,8 +11,10 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['printable', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
-           'DataMissingError', 'check_choice', 'check_number', 'check_array', 'check_image', 'default_device',
-           'supports_bf16', 'get_preset', 'set_seed', 'data_dir', 'install_hint', 'five_points', 'Face', 'face_region',
-           'Prediction', 'platt_scaling', 'Detector']
+           'DataMissingError', 'raise_as', 'import_optional', 'check_choice', 'check_number', 'check_array',
+           'check_image', 'default_device', 'supports_bf16', 'get_preset', 'set_seed', 'data_dir', 'install_hint',
+           'five_points', 'Face', 'face_region', 'Prediction', 'platt_scaling', 'Detector']
 
 # %% ../nbs/lib/core.ipynb #a458cf3c
 # control characters, halves of surrogates (bytes of a name that are no UTF-8), line separators, changes of direction
@@ -57,7 +59,34 @@ class WeightsError(DeepfidError):
         super().__init__(message)
         self.differences = list(differences)
 
-class DataMissingError(DeepfidError): "Data or a model that has to be downloaded first"
+class DataMissingError(DeepfidError): "Data, a model or a package that has to be downloaded first"
+
+# %% ../nbs/lib/core.ipynb #err00003
+@contextmanager
+def raise_as(
+    error:type[DeepfidError], # to raise
+    message:str,              # what went wrong, and with which file
+    *kinds:type[Exception],   # that are expected; default: any, since decoders of broken files raise anything
+    advice:str='',            # what to do about it
+)->Iterator[None]:
+    "Raise an exception of other code as one line of this package: message (reason); advice. Its own errors pass"
+    kinds = kinds or (Exception,)
+    try: yield
+    except DeepfidError: raise
+    except kinds as e:
+        reason = 'not enough memory' if isinstance(e, MemoryError) else getattr(e, 'strerror', None)
+        reason = reason or ': '.join([type(e).__name__, *str(e).strip().splitlines()[:1]])
+        raise error(f'{message} ({reason})' + (advice and f'; {advice}')) from e
+
+def import_optional(
+    package:str,    # name to import
+    purpose:str,    # what needs it
+    install:str='', # command that installs it; default: pip install PACKAGE
+)->Any:
+    "Import a package that an installation may lack, or say how to get it"
+    try: return import_module(package)
+    except ImportError as e:
+        raise DataMissingError(f"{purpose} needs {package}: {install or f'pip install {package}'}") from e
 
 # %% ../nbs/lib/core.ipynb #chk00002
 def check_choice(
@@ -129,7 +158,8 @@ def check_image(
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 \
         and image.size: return image
     got = f'{image.dtype} {image.shape}' if isinstance(image, np.ndarray) else type(image).__name__
-    raise ImageError(f'{name}: give an RGB image as a uint8 array (H,W,3), not {got}; read_image makes one of a file')
+    raise ImageError(f'{name}: give an RGB image as a uint8 array (H,W,3), not {got}; read_image makes one of a file, '
+        'to_uint8 of another array')
 
 # %% ../nbs/lib/core.ipynb #8e836ca5
 def default_device()->torch.device:
@@ -332,6 +362,11 @@ class Detector:
     def load(cls, folder:str|Path)->Detector:
         "Read a detector that `save` wrote"
         raise NotImplementedError
+
+    def check_trained(self)->None:
+        "Refuse a detector without a network"
+        if getattr(self, 'model', None) is not None: return
+        raise DeepfidError(f'this {type(self).__name__} is not trained: call fit, or load a trained one')
 
     @classmethod
     def register_networks(cls)->None: "Make networks of its own known to `timm.create_model`, where it has any"

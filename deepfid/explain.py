@@ -151,9 +151,7 @@ def detector_grad_cam(
     **kwargs:Any # more options of `grad_cam`
 )->np.ndarray: # (N,h,w)
     "Compute Grad-CAM of faces as a detector reads them"
-    if getattr(detector, 'model', None) is None:
-        raise DeepfidError(
-            f'this {type(detector).__name__} has no network yet: call fit, or load a trained one')
+    detector.check_trained()
     device, faces = next(detector.model.parameters()).device, list(faces)
     batches = (faces_to_batch(faces[i:i+batch_size], detector.size, device)
         for i in range(0, len(faces), batch_size))

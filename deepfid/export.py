@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 import deepfid
-from .core import DeepfidError, check_choice, check_number
+from .core import DeepfidError, check_choice, check_number, import_optional, raise_as
 from .data.faces import alignment_template, yunet_path
 from .io import FILE_MARK, check_overwrite, file_hash, to_json, write_atomically
 if TYPE_CHECKING: from deepfid.models.base import NetworkDetector
@@ -42,13 +42,10 @@ def detector_graph(
     detector:'NetworkDetector', # a trained detector
 )->nn.Module: # on the CPU, with `output_names`
     "Return a detector as one module: what its `inference_graph` returns where it has one, else a `DetectorGraph`"
-    if getattr(detector, 'model', None) is None:
-        raise DeepfidError(f'this {type(detector).__name__} is not trained: call fit, or load a trained one')
-    make = getattr(detector, 'inference_graph', None)
-    try: return DetectorGraph(detector) if make is None else make()
-    except NotImplementedError:
-        name = type(detector).__name__
-        raise DeepfidError(f'a {name} has no graph: it defines neither maps nor inference_graph') from None
+    detector.check_trained()
+    make, name = getattr(detector, 'inference_graph', None), type(detector).__name__
+    with raise_as(DeepfidError, f'a {name} has no graph: it defines neither maps nor inference_graph',
+            NotImplementedError): return DetectorGraph(detector) if make is None else make()
 
 # %% ../nbs/lib/export.ipynb #ex00004n
 def export_metadata(
@@ -88,10 +85,7 @@ def check_export_format(
 )->None:
     "Raise a `DeepfidError` if a format is unknown, or needs a package that is not installed"
     for package in _REQUIRED_PACKAGES[check_choice('format', format, tuple(EXPORT_FORMATS))]:
-        try: __import__(package)
-        except ImportError:
-            needed = ' '.join(_REQUIRED_PACKAGES[format])
-            raise DeepfidError(f'format={format!r} needs {package}: pip install {needed}') from None
+        import_optional(package, f'format={format!r}', f"pip install {' '.join(_REQUIRED_PACKAGES[format])}")
 
 def export_graph(
     detector:'NetworkDetector', # a trained detector
@@ -113,21 +107,16 @@ def export_graph(
         program = _traced(graph, detector, batch)
         write:Callable[..., Any] = dict(torch=_torch_writer, onnx=_onnx_writer, openvino=_openvino_writer)[format]
         contents = write(program, tuple(getattr(graph, 'output_names', ('fidelity', 'mask'))), about)
-    try:
+    with raise_as(DeepfidError, f'{path}: cannot be written', OSError, advice='choose another folder'):
         for file, content in zip(files[::-1], contents[::-1]): write_atomically(file, content, FILE_MARK)
-    except OSError as e:
-        raise DeepfidError(f'{path}: cannot be written ({e.strerror or e}); choose another folder') from None
     return Path(path)
 
 def _traced(graph, detector, batch):
     "The graph as a program of torch.export"
     example = torch.zeros(2 if batch=='dynamic' else int(batch), 3, detector.size, detector.size)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if batch=='dynamic' else None
-    try:
-        with torch.no_grad(): return torch.export.export(graph, (example,), dynamic_shapes=shapes)
-    except Exception as e: # whatever a network raises that cannot be traced
-        reason = (str(e).splitlines() or [''])[0]
-        raise DeepfidError(f'{detector.name}: its network cannot be exported ({type(e).__name__}: {reason})') from e
+    with raise_as(DeepfidError, f'{detector.name}: its network cannot be exported'), torch.no_grad():
+        return torch.export.export(graph, (example,), dynamic_shapes=shapes)
 
 # %% ../nbs/lib/export.ipynb #ex00005b
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MARKER_FILE', 'FOLDER_KINDS', 'to_uint8',
            'read_image', 'montage', 'InlineImage', 'iter_files', 'check_overwrite', 'write_atomically',
-           'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'escape_formula',
+           'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'check_digest', 'escape_formula',
            'unescape_formula', 'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder', 'fetch_model_file',
            'save_safetensors', 'read_safetensors']
 
@@ -25,7 +25,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from fnmatch import fnmatch
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont
-from .core import DataMissingError, DeepfidError, Face, ImageError, WeightsError, data_dir
+from .core import DataMissingError, DeepfidError, Face, ImageError, WeightsError, data_dir, raise_as
 
 # %% ../nbs/lib/io.ipynb #io000009
 # formats that are read; none of them runs another program
@@ -359,14 +359,12 @@ def write_atomically(
     return path
 
 # %% ../nbs/lib/io.ipynb #io000043
-@contextmanager
 def report_write_errors(
     path:str|os.PathLike, # that is written inside the block; named in the message
     advice:str='name another file' # what to do about it
-)->Iterator[None]:
+)->AbstractContextManager:
     "Raise an operating system's error while writing a file as one `DeepfidError` line that names it"
-    try: yield
-    except OSError as e: raise DeepfidError(f'{path}: cannot be written ({e.strerror}); {advice}') from None
+    return raise_as(DeepfidError, f'{path}: cannot be written', OSError, advice=advice)
 
 # %% ../nbs/lib/io.ipynb #io000031
 def _jsonable(o):
@@ -411,6 +409,15 @@ def file_hash(
 )->str: # 64 hexadecimal digits
     "Compute the sha256 of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def check_digest(
+    path:str|os.PathLike, # file that an error names
+    found:str, # sha256 of its content
+    recorded:str, # that it must have
+    advice:str='copy it again',
+)->None:
+    "Raise a `WeightsError` if the content of a file is not the recorded one"
+    if found!=recorded: raise WeightsError(f'{path}: does not match its checksum (its sha256 differs); {advice}')
 
 # %% ../nbs/lib/io.ipynb #csvf0002
 def escape_formula(
@@ -544,17 +551,16 @@ def fetch_model_file(
     package = Path(str(package_files('deepfid')))/'weights'/name
     found = next((p for p in ([Path(path)] if path else [*([root/'models'/name] if root else []), package])
         if p.is_file()), None)
-    if found and file_hash(found) != sha256:
-        raise WeightsError(f'{found}: is not {name} (its sha256 differs); delete it and download it again')
-    if found: return found
+    if found:
+        check_digest(found, file_hash(found), sha256, 'delete it and download it again')
+        return found
     if path: raise DataMissingError(f'{path}: no such model file; leave it out to have {name} found or downloaded')
     import pooch
     pooch.get_logger().setLevel('WARNING')
     cache = pooch.os_cache('deepfid')
-    try: return Path(pooch.retrieve(url, f'sha256:{sha256}', name, cache))
-    except Exception as e:
-        raise DataMissingError(f'{name} could not be downloaded ({type(e).__name__}); download it from {url} and '
-            f'put it into {cache}, or into the folder models under DEEPFID_DATA') from None
+    with raise_as(DataMissingError, f'{name} could not be downloaded', advice=f'download it from {url} and '
+            f'put it into {cache}, or into the folder models under DEEPFID_DATA'):
+        return Path(pooch.retrieve(url, f'sha256:{sha256}', name, cache))
 
 # %% ../nbs/lib/io.ipynb #io000051
 def save_safetensors(
@@ -577,9 +583,7 @@ def read_safetensors(
     "Read named arrays, or raise a `WeightsError` that names a missing, changed or unreadable file"
     path = Path(path)
     if not path.is_file(): raise WeightsError(f'{path}: no such file; copy the whole folder of the weights')
-    if sha256 is not None and file_hash(path)!=sha256:
-        raise WeightsError(f'{path}: its sha256 is not the recorded one; the file is corrupt or from another save')
+    if sha256 is not None: check_digest(path, file_hash(path), sha256, 'it is corrupt or from another save')
     if numpy: from safetensors.numpy import load_file
     else: from safetensors.torch import load_file
-    try: return load_file(path)
-    except Exception as e: raise WeightsError(f'{path}: cannot be read as a safetensors file ({e})') from None
+    with raise_as(WeightsError, f'{path}: cannot be read as a safetensors file'): return load_file(path)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
-from .core import DataMissingError, DeepfidError, check_choice
+from .core import DeepfidError, check_choice, import_optional, raise_as
 
 # %% ../nbs/lib/parallel.ipynb #1699c795
 def limit_threads(
@@ -52,12 +52,11 @@ def map_processes(
     pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_start_worker,
         initargs=(threads,))
     try:
-        if ordered: yield from pool.map(function, items, chunksize=chunk)
-        else:
-            for job in as_completed([pool.submit(function, item) for item in items]): yield job.result()
-    except BrokenProcessPool:
-        raise DeepfidError('a worker process was killed, perhaps for lack of memory; run the same command again with '
-            'fewer workers') from None
+        with raise_as(DeepfidError, 'a worker process was killed, perhaps for lack of memory', BrokenProcessPool,
+                advice='run the same command again with fewer workers'):
+            if ordered: yield from pool.map(function, items, chunksize=chunk)
+            else:
+                for job in as_completed([pool.submit(function, item) for item in items]): yield job.result()
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/lib/parallel.ipynb #3ba7899b
@@ -67,8 +66,7 @@ def map_ray(
     workers:int|None=None, # CPUs of a cluster that is started on this machine where RAY_ADDRESS names none
 )->Iterator:
     "Yield `function(item)` for each item as it is finished on a Ray cluster; an error cancels the rest"
-    try: import ray # pyright: ignore[reportMissingImports]
-    except ImportError: raise DataMissingError("the engine 'ray' needs Ray: pip install 'ray[data]'") from None
+    ray = import_optional('ray', "the engine 'ray'", "pip install 'ray[data]'")
     if not ray.is_initialized():
         local = {} if os.environ.get('RAY_ADDRESS') else dict(address='local', num_cpus=workers)
         ray.init(log_to_driver=False, **local)

@@ -153,7 +153,8 @@ def test_wrong_usage_is_status_two(capsys, argv): assert run(capsys, *argv)[0]==
 @pytest.mark.parametrize('argv', [('faces', 'x', '--out', 'y', '--margin', v) for v in ('0', 'nan', '-1', 'inf', '1e9')]
     +[(c, *a, f'--seed={v}') for c, a in (('synth', ('--out', 'x')), ('forge', ('x', '--out', 'y')), ('demo', ()), ('train', ('x', '--out', 'y')))
       for v in ('-1', '1.5', str(2**32), 'nan')]
-    +[('demo', '--pairs', '-3'), ('score', 'a.jpg', '--threshold', 'nan'), ('score', 'a.jpg', '--threshold', '1.5'), ('score', 'a.jpg', '--workers', '0'), ('score', 'a.jpg', '--misses', '0'), ('score', 'a.jpg', '--false-alarms', '.9')])
+    +[('demo', '--pairs', '-3'), ('demo', '--pairs', '9'*11), ('table', 'intra', '--manifest', 'synthetic', '--seeds', '101'),
+        ('faces', 'celeb', 'in', 'out', '--workers', '257'), ('score', 'a.jpg', '--threshold', 'nan'), ('score', 'a.jpg', '--threshold', '1.5'), ('score', 'a.jpg', '--workers', '0'), ('score', 'a.jpg', '--misses', '0'), ('score', 'a.jpg', '--false-alarms', '.9')])
 def test_numbers_out_of_range(capsys, argv): wrong_usage(run(capsys, *argv), 'is not a')
 
 def test_every_number_states_its_range():

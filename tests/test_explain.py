@@ -79,7 +79,7 @@ def test_occlusion_finds_the_corner():
     found = occlusion_map(Corner(), face, 4, 2, 'mean')
     assert np.unravel_index(found.argmax(), found.shape)[0]<4 and found[8:, 8:].max()==0 and found[:4, :4].mean()>.2
     with pytest.raises(DeepfidError, match='gap'): occlusion_map(Corner(), face, 4, 5)
-    with pytest.raises(DeepfidError, match='no network'): detector_grad_cam(Corner(), [face], 'x', 0)
+    with pytest.raises(DeepfidError, match='not trained'): detector_grad_cam(Corner(), [face], 'x', 0)
 
 def test_localization_scores():
     mask = np.zeros((2, 8, 8)); mask[:, :4] = 1

@@ -97,6 +97,7 @@ CSV = 'path,label,identity,split\nfaces/a.png,1,p,test\n'
 @pytest.mark.parametrize('change, message', [
     (lambda t: t.replace(',', ';'), 'separated by semicolons; save it with commas'),
     (lambda t: t.replace(',', '\t'), 'separated by tabs'),
+    (lambda t: t.replace('label,', 'label,label,').replace('1,p', '1,0,p'), "has two columns 'label'; rename or remove one"),
     (lambda t: t.replace('path', 'Path'), "no column 'path', but 'Path'; rename it"),
     (lambda t: t.replace(',', ', '), "no column 'label', but ' label'; remove the spaces"),
     (lambda t: t.replace('split', 'split,Donor').replace('test', 'test,q'), "no column 'donor', but 'Donor'"),

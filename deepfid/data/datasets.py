@@ -18,7 +18,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import deepfid
-from ..core import DataMissingError, DeepfidError, Face, ManifestError, check_choice, data_dir
+from ..core import DataMissingError, DeepfidError, Face, ManifestError, check_choice, data_dir, raise_as
 from ..io import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, file_hash, iter_files, read_image, read_json,
     write_json)
 from .faces import align_face, find_face
@@ -85,11 +84,10 @@ def _wrong_form(path)->ManifestError:
     "Error about a list that is not in the form in which its data set publishes it"
     return ManifestError(f'{path}: is not in the form that the data set publishes; get the file again')
 
-@contextmanager
 def _published_form(path):
     "Raise what a list of another form leads to as one line that names it"
-    try: yield
-    except (AttributeError, KeyError, TypeError, ValueError): raise _wrong_form(path) from None
+    return raise_as(ManifestError, f'{path}: is not in the form that the data set publishes', AttributeError, KeyError,
+        TypeError, ValueError, advice='get the file again')
 
 def _require(found, message:str):
     "Refuse to go on without a file or folder, with one line on where to get it"
@@ -249,11 +247,9 @@ def _fetch_file(row, root, url, name)->Path:
         return _require(file_hash(path)==row.sha256 and path,
             f'{path}: is not the published file (its sha256 differs), '
             'so it is left alone; move it away, or fetch into another folder')
-    try: return Path(pooch.retrieve(f'{url}/{row.path}', f'sha256:{row.sha256}', path.name, path.parent))
-    except Exception as e:
-        raise DataMissingError(
-            f'{row.file} could not be fetched from {url} ({type(e).__name__}); without a network, get the set by hand: '
-            f'{DATASETS[name].get}') from None
+    with raise_as(DataMissingError, f'{row.file} could not be fetched from {url}',
+            advice=f'without a network, get the set by hand: {DATASETS[name].get}'):
+        return Path(pooch.retrieve(f'{url}/{row.path}', f'sha256:{row.sha256}', path.name, path.parent))
 
 def fetch_dataset(
     name:str,            # one of `REPOSITORIES`

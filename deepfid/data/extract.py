@@ -18,7 +18,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
-from ..core import DeepfidError
+from ..core import DeepfidError, raise_as
 from ..io import (IMAGE_SUFFIXES, atomic_folder, claim_folder, iter_files, read_image, read_json, to_json,
     write_atomically,
     write_json)
@@ -245,16 +245,12 @@ def crop_clip(
 # %% ../../nbs/lib/data.extract.ipynb #1f64d569
 class OutputError(DeepfidError): "A folder that cannot be written to: the job stops"
 
-@contextmanager
 def stop_on_write_error(
     out:str|Path, # output folder
-)->Iterator[None]:
+)->AbstractContextManager:
     "Turn an error of writing into one line that stops the job"
-    try: yield
-    except OSError as e:
-        raise OutputError(
-            f'{out}: cannot be written to ({e.strerror or e}); make room or name another folder, then run the same '
-            f'command again: what is finished is kept') from None
+    return raise_as(OutputError, f'{out}: cannot be written to', OSError,
+        advice='make room or name another folder, then run the same command again: what is finished is kept')
 
 _OLD_KEYS = dict(places='detections', tried='had_source', bytes='file_size') # of clip.json in earlier versions
 

@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 from ..core import (DataMissingError, DeepfidError, Face, NoFaceError, check_array,
-    check_choice, check_image, check_number, data_dir, five_points)
+    check_choice, check_image, check_number, data_dir, five_points, import_optional)
 from ..io import fetch_model_file, read_image, read_json
 
 # %% auto #0
@@ -235,10 +235,8 @@ class DlibFaceFinder:
         model:str|os.PathLike|None=None,
         threshold:float=0. # smallest score, unbounded: above 0 = surer
     ):
-        try: import dlib # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise DataMissingError('DlibFaceFinder needs dlib: pip install dlib (it is compiled '
-                'then), or use FaceFinder') from None
+        advice = 'pip install dlib (it is compiled then), or use FaceFinder'
+        dlib = import_optional('dlib', 'DlibFaceFinder', advice)
         path = Path(model or (data_dir() or Path())/'models'/_DLIB_MODEL)
         if not path.is_file():
             raise DataMissingError(f'{path}: no such file; get the 68-point model of dlib from '

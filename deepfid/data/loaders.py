@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from ..core import (DeepfidError, ImageError, ManifestError, check_choice, check_number,
+from ..core import (DeepfidError, ImageError, ManifestError, check_choice, check_image, check_number,
     default_device)
 if TYPE_CHECKING: # pandas is not imported by those who only need `faces_to_batch`
     import pandas as pd
@@ -50,11 +50,7 @@ def faces_to_batch(
 )->Tensor: # float32 (B,3,size,size) in [-1,1]
     "Convert faces to the tensor that networks take"
     images = [np.asarray(getattr(im, 'image', im)) for im in images]
-    for i, im in enumerate(images):
-        if im.dtype!=np.uint8:
-            raise ImageError(f'face {i}: is {im.dtype}, and a face is uint8, 0 to 255 (deepfid.io.to_uint8 converts)')
-        if im.ndim!=3 or im.shape[2]!=3 or not im.size:
-            raise ImageError(f'face {i}: has the shape {im.shape}, and a face is RGB (H,W,3)')
+    for i, im in enumerate(images): check_image(f'face {i}', im)
     size = size or len(images[0])
     pixels = np.stack([resize_square(im, size, f'face {i}') for i, im in enumerate(images)])
     return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), device)

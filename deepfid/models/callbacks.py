@@ -21,7 +21,7 @@ from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 from torch import nn
-from ..core import DeepfidError, check_choice, install_hint, supports_bf16, set_seed
+from ..core import DeepfidError, check_choice, import_optional, install_hint, raise_as, supports_bf16, set_seed
 from ..io import claim_folder, read_json, to_json, write_atomically, write_json
 
 # %% ../../nbs/lib/models.callbacks.ipynb #73ced2e5
@@ -179,10 +179,9 @@ def read_checkpoint(
         k = different[0]
         raise DeepfidError(f'{path.parent}: holds a training with {k}={saved.get(k)!r}, not {config.get(k)!r}; '
             'give another folder, or the same settings')
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: # torch.load of a corrupt file raises anything
-        raise DeepfidError(f'{path}: is not a checkpoint of a training ({type(e).__name__}); '
-            'delete the folder and begin again') from None
+    with raise_as(DeepfidError, f'{path}: is not a checkpoint of a training',
+            advice='delete the folder and begin again'):
+        return torch.load(path, map_location='cpu', weights_only=True)
 
 # %% ../../nbs/lib/models.callbacks.ipynb #80c03668
 class Checkpoint(TypedCallback):
@@ -310,9 +309,7 @@ def distributed_callbacks(
 )->list[Callback]: # none where there is but one process
     "Return fastai's trainer for several processes, made to work with our loader"
     if not num_distrib(): return []
-    try: import accelerate # noqa: F401
-    except ImportError:
-        raise DeepfidError(f'training with several processes needs accelerate: {install_hint("multi")}') from None
+    import_optional('accelerate', 'training with several processes', install_hint('multi'))
     from fastai.distributed import DistributedTrainer
     class ShardedTrainer(DistributedTrainer):
         "`DistributedTrainer` with `FaceLoader`s"

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 import deepfid
-from ..core import DeepfidError, Detector
+from ..core import DeepfidError, Detector, raise_as
 
 # %% ../../nbs/lib/models.registry.ipynb #reg00005
 ENTRY_POINT_GROUP = 'deepfid.detectors'
@@ -37,10 +37,8 @@ def get_detector_class(
     own, plugins = _bundled_modules(), _plugins()
     if name in own: import_module(own[name])
     elif name in plugins and name not in Detector.registered:
-        try: found = plugins[name].load()
-        except Exception as e: # whatever a plug-in's module raises while it is imported
-            reason = f'{type(e).__name__}: {e}'
-            raise DeepfidError(f'detector {name!r} of {plugins[name].value} cannot be imported: {reason}') from e
+        with raise_as(DeepfidError, f'detector {name!r} of {plugins[name].value} cannot be imported'):
+            found = plugins[name].load()
         if not (isinstance(found, type) and issubclass(found, Detector)):
             raise DeepfidError(f'detector {name!r}: {plugins[name].value} is no subclass of deepfid.core.Detector')
         return found

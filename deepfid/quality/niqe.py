@@ -20,8 +20,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 import deepfid
-from ..core import DeepfidError, Face, ImageError, WeightsError
-from ..io import write_atomically
+from ..core import DeepfidError, Face, ImageError, WeightsError, raise_as
+from ..io import check_digest, write_atomically
 
 # %% ../../nbs/10_niqe.ipynb #ffac6b8f
 PRISTINE_CAMERA = dict(blur=0., motion=0., noise=.5, quality=95) # settings of the simulated camera
@@ -215,14 +215,10 @@ def _digest(config, mean, cov):
 
 def _read(path):
     "(mean, covariance, config) of a file, or a `WeightsError`"
-    try:
-        with safe_open(path, 'numpy') as f:
-            config = json.loads((f.metadata() or {})['niqe'])
-            mean, cov, digest = f.get_tensor('mean'), f.get_tensor('cov'), config.pop('sha256')
-    except Exception as e:
-        raise WeightsError(f'{path}: no readable NIQE file ({type(e).__name__}: {e})') from None
-    if cov.shape != (36, 36) or digest != _digest(config, mean, cov):
-        raise WeightsError(f'{path}: its content does not match its checksum; copy it again')
+    with raise_as(WeightsError, f'{path}: no readable NIQE file'), safe_open(path, 'numpy') as f:
+        config = json.loads((f.metadata() or {})['niqe'])
+        mean, cov, digest = f.get_tensor('mean'), f.get_tensor('cov'), config.pop('sha256')
+    check_digest(path, _digest(config, mean, cov), digest)
     return mean, cov, config
 
 # %% ../../nbs/10_niqe.ipynb #5a47f77d

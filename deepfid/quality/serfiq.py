@@ -22,10 +22,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 import deepfid
-from ..core import DeepfidError, ImageError, WeightsError, check_number
+from ..core import DeepfidError, ImageError, WeightsError, check_number, raise_as
 from ..data.faces import crop_face
 from ..data.loaders import faces_to_batch
-from ..io import write_atomically
+from ..io import check_digest, write_atomically
 
 # %% ../../nbs/11_serfiq.ipynb #62c22807
 def embedding_robustness(
@@ -208,14 +208,10 @@ def load_embedder(
 )->FaceEmbedder: # in evaluation mode
     "Read an embedder; a file that is missing, corrupt or of another kind raises a `WeightsError`"
     path, net = path or Path(deepfid.__file__).parent/'weights'/EMBEDDER_FILE, face_embedder()
-    try:
-        with safe_open(path, 'pt') as f:
-            sha256 = json.loads(f.metadata()['embedder'])['sha256']
-            weights = {k: f.get_tensor(k) for k in f.keys()}
-    except Exception as e:
-        raise WeightsError(f'{path}: no readable embedder ({type(e).__name__}: {e})') from None
-    if _digest(weights)!=sha256:
-        raise WeightsError(f'{path}: its content does not match its checksum; copy it again')
+    with raise_as(WeightsError, f'{path}: no readable embedder'), safe_open(path, 'pt') as f:
+        sha256 = json.loads(f.metadata()['embedder'])['sha256']
+        weights = {k: f.get_tensor(k) for k in f.keys()}
+    check_digest(path, _digest(weights), sha256)
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return net.eval()
 

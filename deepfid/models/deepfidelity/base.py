@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from ...core import DeepfidError
+from ...core import DeepfidError, raise_as
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase
 from . import ssaaformer
 from .recipes import centre_crop
@@ -46,8 +46,8 @@ class SSAADetector(NetworkDetector):
         make, options = getattr(ssaaformer, c.arch), dict(c.network)
         if c.arch!='ssaa_lite0': options['ssaa_blocks'] = c.ssaa_blocks
         elif c.ssaa_blocks==0: options['mirror'] = False
-        try: model = make(num_classes=2 if c.target=='label' else 1, **options)
-        except (TypeError, ValueError) as e: raise DeepfidError(f'{c.arch}: {e}') from None
+        with raise_as(DeepfidError, f'{c.arch}: cannot be made so', TypeError, ValueError):
+            model = make(num_classes=2 if c.target=='label' else 1, **options)
         model.set_grad_checkpointing(c.checkpointing)
         # its output never meets the loss
         if model.aux and not c.mix_labels: model.aux_head.requires_grad_(False)

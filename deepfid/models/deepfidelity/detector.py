@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
-from ...core import DeepfidError, ManifestError, Prediction, check_number, check_choice
+from deepfid.core import (DeepfidError, ManifestError, Prediction, check_choice, check_number,
+    raise_as)
 from ..base import DetectorConfig, setting
 from .base import SSAADetector
 from .recipes import DEEPFIDELITY_RECIPES
@@ -117,9 +118,8 @@ class QualityTargets(SSAADetector):
     def before_training(self, manifest:'Manifest')->'Manifest':
         "Try out the settings of regression and mapping, measure quality, fit the targets"
         c = self.config
-        try: FidelityRegressor(**c.svr or {}).fit(np.eye(4), np.array([.1, .9, .2, .8]))
-        except TypeError as e:
-            raise DeepfidError(f"svr={c.svr!r}: {str(e).split(') ')[-1]}") from None
+        with raise_as(DeepfidError, f'svr={c.svr!r}: not settings of the regression', TypeError):
+            FidelityRegressor(**c.svr or {}).fit(np.eye(4), np.array([.1, .9, .2, .8]))
         if c.mapping is not None: FidelityMapping(c.mapping, c.bands).fit([0, 1], [0, 1])
         manifest = self.measure_quality(manifest)
         self.fit_targets(manifest)

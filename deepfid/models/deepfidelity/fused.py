@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ...core import DeepfidError, check_choice, default_device, set_seed
+from ...core import DeepfidError, check_choice, default_device, import_optional, set_seed
 from . import ssaaformer
 from .recipes import centre_crop
 from deepfid.models.deepfidelity.ssaaformer import (Attention, AttentionBlock, ConvBlock, ConvEmbed, PatchEmbed,
@@ -312,8 +312,7 @@ def openvino_features(
     dtype:torch.dtype=torch.float32, # of the products: torch.float32 or torch.bfloat16
 )->Callable: # (B,in_chans,H,W) on the CPU -> float32 (B,C4,H/32,W/32)
     "Return a function that computes the last feature map in OpenVINO, with as many threads as torch has"
-    try: import openvino
-    except ImportError: raise DeepfidError("compile='openvino' needs OpenVINO: pip install openvino") from None
+    openvino = import_optional('openvino', "compile='openvino'")
     net,programs = copy.deepcopy(model).cpu().eval().requires_grad_(False),{}
     options = dict(INFERENCE_PRECISION_HINT={torch.float32: 'f32', torch.bfloat16: 'bf16'}[dtype],
         INFERENCE_NUM_THREADS=torch.get_num_threads(), PERFORMANCE_HINT='LATENCY')

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ...core import DeepfidError, check_choice
+from ...core import DeepfidError, check_choice, raise_as
 from ..backbones import create_backbone, xception
 from .ocr import OCR
 from .transformer import MaskGuidedTransformer, separable_conv_unit
@@ -60,11 +60,9 @@ def dilated_backbone(
 )->nn.Module: # x (B,3,H,W) -> the maps of its last two stages, both with `OUTPUT_STRIDE`
     "Create a network whose last stage is dilated where it would have strides"
     options = dict(out_indices=(-2, -1), output_stride=OUTPUT_STRIDE)
-    try: net:Any = create_backbone(name, pretrained, **options)
-    except DeepfidError: raise
-    except Exception as e: # whatever a network raises that has no such options
-        raise DeepfidError(f'backbone {name!r} has no output_stride={OUTPUT_STRIDE} in timm '
-            f'({type(e).__name__}); give efficientnet_lite0, xception or another network') from e
+    with raise_as(DeepfidError, f'backbone {name!r} has no output_stride={OUTPUT_STRIDE} in timm',
+            advice='give efficientnet_lite0, xception or another network'):
+        net:Any = create_backbone(name, pretrained, **options)
     reduction = net.feature_info.reduction()
     if reduction!=[OUTPUT_STRIDE]*2:
         raise DeepfidError(f'backbone {name!r}: its last two maps have strides {reduction}, not '
