@@ -19,7 +19,10 @@ IMPORTS = re.compile(r'(((import|from|set_style|if TYPE_CHECKING|set_seed)\b|rng
 CSS = '''.main{min-width:0} .content{width:58em;max-width:100%;min-width:0} .content pre{font-size:.73rem}
 .cell_output table{border-collapse:collapse;font-size:.85rem} .cell_output :is(th,td){border:0;padding:.15em .6em;text-align:right}
 .cell_output thead tr:last-child th{border-bottom:1px solid currentcolor}
+.cell_output table{border:0} .cell_output .text_html{overflow-x:auto}
 .cell_output pre{white-space:pre-wrap} .cell_output img{max-width:100%;height:auto} math[display=block] mtd{padding:.25em .2em}
+body[data-theme=dark] .cell_output img{filter:brightness(.88);border-radius:4px}
+@media (prefers-color-scheme: dark){body:not([data-theme=light]) .cell_output img{filter:brightness(.88);border-radius:4px}}
 '''
 
 # -- notebooks ------------------------------------------------------------------------------------------------------
@@ -32,13 +35,24 @@ def show_cell(cell):
     text = re.sub(r'\A(\s*#\s*\|.*\n?)+', '', keeper.source(cell)).strip()
     tags = ['remove-input'] if d.get('echo') == 'false' or not text else []
     if d.get('output') == 'false': tags.append('remove-output')
-    if text.count('\n') > MAX_OPEN_LINES or IMPORTS.fullmatch(text + '\n') or {'slow', 'cuda'} & set(d): tags.append('hide-input')
+    folded = d.get('code-fold') == 'true' or {'slow', 'cuda'} & set(d)
+    if folded or text.count('\n') > MAX_OPEN_LINES or IMPORTS.fullmatch(text + '\n'): tags.append('hide-input')
     return dict(cell, source=text, metadata=dict(cell['metadata'], tags=tags))
+
+def describe_images(nb):
+    "Give the images among the outputs a text for readers who do not see them: the heading under which they stand"
+    heading = ''
+    for c in nb['cells']:
+        if c['cell_type'] == 'markdown': heading = (re.findall(r'^#+ (.+)$', c['source'], re.M) or [heading])[-1]
+        elif any(mime.startswith('image/') for o in c['outputs'] for mime in o.get('data', {})):
+            text = re.sub(r'\[([^]]*)\]\([^)]*\)|[*`$"]', r'\1', heading)
+            c['metadata'] = dict(c['metadata'], mystnb=dict(image=dict(alt=f'Figure: {text}')))
 
 def copy_notebook(path):
     "Write the site's copy of a notebook"
     nb = keeper.read(path)
     nb['cells'] = [shown for c in nb['cells'] if (shown := show_cell(c))]
+    describe_images(nb)
     for c in nb['cells']: # nbs/index.ipynb is the README, the site's first page
         if c['cell_type'] == 'markdown': c['source'] = re.sub(r'\]\(((?:\.\./)*)index\.ipynb', r'](../\1index.md', c['source'])
     nb['metadata'] = dict(kernelspec=dict(name='python3', language='python', display_name='python3'), language_info=dict(name='python'))
@@ -55,9 +69,11 @@ def type_name(annotation):
     name = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r'\b(numpy|torch|pathlib|typing|collections\.abc)\.', '', name).replace('|', r'\|')
 
+def without_address(text): return re.sub(r' at 0x[0-9a-f]+', '', text)
+
 def default_of(parameter):
     if parameter.default is inspect.Parameter.empty: return ''
-    text = re.sub(r' at 0x[0-9a-f]+', '', repr(parameter.default))
+    text = without_address(repr(parameter.default))
     return '`' + (text if len(text) < 60 else text[:57] + '...').replace('|', r'\|').replace(str(ROOT), '') + '`'
 
 def clean(text): return ' '.join(str(text or '').split()).replace('|', r'\|').replace('<', r'\<')
@@ -94,7 +110,7 @@ def describe(name, obj, level, label):
             if key[0] != '_' and inspect.isfunction(member) and inspect.getdoc(member):
                 out += [f'**`{name}.{key}`** — {clean(inspect.getdoc(member))}', parameter_table(member)]
     elif callable(obj): out.append(parameter_table(obj))
-    else: out.append('`' + clean(repr(obj))[:160].replace('`', "'").replace(str(ROOT), '') + '`')
+    else: out.append('`' + clean(without_address(repr(obj)))[:160].replace('`', "'").replace(str(ROOT), '') + '`')
     return '\n\n'.join(o for o in out if o)
 
 def api_page(module, notebook):

@@ -685,6 +685,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deepfid.data.video._Tracker._similarity': ('video.html#_tracker._similarity', 'deepfid/data/video.py'),
                                     'deepfid.data.video._Tracker.add': ('video.html#_tracker.add', 'deepfid/data/video.py'),
                                     'deepfid.data.video._assign': ('video.html#_assign', 'deepfid/data/video.py'),
+                                    'deepfid.data.video._box_signature': ('video.html#_box_signature', 'deepfid/data/video.py'),
                                     'deepfid.data.video._choose_frames': ('video.html#_choose_frames', 'deepfid/data/video.py'),
                                     'deepfid.data.video._colorspace': ('video.html#_colorspace', 'deepfid/data/video.py'),
                                     'deepfid.data.video._count_frames': ('video.html#_count_frames', 'deepfid/data/video.py'),

@@ -134,8 +134,8 @@ def check_array(
     "Return `value` as a finite array of the given shape and range, else raise a `DeepfidError` that says what it is"
     try:
         a = np.asarray(value)
-        text = a.dtype.kind in 'US' or a.dtype.kind == 'O' and any(isinstance(v, (str, bytes)) for v in a.flat)
-        a = np.asarray(None if text else value, None if text else dtype) # numbers as text are a slip, not numbers
+        text = a.dtype.kind in 'USc' or a.dtype.kind == 'O' and any(isinstance(v, (str, bytes)) for v in a.flat)
+        a = np.asarray(None if text else value, None if text else dtype) # numbers as text are a slip, complex ones too
     except (TypeError, ValueError): a = np.asarray(None)
     wanted = '' if shape is None else f" of shape ({', '.join('any' if s is None else str(s) for s in shape)})"
     fits = shape is None or (a.ndim == len(shape) and all(s in (None, n) for s, n in zip(shape, a.shape)))

@@ -110,8 +110,8 @@ def _open_source(source, name):
 
 # %% ../nbs/lib/io.ipynb #io000070
 # colour space of a profile -> the image modes that are in it
-_PROFILE_MODES = {'RGB ': ('RGB', 'RGBA', 'P', 'PA', 'L', 'LA', '1', 'YCbCr'), 'GRAY': ('L', 'LA', '1'),
-    'CMYK': ('CMYK',)}
+_PROFILE_MODES = {'RGB ': ('RGB', 'RGBA', 'P', 'PA', 'L', 'LA', '1', 'YCbCr'), 'CMYK': ('CMYK',),
+    'GRAY': ('L', 'LA', '1', 'I;16', 'I;16L', 'I;16B', 'I')}
 _SRGB_TOLERANCE = 2 # levels, of 255: what different makers' profiles of sRGB differ by
 
 @functools.lru_cache(maxsize=8) # an album has few cameras
@@ -138,6 +138,7 @@ def _profile_to_srgb(image):
         if transform is None or image.mode not in _PROFILE_MODES[space]: return image
         transparent = image.mode in ('LA', 'PA', 'RGBA') or 'transparency' in image.info
         colours = image.convert('RGBA') if transparent and mode == 'RGB' else image
+        if image.mode[0] == 'I': colours = Image.fromarray(to_uint8(image)) # 16 bits
         converted = ImageCms.applyTransform(colours.convert(mode), transform)
         if converted and transparent: converted.putalpha(image.convert('RGBA').getchannel('A'))
         return converted or image

@@ -35,13 +35,13 @@ def set_style(
 def new_figure(
     width:float=6.4,  # inches
     height:float=2.6, # inches
-    columns:int=1     # axes side by side
-)->tuple[Figure, Any]: # the figure, and an array of `columns` axes
+    columns:int=1,    # axes side by side
+    rows:int=1        # of axes
+)->tuple[Figure, Any]: # the figure, and an array of its axes, row by row
     "Create a figure in the style of the reports, outside pyplot's global list"
-    import numpy as np
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), layout='constrained')
-    axes = np.atleast_1d(np.asarray(fig.subplots(1, columns), dtype=object))
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.spines[['top', 'right']].set_visible(False)
         ax.spines[['left', 'bottom']].set_color('#9aa5ae')

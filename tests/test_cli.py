@@ -98,6 +98,10 @@ def test_an_interruption_while_the_commands_are_imported_is_one_line(module):
     done = subprocess.run([sys.executable, '-c', code, 'list'], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr)==(130, '', 'deepfid: interrupted\n')
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, '-m', 'deepfid', 'score', 'nowhere.jpg'], capture_output=True, text=True)
+    assert (done.returncode, done.stderr)==(1, 'deepfid: nowhere.jpg: no such file; check the path\n') and not done.stdout
+
 @pytest.mark.slow
 def test_no_interruption_of_the_first_seconds_is_lost():
     moments = np.random.default_rng(0).uniform(0, 2, 30)

@@ -198,6 +198,8 @@ def test_grey_transparent_palette_and_cmyk_images_with_profiles():
     seen = with_profile(Image.fromarray(a[..., 0]), grey)
     expected = np.rint(255*srgb_encode(CURVES['grey'](a[..., 0]/255)))
     assert np.abs(seen-expected[..., None]).max()<=2
+    seen = with_profile(Image.fromarray(a[..., 0].astype(np.uint16)*257), grey) # 16 bits
+    assert np.abs(seen-expected[..., None]).max()<=2
     expected = with_profile(Image.fromarray(a), p3)
     rgba = np.dstack([a, np.full(a.shape[:2], 255, np.uint8)])
     rgba[:8, ..., 3] = 0

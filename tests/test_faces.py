@@ -206,6 +206,20 @@ def test_every_public_door_refuses_what_is_no_rgb_image(kind):
     for door in doors:
         with pytest.raises(ImageError, match='image: give an RGB image as a uint8 array'): door(image)
 
+IDENTITY = np.float32([[1, 0, 0], [0, 1, 0]])
+@pytest.mark.parametrize('call, message', [
+    (lambda a: FaceFinder(threshold='a'), 'threshold'), (lambda a: FaceFinder(threshold=float('nan')), 'threshold'), (lambda a: FaceFinder(threshold=7.), 'threshold'),
+    (lambda a: FaceFinder(max_side=0), 'max_side'), (lambda a: FaceFinder(max_side=float('nan')), 'max_side'), (lambda a: FaceFinder(first_side='a'), 'first_side'),
+    (lambda a: warp_crop(a, IDENTITY, -1), 'size'), (lambda a: warp_crop(a, IDENTITY, 2.5), 'size'), (lambda a: warp_crop(a, 0*IDENTITY, 8), 'scale of the matrix'),
+    (lambda a: main_face([]), 'detections'), (lambda a: nose_offset(np.zeros((2, 2))), 'points'), (lambda a: box_distance([1, 2, 3, float('nan')], [1, 2, 3, 4]), 'box'),
+    (lambda a: next(crop_faces([], workers=-1)), 'workers'), (lambda a: align_face(Face(a)), 'five points')])
+def test_wrong_arguments_are_one_line(call, message):
+    with pytest.raises(DeepfidError, match=message): call(synthetic_face(1, size=64).image)
+
+def test_one_path_is_no_list_of_letters(tmp_path):
+    [(path, error)] = crop_faces(tmp_path/'none.jpg', workers=1)
+    assert path==tmp_path/'none.jpg' and isinstance(error, DeepfidError)
+
 @pytest.mark.parametrize('size, margin', [(0, 1.3), (-5, 1.3), (10**6, 1.3), (112.5, 1.3), (112, 0), (112, -1), (112, float('nan')), (112, float('inf')), (112, 1e9)])
 def test_crops_have_a_sensible_size_and_margin(size, margin):
     image, detection = synthetic_face(1, size=112).image, FaceDetection(np.float32([10, 10, 60, 60]), alignment_template(112), .9)

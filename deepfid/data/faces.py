@@ -87,6 +87,8 @@ def warp_crop(
     check_number('pixels of the image', image.size, 1)
     matrix = check_array('matrix', matrix, (2, 3), np.float64)
     scale = np.hypot(matrix[0, 0], matrix[1, 0])
+    check_number('scale of the matrix', scale, 0, above=True)
+    check_number('size', size, 1, 2**14, integer=True)
     if scale<1/1.5:
         h, w = image.shape[:2]
         n = (max(1, round(w*scale)), max(1, round(h*scale)))
@@ -152,6 +154,9 @@ class FaceFinder:
         # faster, less exact
         first_side:int|None=None
     ):
+        check_number('threshold', threshold, 0, 1)
+        for name, side in dict(max_side=max_side, first_side=first_side).items():
+            check_number(name, side, 10, integer=True, optional=name=='first_side')
         with _LOG_LEVEL: # OpenCV's notes on its back ends are for developers
             level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
             try:
@@ -188,6 +193,7 @@ def box_distance(
     a:Any, b:Any # boxes: x, y, width, height
 )->float: # 0 = the same box
     "Compute the distance of two boxes' centres, in face widths, plus the log ratio of their sizes"
+    a, b = check_array('box', a, (4,)), check_array('box', b, (4,))
     distance = np.hypot(a[0]+a[2]/2-b[0]-b[2]/2, a[1]+a[3]/2-b[1]-b[3]/2)
     sides = _box_side(a), _box_side(b)
     return float(distance/(sum(sides)/2)+abs(np.log(sides[0]/sides[1])))
@@ -197,6 +203,7 @@ def main_face(
     near:Any=None # a `FaceDetection` or a box: the face of the last frame
 )->FaceDetection:
     "Choose the largest face, or the one closest to that of the last frame"
+    check_number('number of detections', len(detections), 1)
     if near is None: return max(detections, key=lambda d: _box_side(d.box))
     box = getattr(near, 'box', near)
     return min(detections, key=lambda d: box_distance(d.box, box))
@@ -263,7 +270,7 @@ def nose_offset(
     points:np.ndarray # (5,2) pixels
 )->float: # in eye distances: 0 = frontal view
     "Measure how far the nose is from the middle between the eyes, along the line of the eyes"
-    left, right, nose = np.asarray(points[:3], np.float64)
+    left, right, nose = check_array('points', points, (5, 2), np.float64)[:3]
     across = right-left
     return float(abs((nose-left)@across/max(across@across, 1e-9)-.5))
 
@@ -341,6 +348,8 @@ def crop_faces(
     finder:Callable[[], Any]=FaceFinder # makes an object with `find`; called once for each thread
 )->Iterator[tuple[Any, Face|DeepfidError]]: # (path, its face or the error that it gave)
     "Crop the main face of each file, in order, with few of them in memory at a time"
+    check_number('workers', workers, 1, 256, integer=True, optional=True)
+    if isinstance(paths, (str, Path)): paths = [paths]
     own = threading.local()
     def one(path):
         if not hasattr(own, 'finder'): own.finder = finder()

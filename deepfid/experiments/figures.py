@@ -18,6 +18,7 @@ from ..data.manifest import Manifest
 from ..data.mask import diff_mask, ssim_map, ssim_mask
 from ..data.video import compress_image_h264
 from .conditions import COMPRESSION_LEVELS
+from .controls import smallest_difference
 from .records import METRIC_LABELS
 from ..explain import cam_grid, detector_grad_cam, localization_scores, plot_tsne, resize_map, tsne
 from ..io import montage
@@ -193,27 +194,31 @@ def plot_differences(
     columns:Sequence[str]|None=None, # which; default: all that have a difference by the metric
     rows:Sequence[str]|None=None, # which, in this order; default: all but the frozen probe
 )->Any:              # matplotlib Figure
-    "Plot the differences of rows to the baseline, controls in grey, a panel for each column"
+    "Plot the differences of rows to the baseline, controls in grey, a panel for each column, seeds as strokes"
     metric = metric or record['metric']
     found = [r for r in record['results'] if r['metric']==metric and r['difference'] and r['row']!='frozen probe']
     panels = [c for c in dict.fromkeys(r['column'] for r in found) if columns is None or c in columns]
     if not panels: raise DeepfidError(f"{record['title']}: no differences by {metric}")
     rows = list(dict.fromkeys(r['row'] for r in found) if rows is None else rows)
-    fig, axes = new_figure(2+2.2*len(panels), .9+.36*len(rows), len(panels))
-    for ax in axes[1:]: ax.sharex(axes[0])
-    for ax, column in zip(axes, panels):
-        # what could have been seen is known of the metric of the verdicts alone
-        smallest = record['smallest_difference'].get(column) if metric==record['metric'] else None
-        if smallest: ax.axvspan(-100*smallest, 100*smallest, color=GRID, lw=0, zorder=0)
+    across = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    down = -(-len(panels)//across)
+    fig, axes = new_figure(2+2.2*across, .5+(.4+.36*len(rows))*down, across, down)
+    for ax in axes[len(panels):]: ax.remove()
+    for ax in axes[1:len(panels)]: ax.sharex(axes[0])
+    for i, (ax, column) in enumerate(zip(axes, panels)):
         ax.axvline(0, color='#9aa5ae', lw=1)
         for r in (r for r in found if r['column']==column and r['row'] in rows):
             d, y = r['difference'], rows.index(r['row'])
-            colour = '#9aa5ae' if r['row'] in record['controls'].values() else REAL
+            colour = '#7d8790' if r['row'] in record['controls'].values() else REAL
+            if smallest := smallest_difference([d]):
+                ax.barh(y, 200*smallest, .8, -100*smallest, color=GRID, lw=0, zorder=0)
             ax.plot([100*d['low'], 100*d['high']], [y, y], color=colour, lw=3, alpha=.5, solid_capstyle='round')
             ax.plot(100*np.array(d['seeds']), [y]*len(d['seeds']), '|', color=colour, ms=7)
             ax.plot([100*d['value']], [y], 'o', color=colour, ms=6)
-        ax.set_yticks(range(len(rows)), rows if ax is axes[0] else ['']*len(rows), fontsize=8)
+        ax.set_yticks(range(len(rows)), ['']*len(rows) if i%across else rows, fontsize=8)
         ax.set_ylim(len(rows)-.4, -.6)
         ax.set_title(column.rpartition(', ')[2], fontsize=8, color=INK)
-    axes[0].set_xlabel(f"points of {METRIC_LABELS[metric]} more than {record['baseline']}", fontsize=8, loc='left')
+    legend = 'dot: mean; bar: 95 % interval; strokes: seeds; grey: too small to be seen with so many'
+    fig.supxlabel(f"points of {METRIC_LABELS[metric]} more than {record['baseline']}\n"
+        f"{legend if any(r['difference']['seeds'] for r in found) else 'bar: 95 % interval'}", fontsize=7.5, color=INK)
     return fig

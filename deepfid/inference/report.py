@@ -56,16 +56,16 @@ def plot_frame_fidelities(
 REPORT_CSS = f"""<style>
 .card{{display:flex;gap:1.2rem;padding:1rem 0;border-bottom:1px solid #e8ecef}}
 .card>div:first-child{{flex:0 0 auto;display:flex;gap:.5rem}}
-.card figure{{margin:0;font:.75rem/1.3 system-ui,sans-serif;color:#5b6873;text-align:center}}
+.card figure{{margin:0;font:.75rem/1.3 system-ui,sans-serif;opacity:.75;text-align:center}}
 .card img{{width:120px;height:120px;border-radius:6px;display:block}}
 .card .words{{flex:1 1 20rem;font:.9rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere}}
-.card p{{margin:.2rem 0 .7rem}} .card svg{{max-width:100%;height:auto}} .card small{{color:#5b6873}}
+.card p{{margin:.2rem 0 .7rem}} .card svg{{max-width:100%;height:auto}} .card small{{opacity:.75}}
 .bar{{position:relative;height:8px;border-radius:4px;margin:.3rem 0;
   background:linear-gradient(90deg,#e8b8a5,#eef0f1,#a9d3cf)}}
 .bar i{{position:absolute;top:-4px;width:6px;height:16px;margin-left:-3px;border-radius:3px}}
 .bar .threshold{{width:1px;background:{INK}}}
-.warning{{color:#9c3d1e}}
-.legend{{font:.8rem/1.4 system-ui,sans-serif;color:#5b6873;display:flex;gap:.5rem;align-items:center;flex-wrap:wrap}}
+.warning{{color:#c0562f}}
+.legend{{font:.8rem/1.4 system-ui,sans-serif;display:flex;gap:.5rem;align-items:center;flex-wrap:wrap}}
 .legend i{{width:140px;height:10px;border-radius:3px;
   background:linear-gradient(90deg,#0000,#57106e 35%,#bc3754 60%,#f98e09 80%,#fcffa4)}}</style>"""
 

@@ -204,8 +204,8 @@ class Scorer:
         misses:float|None=None # largest rate of fakes in which nothing is found; default: each detector's own
     ):
         from deepfid.quality.niqe import load_niqe
-        for name, n in dict(frames=frames, batch_size=batch_size, workers=workers).items():
-            check_number(name, n, 1, integer=True)
+        for name, (n, most) in dict(frames=(frames, 10**6), batch_size=(batch_size, 10**4), workers=(workers, 256)).items():
+            check_number(name, n, 1, most, integer=True)
         self.threshold = check_number('threshold', threshold, optional=True)
         self.rotate, self.explain = check_choice('rotate', rotate, ('off', 'auto')), explain
         self.detectors = load_detectors(detector, device)
