@@ -1291,6 +1291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                               'deepfid.experiments.markdown.recorded_table_markdown': ( 'lib/experiments.markdown.html#recorded_table_markdown',
                                                                                                         'deepfid/experiments/markdown.py'),
                                               'deepfid.experiments.markdown.summarise_records': ( 'lib/experiments.markdown.html#summarise_records',
+                                                                                                  'deepfid/experiments/markdown.py'),
+                                              'deepfid.experiments.markdown.verdict_sentences': ( 'lib/experiments.markdown.html#verdict_sentences',
                                                                                                   'deepfid/experiments/markdown.py')},
             'deepfid.experiments.overall': { 'deepfid.experiments.overall._row': ( 'lib/experiments.overall.html#_row',
                                                                                    'deepfid/experiments/overall.py'),

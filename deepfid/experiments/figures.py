@@ -170,7 +170,8 @@ def attention_drift(
         faces = [_at_level(test.image(i), level) for i in rows]
         cams = np.asarray(detector_grad_cam(detector, faces, _explain_layer(detector), detector.fake_logit), float)
         first = cams if first is None else first
-        same = [np.corrcoef(a.ravel(), b.ravel())[0, 1] if a.std()*b.std() else 0. for a, b in zip(first, cams)]
+        same = [np.corrcoef(a.ravel(), b.ravel())[0, 1] if a.std()*b.std() else float(np.array_equal(a, b))
+            for a, b in zip(first, cams)] # a map may be 0 everywhere
         energy = localization_scores(cams, masks).energy.mean()
         out[level] = dict(energy=float(energy), correlation=float(np.mean(same)))
     return out

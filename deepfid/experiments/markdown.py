@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 import numpy as np
+from .controls import smallest_difference
 from .records import METRIC_LABELS, RecordReader, read_record, significance, upgrade_record
 from .registry import get_table
 if TYPE_CHECKING: from deepfid.experiments.runner import Table
 
 # %% auto #0
-__all__ = ['format_cell', 'markdown_table', 'comparison_table', 'record_markdown', 'recorded_table_markdown', 'summarise_records']
+__all__ = ['format_cell', 'markdown_table', 'comparison_table', 'verdict_sentences', 'record_markdown', 'recorded_table_markdown',
+           'summarise_records']
 
 # %% ../../nbs/lib/experiments.markdown.ipynb #ba674fa6
 def format_cell(
@@ -129,6 +131,30 @@ def _premise_text(record):
         'AUC by quartile of quality, from the worst', 'holds'], rows)
     return table and ('**Premise**, tested before the table: a network without the idea is surer of better faces.\n\n'
         +table)
+
+# %% ../../nbs/lib/experiments.markdown.ipynb #mkd00011
+def verdict_sentences(
+    record:dict, # of a table with controls, see `read_record`
+)->list[str]: # Markdown: one for each idea and column
+    "Say what each idea changed in the metric of the verdicts, and what its control changed"
+    cells = {(r['row'], r['column']): r['difference'] for r in record['results']
+        if r['metric']==record['metric'] and r['difference']}
+    def points(d):
+        value, low, high = (round(100*d[k], 1)+0. for k in ('value', 'low', 'high')) # +0.: no -0.0
+        return f'{value:+.1f} [{low:+.1f}, {high:+.1f}]'
+    def sentence(idea, control, column):
+        d, beside = cells[idea, column], cells[control, column]
+        found, alike = significance(d, record['metric']), significance(beside, record['metric'])
+        if not record['permutation'][column]['passed']:
+            return 'no verdict, since trainings on shuffled labels did not average to one half'
+        if found=='not significant':
+            smallest = smallest_difference([d])
+            seen = f', and {100*smallest:.1f} would have been' if smallest else ''
+            return f'no difference was seen ({points(d)}){seen}'
+        what = 'gains' if found=='significantly better' else 'loses'
+        return f"it {what} {points(d)}, its control {'too' if alike==found else 'does not'} ({points(beside)})"
+    return [f"**{idea}**, *{column.rpartition(', ')[2]}*: {sentence(idea, control, column)}."
+        for idea, control in record['controls'].items() for row, column in cells if row==idea]
 
 # %% ../../nbs/lib/experiments.markdown.ipynb #mkd00007
 def record_markdown(
