@@ -231,7 +231,7 @@ def test_record_can_be_repeated_and_shown(done):
     assert record['baseline']=='a' and record['trained_at'] and record['seconds']>0 and upgrade_record(record)==record
 
 def test_names_of_older_records_are_renamed_and_numbers_kept(repo):
-    for path in sorted((repo/'nbs'/'results').glob('table-*.json')):
+    for path in sorted([*(repo/'nbs/results').glob('table-*.json'), *(repo/'tests/golden/records').glob('table-*.json')]):
         old, new = json.loads(path.read_text()), read_record(path)
         assert [r['value'] for r in old['results']]==[r['value'] for r in new['results']]
         assert {r['row'] for r in new['results']}=={r['name'] for r in new['config']['rows']}

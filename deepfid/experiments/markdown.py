@@ -186,25 +186,30 @@ def recorded_table_markdown(
     name:str,                  # of a registered table
     folder:str|Path='results', # with table-NAME.json
 )->str:                        # Markdown
-    "Format the recorded table of that name; without a record, name the command that makes one"
+    "Format the recorded table of that name; without a record, what is predicted, and the command that makes one"
     path, table = Path(folder)/f'table-{name}.json', get_table(name)
-    if not path.is_file():
-        sets = ''.join(f' --manifest {s}' for s in ('london', 'portraits', 'congress')[:table.min_manifests])
-        return f'Not recorded yet: `deepfid table {name}{sets}` makes it.'
-    return record_markdown(read_record(path), table)
+    if path.is_file(): return record_markdown(read_record(path), table)
+    sets = ''.join(f' --manifest {s}' for s in ('london', 'portraits', 'congress')[:table.min_manifests])
+    parts = [f'**{table.title}**: not recorded, `deepfid table {name}{sets}` makes it.']
+    if table.prediction: parts.append(f'**Predicted.** {table.prediction}')
+    if table.paper_results: parts += ['**Published numbers**, on the paper’s data:', table.paper_results]
+    return '\n\n'.join(parts)
 
 def summarise_records(
-    names:Iterable[str],       # of registered tables; those without a record are left out
+    names:Iterable[str],       # of registered tables
     folder:str|Path='results', # with table-NAME.json
     most:int=6,                # differences that are named for each table
 )->str:                        # Markdown
-    "List, for each recorded table, which of its differences are significant"
-    lines = ['| table | baseline | significant | which, in points |', '|---|---|---|---|']
+    "List, for each recorded table, which of its differences are significant; then the names of those without a record"
+    names, lines = list(names), ['| table | baseline | significant | which, in points |', '|---|---|---|---|']
+    missing = [n for n in names if not (Path(folder)/f'table-{n}.json').is_file()]
     for name in names:
-        if not (Path(folder)/f'table-{name}.json').is_file(): continue
+        if name in missing: continue
         q = RecordReader.read(name, folder)
         named = q.list_significant() or ['nothing']
         more = [f'and {len(named)-most} more'] if len(named)>most else []
         lines.append(f"| {get_table(name).title} | {q.record['baseline']} | {len(q.significant())} of "
             f"{len(q.compared())} | {'; '.join(named[:most]+more)} |")
-    return '\n'.join(lines)
+    parts = ['\n'.join(lines)]*(len(missing)<len(names))
+    if missing: parts.append(f"Declared and not recorded: {', '.join(f'`{n}`' for n in missing)}.")
+    return '\n\n'.join(parts)
