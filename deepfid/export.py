@@ -190,7 +190,9 @@ def runtime_snippet(
     module, read, value, fidelity = _RUNTIMES[check_choice('format', format, tuple(EXPORT_FORMATS))]
     number, matrix = _CROP_RULES[check_choice('align', align, tuple(_CROP_RULES))]
     return '\n'.join([f'import json, sys, cv2, numpy as np, {module}',
-        f'MODEL, YUNET = {str(path)!r}, {str(yunet_path())!r}', f'image = cv2.imread(sys.argv[1]); {read}',
+        f'MODEL, YUNET = {str(path)!r}, {str(yunet_path())!r}; cv2.utils.logging.setLogLevel(2) # errors only',
+        f"image = cv2.imread(sys.argv[1]) if len(sys.argv)>1 else None; {read}",
+        "if image is None: sys.exit('give a photograph that OpenCV can read')",
         f"size, low, high, {number} = ({value} for k in ('size', 'low', 'high', {number!r}))",
         'k = min(1, 640/max(image.shape)); small = cv2.resize(image, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)',
         "faces = cv2.FaceDetectorYN.create(YUNET, '', small.shape[1::-1], .7).detect(small)[1]",

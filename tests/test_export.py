@@ -126,11 +126,13 @@ def test_the_printed_program_runs_as_printed(format, packages, saved, photograph
     done = subprocess.run([sys.executable, 'run.py', str(photograph)], capture_output=True, text=True, cwd=tmp_path)
     fidelity, _, decision = done.stdout.strip().partition(' ')
     [want] = deepfid.score(photograph, saved)[0].faces[0].scores
-    assert done.returncode==0 and float(fidelity)==pytest.approx(want.fidelity, abs=1e-3) and decision==want.decision, done.stderr
+    assert done.returncode==0 and float(fidelity)==pytest.approx(want.fidelity, abs=1e-3) and decision==want.decision and not done.stderr, done.stderr
     blank = tmp_path/'blank.png'
     blank.write_bytes(__import__('cv2').imencode('.png', np.full((200, 200, 3), 128, np.uint8))[1].tobytes())
     done = subprocess.run([sys.executable, 'run.py', str(blank)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode==1 and done.stderr.strip().endswith('no face found')
+    assert done.returncode==1 and done.stderr.strip()=='no face found'
+    done = subprocess.run([sys.executable, 'run.py', 'nowhere.jpg'], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode==1 and done.stderr.strip().endswith('give a photograph that OpenCV can read')
 
 def test_a_file_says_what_it_is(saved, capsys, tmp_path):
     import hashlib, json

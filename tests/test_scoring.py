@@ -639,7 +639,8 @@ def test_a_portrait_on_its_side_is_turned(data):
     assert [f.note.split(' degrees')[0] for f in files[1:]]==[f'was turned by {a}' for a in (90, 180, 270)]
     as_they_are = list(Scorer(detector).run(turns))
     assert len({round(f.faces[0].scores[0].fidelity, 6) for f in as_they_are if f.faces})>1 # the fault
-    assert not as_they_are[0].note and 'upside down' in as_they_are[2].note and '--rotate auto' in as_they_are[2].note
+    assert not any(f.note for f in as_they_are) and as_they_are[0].faces[0].flags==[] and as_they_are[2].faces[0].flags==['upside_down']
+    assert 'upside down (--rotate auto' in as_they_are[2].faces[0].scores[0].reliability
 
 def test_a_threshold_and_an_explanation(tmp_path, trained):
     [file] = score(grey(51), Brightness(), finder=GridFinder(), threshold=.1)

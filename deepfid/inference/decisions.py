@@ -29,7 +29,8 @@ UNCERTAIN_PROBABILITIES = (.25, .75)
 
 # flag of a face -> what it means
 FLAG_MESSAGES = dict(tiny='the face is very small', turned='the face is turned away', blurred='the face is blurred',
-    brief='the face was seen in one frame only', several='it is one of several faces, whose false alarms add up')
+    brief='the face was seen in one frame only', several='it is one of several faces, whose false alarms add up',
+    upside_down='the face seems to be upside down (--rotate auto turns it)')
 
 MANIPULATED, NOT_FOUND, UNDECIDED = DECISIONS = ('manipulated', 'no manipulation found', 'undecided')
 

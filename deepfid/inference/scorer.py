@@ -204,7 +204,7 @@ class Scorer:
         misses:float|None=None # largest rate of fakes in which nothing is found; default: each detector's own
     ):
         from deepfid.quality.niqe import load_niqe
-        for name, (n, most) in dict(frames=(frames, 10**6), batch_size=(batch_size, 10**4), workers=(workers, 256)).items():
+        for name, n, most in (('frames', frames, 10**6), ('batch_size', batch_size, 10**4), ('workers', workers, 256)):
             check_number(name, n, 1, most, integer=True)
         self.threshold = check_number('threshold', threshold, optional=True)
         self.rotate, self.explain = check_choice('rotate', rotate, ('off', 'auto')), explain
@@ -229,16 +229,15 @@ class Scorer:
 
     def find_turned(self,
         image:np.ndarray # uint8 RGB (H,W,3)
-    )->tuple[np.ndarray, list[FaceDetection], str]: # the image as it was scored, its faces, a note if it was turned
-        "Find the faces of an image in the turn in which the finder is surest; or note that it seems to be upside down"
+    )->tuple[np.ndarray, list[FaceDetection], str]: # the image as it was scored, its faces, a note or a flag on its turn
+        "Find the faces of an image in the turn in which the finder is surest; or flag that it seems to be upside down"
         def sureness(found): return max((d.score for d in found), default=0.)
         upright = self.find(image)
         if self.rotate=='off' and (not upright or sureness(upright)>=SURE_FACE): return image, upright, ''
         turned = [np.ascontiguousarray(np.rot90(image, k)) for k in range(4)] # anticlockwise
         if self.rotate=='off':
             gain = sureness(self.find(turned[2]))-sureness(upright)
-            note = 'seems to be upside down: the face finder is surer of it the other way up (--rotate auto turns it)'
-            return image, upright, note if gain>=MIN_TURN_GAIN else ''
+            return image, upright, 'upside_down' if gain>=MIN_TURN_GAIN else ''
         found = [upright, *(self.find(a) for a in turned[1:])]
         best = int(np.argmax([sureness(f) for f in found]))
         if sureness(found[best])<sureness(upright)+MIN_TURN_GAIN: best = 0
@@ -291,9 +290,11 @@ class Scorer:
             path, (item, file.note) = item, read_image_with_note(item)
             compression = dict(jpeg_quality=jpeg_quality(path))
         image, detections, turned = self.find_turned(Face(getattr(item, 'image', item)).image)
-        file.note = '; '.join(filter(None, (file.note, turned)))
         crops = crop_detections(image, detections, self.all_crops)
         for crop in crops: crop.face.conditions |= {k: v for k, v in compression.items() if v is not None}
+        if turned in FLAG_MESSAGES:
+            for crop in crops: crop.face.flags.append(turned)
+        else: file.note = '; '.join(filter(None, (file.note, turned)))
         return crops
 
     def read_video(self,
