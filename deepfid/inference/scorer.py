@@ -229,7 +229,7 @@ class Scorer:
 
     def find_turned(self,
         image:np.ndarray # uint8 RGB (H,W,3)
-    )->tuple[np.ndarray, list[FaceDetection], str]: # the image as it was scored, its faces, a note or a flag on its turn
+    )->tuple[np.ndarray, list[FaceDetection], str]: # the image as it was scored, its faces, a note or flag of its turn
         "Find the faces of an image in the turn in which the finder is surest; or flag that it seems to be upside down"
         def sureness(found): return max((d.score for d in found), default=0.)
         upright = self.find(image)
