@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'deepfid.core.check_array': ('lib/core.html#check_array', 'deepfid/core.py'),
                               'deepfid.core.check_choice': ('lib/core.html#check_choice', 'deepfid/core.py'),
                               'deepfid.core.check_image': ('lib/core.html#check_image', 'deepfid/core.py'),
+                              'deepfid.core.check_manifest': ('lib/core.html#check_manifest', 'deepfid/core.py'),
                               'deepfid.core.check_number': ('lib/core.html#check_number', 'deepfid/core.py'),
                               'deepfid.core.data_dir': ('lib/core.html#data_dir', 'deepfid/core.py'),
                               'deepfid.core.default_device': ('lib/core.html#default_device', 'deepfid/core.py'),

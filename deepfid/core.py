@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['printable', 'DeepfidError', 'ImageError', 'NoFaceError', 'ConsentError', 'ManifestError', 'WeightsError',
            'DataMissingError', 'raise_as', 'import_optional', 'check_choice', 'check_number', 'check_array',
-           'check_image', 'default_device', 'supports_bf16', 'get_preset', 'set_seed', 'data_dir', 'install_hint',
-           'five_points', 'Face', 'face_region', 'Prediction', 'platt_scaling', 'Detector']
+           'check_image', 'check_manifest', 'default_device', 'supports_bf16', 'get_preset', 'set_seed', 'data_dir',
+           'install_hint', 'five_points', 'Face', 'face_region', 'Prediction', 'platt_scaling', 'Detector']
 
 # %% ../nbs/lib/core.ipynb #a458cf3c
 # control characters, halves of surrogates (bytes of a name that are no UTF-8), line separators, changes of direction
@@ -160,6 +160,13 @@ def check_image(
     got = f'{image.dtype} {image.shape}' if isinstance(image, np.ndarray) else type(image).__name__
     raise ImageError(f'{name}: give an RGB image as a uint8 array (H,W,3), not {got}; read_image makes one of a file, '
         'to_uint8 of another array')
+
+def check_manifest(
+    manifest:Any, # a `Manifest`
+)->Any: # the manifest
+    "Return `manifest` if it is a table of faces, else raise a `ManifestError` that says what it is"
+    if hasattr(manifest, 'table') and hasattr(manifest, 'image'): return manifest
+    raise ManifestError(f'manifest: give a Manifest (Manifest.read reads one of a file), not {type(manifest).__name__}')
 
 # %% ../nbs/lib/core.ipynb #8e836ca5
 def default_device()->torch.device:
@@ -380,6 +387,7 @@ class Detector:
         scores = np.asarray(scores, float)
         # the scores of one person's faces are alike: the first real and the first fake one of each person are kept
         people = range(len(scores)) if people is None else list(people)
+        check_array('labels', labels, (len(people),)), check_array('scores', scores, (len(people),))
         rows = list(zip(people, scores.tolist(), np.asarray(labels).tolist()))[::-1]
         self.validation_scores = {name: sorted({p: float(f'{s:.6g}') for p, s, label in rows if label == k}.values())
             for name, k in (('real', 1), ('fake', 0))}
@@ -404,11 +412,12 @@ class Detector:
                 f'{self.name or type(self).__name__}: not calibrated, so its score is no probability; call '
                 'calibrate(faces, labels) on validation data')
         a, b = self.calibration
-        return 1/(1 + np.exp(-np.clip(a*np.asarray(fidelity, np.float64) + b, -500, 500)))
+        return 1/(1 + np.exp(-np.clip(a*check_array('fidelity', fidelity, dtype=np.float64) + b, -500, 500)))
 
     def predict_manifest(self, manifest:Any, batch_size:int=64)->list: # of `Prediction`, one a row
         "Predict every face of a `Manifest`, in the order of its rows, holding one batch of images at a time"
-        n = len(manifest)
+        n = len(check_manifest(manifest))
+        check_number('batch_size', batch_size, 1, integer=True)
         chunks = (range(i, min(i+batch_size, n)) for i in range(0, n, batch_size))
         return [p for rows in chunks for p in self.predict([manifest.image(i) for i in rows], batch_size)]
 

@@ -187,6 +187,19 @@ def test_profiles_are_converted_to_srgb(name, format):
     got = with_profile(Image.fromarray(a), icc_profile(primaries, curve), format, **(dict(lossless=True) if format=='WEBP' else {}))
     assert np.abs(got-expected).max()<=2 and np.abs(got.astype(int)-a).max()>4
 
+class Halves(Detector):
+    "Every face is as real as fake"
+    calibration = (1., -.5)
+    def predict(self, faces, batch_size=32): return [Prediction(.5, None) for _ in faces]
+
+@pytest.mark.parametrize('call, message', [
+    (lambda d: d.score(None), 'give a Manifest .*, not NoneType'), (lambda d: d.score([np.zeros((8, 8, 3), np.uint8)]), 'give a Manifest .*, not list'),
+    (lambda d: d.score_to_proba(['x']), 'fidelity'), (lambda d: d.score_to_proba([float('nan')]), 'NaN'), (lambda d: d.score_to_proba(None), 'fidelity'),
+    (lambda d: d.calibrate_on_scores([.1, .2], [1, 0], ['somebody']), 'labels'), (lambda d: d.calibrate_on_scores([.1, .2, .3], [1, 0]), 'labels')])
+def test_doors_of_every_detector_refuse_in_one_line(call, message):
+    with pytest.raises(DeepfidError, match=message) as e: call(Halves())
+    assert '\n' not in str(e.value)
+
 def test_srgb_profiles_change_nothing():
     a = ramp()
     for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), icc_profile(PRIMARIES['srgb'], CURVES['srgb'])):

@@ -238,7 +238,7 @@ def test_masks_must_lie_between_zero_and_one():
         with pytest.raises(DeepfidError, match='^true mask: '): pixel_auc(mask, bad)
 
 
-@pytest.mark.parametrize('wrong', [dict(threshold=float('nan')), dict(threshold='.5'), dict(level=95), dict(level=0), dict(level=float('nan')), dict(n_boot=1.5), dict(n_boot=-1), dict(seed=-1)])
+@pytest.mark.parametrize('wrong', [dict(threshold=float('nan')), dict(threshold='.5'), dict(level=95), dict(level=0), dict(level=float('nan')), dict(n_boot=1.5), dict(n_boot=-1), dict(n_boot=10**12), dict(seed=-1)])
 def test_settings_out_of_range_are_named(wrong):
     (fid, lab), name = scores(), next(iter(wrong))
     with pytest.raises(DeepfidError, match=f'^{name}='): evaluate(fid, lab, **dict(n_boot=10)|wrong)

@@ -242,7 +242,7 @@ def bootstrap_counts(
     seed:int=0,
 )->Iterator[np.ndarray]: # float (b,n) blocks, n_boot lines in all: how often each row was drawn
     "Resample groups with replacement, separately among groups with reals only, fakes only, or both"
-    check_number('n_boot', n_boot, 0, integer=True)
+    check_number('n_boot', n_boot, 0, 10**6, integer=True)
     check_number('seed', seed, 0, integer=True)
     label = np.asarray(label); n = len(label)
     code = np.arange(n) if groups is None else _group_codes(groups, n, 'groups')[0]

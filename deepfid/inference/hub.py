@@ -62,11 +62,11 @@ def find_detector(
     root:Path|None=None # default: the package's folder of weights
 )->Path: # folder; a bundled one was verified
     "Return the folder of a trained detector"
-    folder = Path(root or BUNDLED_DIR)/name
+    folder = Path(root or BUNDLED_DIR)/str(name)
     if isinstance(name, str) and Path(name).name==name and folder.is_dir():
         verify_checksums(folder)
         return folder
-    if Path(name).is_dir() and name not in list_detectors(): return Path(name)
+    if Path(str(name)).is_dir() and name not in list_detectors(): return Path(name)
     known = list_detectors()
     raise WeightsError(
         f'{name}: no trained weights of that name are installed; train a detector (deepfid demo, deepfid train) '

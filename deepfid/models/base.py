@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np, torch
 from torch import nn
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
-    default_device, get_preset, raise_as, set_seed)
+    check_manifest, default_device, get_preset, raise_as, set_seed)
 from ..data.faces import CROP_MARGIN, CROP_RULES, read_crop_rule
 from ..data.loaders import faces_to_batch
 from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, to_json, write_json
@@ -293,6 +293,7 @@ class NetworkDetector(Detector, ABC):
         import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
         from fastai.callback.channelslast import ChannelsLast
         from deepfid.models.callbacks import Checkpoint, broadcast_weights, history
+        check_manifest(manifest)
         self.configure(preset, recipe)
         self.check_classes(manifest)
         self.adopt_crop_rule(manifest)
