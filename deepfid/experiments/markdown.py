@@ -151,8 +151,8 @@ def verdict_sentences(
             smallest = smallest_difference([d])
             seen = f', and {100*smallest:.1f} would have been' if smallest else ''
             return f'no difference was seen ({points(d)}){seen}'
-        what = 'gains' if found=='significantly better' else 'loses'
-        return f"it {what} {points(d)}, its control {'too' if alike==found else 'does not'} ({points(beside)})"
+        what = 'a gain' if found=='significantly better' else 'a loss'
+        return f"{what}, {points(d)}; of its control {'too' if alike==found else 'none'}, {points(beside)}"
     return [f"**{idea}**, *{column.rpartition(', ')[2]}*: {sentence(idea, control, column)}."
         for idea, control in record['controls'].items() for row, column in cells if row==idea]
 
