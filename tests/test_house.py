@@ -47,7 +47,7 @@ def test_modules_equal_what_the_notebooks_export(checkout):
     work = checkout.parent/(checkout.name + '-export')
     shutil.copytree(checkout/'nbs', work/'nbs')
     shutil.copy(checkout/'pyproject.toml', work)
-    for p in [*PACKAGE.rglob('__init__.py'), PACKAGE/'_nbdev.py']: # hand-written: the only modules without a notebook
+    for p in [*PACKAGE.rglob('__init__.py'), PACKAGE/'__main__.py', PACKAGE/'_nbdev.py']: # hand-written: the only modules without a notebook
         (work/p.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(p, work/p.relative_to(ROOT))
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} # nbdev exports nothing while it is set
@@ -227,7 +227,7 @@ def wrong_imports(source, module):
         if not allowed: yield f'{module} imports {name}'
 
 def test_every_module_has_its_level():
-    parts = {module_name(p).split('.')[1] for p in MODULES if p.parent != PACKAGE or p.name not in ('__init__.py', '_modidx.py', '_nbdev.py')}
+    parts = {module_name(p).split('.')[1] for p in MODULES if p.parent != PACKAGE or p.name not in ('__init__.py', '__main__.py', '_modidx.py', '_nbdev.py')}
     assert parts <= set(LEVEL), f'not in deepfid.IMPORT_ORDER: {parts - set(LEVEL)}'
 
 @pytest.mark.parametrize('path', [p for p in MODULES if p.parent != PACKAGE or p.name[0] != '_'], ids=name_of)
