@@ -254,7 +254,8 @@ def link_from(start, name):
 def path_head(name):
     "The line below the title of a stop"
     index = link_from(name, 'index.ipynb#where-to-begin')
-    return f"*Stop {[*PATH].index(name) + 1} of {len(PATH)} on the [reading path]({index}) · {describe(NBS/name)['minutes']} minutes*"
+    stop = f'Stop {[*PATH].index(name) + 1} of {len(PATH)} on the [reading path]({index})'
+    return f"*{stop}: {PATH[name]} · {describe(NBS/name)['minutes']} minutes*"
 
 def path_foot(name):
     "The last cell of a stop: what came before, what comes next"
