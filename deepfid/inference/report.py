@@ -56,7 +56,7 @@ def plot_frame_fidelities(
 REPORT_CSS = f"""<style>
 .card{{display:flex;gap:1.2rem;padding:1rem 0;border-bottom:1px solid #e8ecef}}
 .card>div:first-child{{flex:0 0 auto;display:flex;gap:.5rem}}
-.card figure{{margin:0;font:.75rem/1.3 system-ui,sans-serif;opacity:.75;text-align:center}}
+.card figure{{margin:0;font:.75rem/1.3 system-ui,sans-serif;text-align:center}}
 .card img{{width:120px;height:120px;border-radius:6px;display:block}}
 .card .words{{flex:1 1 20rem;font:.9rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere}}
 .card p{{margin:.2rem 0 .7rem}} .card svg{{max-width:100%;height:auto}} .card small{{opacity:.75}}

@@ -186,7 +186,7 @@ def prefetch(
 
 # %% ../../nbs/lib/inference.scorer.ipynb #sco0019
 MIN_TURN_GAIN = .02 # score of the face finder by which a turned image must exceed the upright one
-SURE_FACE = .92 # score of the face finder: of 50 portraits .93 and more, of the same upside down .91 and less
+SURE_FACE = .92 # score of the face finder: of 100 portraits .92 and more, of the same upside down .916 and less
 
 class Scorer:
     "Detectors, a face finder and an image-quality measure, applied to any number of files"
