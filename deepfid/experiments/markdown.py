@@ -149,8 +149,8 @@ def verdict_sentences(
             return 'no verdict, since trainings on shuffled labels did not average to one half'
         if found=='not significant':
             smallest = smallest_difference([d])
-            seen = f', and {100*smallest:.1f} would have been' if smallest else ''
-            return f'no difference was seen ({points(d)}){seen}'
+            seen = f'; one of {100*smallest:.1f} would have been' if smallest else ''
+            return f'no difference was seen, {points(d)}{seen}'
         what = 'a gain' if found=='significantly better' else 'a loss'
         return f"{what}, {points(d)}; of its control {'too' if alike==found else 'none'}, {points(beside)}"
     return [f"**{idea}**, *{column.rpartition(', ')[2]}*: {sentence(idea, control, column)}."
