@@ -144,6 +144,14 @@ def _profile_to_srgb(image):
         return converted or image
     except Exception: return image # of a profile that cannot be used: the numbers are taken as sRGB, as if it had none
 
+def _gamma_to_srgb(pixels, info):
+    "Convert the pixels of a PNG that names a gamma of its own and no colour space to sRGB, as browsers do"
+    gamma = info.get('gamma', 0)
+    if not .1 < gamma < 2 or 'srgb' in info or info.get('icc_profile') or abs(2.2*gamma-1) < .05: return pixels
+    light = (np.arange(256)/255)**(1/gamma)
+    levels = np.where(light <= .0031308, 12.92*light, 1.055*light**(1/2.4)-.055)
+    return np.rint(255*levels).astype(np.uint8)[pixels]
+
 # %% ../nbs/lib/io.ipynb #io000015
 # of tags and sizes that are odd: an image is read, or its error says why it was not
 warnings.filterwarnings('ignore', module=r'PIL\.')
@@ -177,7 +185,7 @@ def _decode(file, name, max_pixels, background):
         image.load()
         try: orientation = image.getexif().get(0x0112, 1)
         except Exception: orientation = 1            # a broken EXIF block does not make the pixels unreadable
-        pixels = to_uint8(_profile_to_srgb(image), background)
+        pixels = _gamma_to_srgb(to_uint8(_profile_to_srgb(image), background), image.info)
         return np.ascontiguousarray(_EXIF_TRANSFORMS.get(orientation, lambda a: a)(pixels))
 
 def _read_error(e, name):

@@ -1,7 +1,7 @@
 "Reading any image file safely, argument checks, faces, calibration, atomic writes and checked downloads"
 import io, os, struct, subprocess, sys
 import numpy as np, pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from deepfid.core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, WeightsError, check_array, check_choice, check_image, check_number, install_hint,
     data_dir, face_region, five_points, get_preset, platt_scaling, printable, set_seed)
 from deepfid.io import atomic_folder, fetch_model_file, file_hash, montage, read_image, read_json, write_atomically, write_json
@@ -204,6 +204,16 @@ def test_srgb_profiles_change_nothing():
     a = ramp()
     for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), icc_profile(PRIMARIES['srgb'], CURVES['srgb'])):
         np.testing.assert_array_equal(with_profile(Image.fromarray(a), profile), a)
+
+@pytest.mark.parametrize('gamma', [1., 1/1.8, 1/2.2, 0, 40])
+def test_the_gamma_of_a_png_is_heard(gamma):
+    "Without a colour space of its own; as in browsers, that of a usual screen and one that cannot be change nothing"
+    a, info = ramp(), PngImagePlugin.PngInfo()
+    info.add(b'gAMA', struct.pack('>I', round(1e5*gamma)))
+    expected = np.rint(255*srgb_encode((a/255)**(1/gamma))) if gamma in (1., 1/1.8) else a
+    assert np.abs(with_profile(Image.fromarray(a), None, pnginfo=info).astype(int)-expected).max()<=1
+    info.add(b'sRGB', b'\0')
+    np.testing.assert_array_equal(with_profile(Image.fromarray(a), None, pnginfo=info), a)
 
 def test_grey_transparent_palette_and_cmyk_images_with_profiles():
     a, grey = ramp(), icc_profile(None, CURVES['grey'], b'GRAY')

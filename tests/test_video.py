@@ -104,6 +104,23 @@ def test_a_recording_that_begins_anywhere(tmp_path, name):
     (tmp_path/name).write_bytes(content[len(content)*2//5//188*188:])
     assert 10<len(same_as_plain(tmp_path/name))<N
 
+@pytest.mark.parametrize('codec', ['libx264', 'libx265'])
+@pytest.mark.parametrize('ext', ['mp4', 'mkv', 'mov'])
+@pytest.mark.parametrize('lost', [1, 7, 25])
+def test_a_clip_that_was_cut_without_its_first_packets(tmp_path, codec, ext, lost):
+    "As copied from the middle: what plain decoding shows is there, and each other frame has its line"
+    rare = {'x265-params': 'keyint=20:log-level=none'} if codec=='libx265' else dict(g='20')
+    path, cut = encode(tmp_path/f'whole.{ext}', 40, codec, **rare), tmp_path/f'cut.{ext}'
+    with av.open(str(path)) as a, av.open(str(cut), 'w') as b:
+        out = b.add_stream_from_template(a.streams.video[0])
+        for k, packet in enumerate(p for p in a.demux(video=0) if p.dts is not None):
+            packet.stream = out
+            if k>=lost: b.mux(packet)
+    with av.open(str(cut)) as c: plain = [number(f.to_ndarray(format='rgb24')) for f in c.decode(video=0)]
+    problems = []
+    assert [number(f.image) for f in sample_frames(cut, None, on_error=problems.append)]==plain
+    assert (plain or problems) and all('frame ' in str(p) and 'cannot be decoded' in str(p) for p in problems)
+
 @pytest.mark.parametrize('name', ['v.mp4', 'v.mkv', 'v.asf', 'v.flv'])
 def test_uneven_time_stamps_are_kept(tmp_path, name):
     when = lambda i: i if i<25 else 25+5*(i-25)

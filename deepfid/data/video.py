@@ -317,9 +317,14 @@ def upright_image(
     return np.ascontiguousarray(_EXIF_TRANSFORMS.get(_orientation(frame), lambda a: a)(image))
 
 # %% ../../nbs/06_video.ipynb #1a4a07d4
+def _seek(container, stream, stamp):
+    "Go to the key frame before a stamp, or else to the first after it: a clip may have lost its first packets"
+    for backward in (True, False):
+        with contextlib.suppress(FFmpegError): return container.seek(stamp, stream=stream, backward=backward)
+
 def _decode_run(container, stream, index, start, wanted, lost):
     "Decode from `start`, yield the wanted frames in order, collect the stamps of lost ones"
-    container.seek(int(index.seeks[index.packets==start][0]), stream=stream)
+    _seek(container, stream, int(index.seeks[index.packets==start][0]))
     context, last, decoded = stream.codec_context, max(wanted), False
     for packet in container.demux(stream):
         stamp = _stamp(packet)
