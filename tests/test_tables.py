@@ -1,12 +1,17 @@
 "The tables of the papers at toy size: premises, controls, derived faces and what their records say"
+import json
+from pathlib import Path
 import numpy as np
 import pytest
 from deepfid.core import DeepfidError
 from deepfid.experiments import conditions
 from deepfid.experiments.controls import premise_lines, quality_premise
 from deepfid.experiments.markdown import record_markdown
+from deepfid.experiments.records import read_record
 from deepfid.experiments.registry import get_table, list_tables
 from deepfid.experiments.runner import Table, TableRun, within_columns
+
+RESULTS = Path(__file__).resolve().parents[1]/'nbs'/'results'
 
 @pytest.fixture(scope='module')
 def faces(tmp_path_factory):
@@ -150,3 +155,32 @@ def test_training_that_learned_nothing_is_told(faces, tmp_path):
         def score(self, manifest): return .5+self.spread*(manifest.table['label'].to_numpy()-.5)
     assert 'nothing was learned (constant output)' in training_summary(Fixed(0.), faces, tmp_path)['text']
     assert 'nothing was learned' not in training_summary(Fixed(.5), faces, tmp_path)['text']
+
+# -- sentences about recorded tables ------------------------------------------------------------------------------------
+
+def recorded(table, row, column, metric='auc'):
+    record = read_record(RESULTS/f'table-condition-{table}.json')
+    found, = [r for r in record['results'] if (r['row'], r['column'], r['metric'])==(row, f'london, {column}', metric)]
+    return found|dict(points={k: 100*(found['difference'] or {}).get(k, 0) for k in ('value', 'low', 'high')}, visible=100*record['smallest_difference'][found['column']])
+
+def typed_sentences():
+    "What lessons say in words beside the cells that draw a record: (notebook, words)"
+    decoder = recorded('regions', 'decoder', 'small regions', 'iou_gain')
+    gained = f"{100*decoder['value']:.1f} points"
+    assert sum(100*s>20 for s in decoder['seeds'])==2 and sum(s==0 for s in decoder['seeds'])==2
+    wrong = recorded('regions', 'decoder, masks of others', 'small regions', 'iou_gain')
+    mirror, flipped = (recorded('mirror', row, 'two-sided')['points'] for row in ('SSAA', 'flipped top to bottom'))
+    worse = [-recorded('quality', row, 'degraded alike')['points']['value'] for row in ('mapping', 'shuffled quality', 'label SVR')]
+    codec = {c: recorded('codec', 'plain, degraded', c) for c in ('as trained', 'at c40')}
+    lost = 100*(codec['as trained']['value']-codec['at c40']['value'])
+    return [('32_local_similarity', f'two of five trainings learned to mark the forgery, one a little, and two marked nothing: {gained} on average'),
+        ('32_local_similarity', f"never gets beyond {np.ceil(100*max(wrong['seeds'])-.5):.0f}"), ('tutorials/what_helps', f'two of five trainings learned it, one a little and two not at all: {gained} of IoU'),
+        ('20_ssaa', f"by {mirror['value']:.1f} points [{mirror['low']:.1f}, {abs(mirror['high']):.1f}], where the control has {flipped['value']:.1f}"),
+        ('23_deepfidelity', f'degraded alike by {min(worse):.1f} to {max(worse):.1f} points'),
+        ('41_lisiam', f"lose the same at CRF 40, some {round(lost):.0f} points: no difference could be seen, and one of {codec['at c40']['visible']:.1f} points would have been")]
+
+@pytest.mark.parametrize('k', range(6))
+def test_numbers_in_words_are_those_of_the_record(k):
+    notebook, words = typed_sentences()[k]
+    cells = json.loads((RESULTS.parent/f'{notebook}.ipynb').read_text())['cells']
+    assert any(words in ' '.join(''.join(c['source']).split()) for c in cells if c['cell_type']=='markdown'), words

@@ -17,6 +17,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -324,7 +325,9 @@ class Manifest:
             check_choice(f'{self.name}: column', c, list(self.table))
             many = isinstance(values, (list, tuple, set, np.ndarray))
             keep &= self.table[c].isin(list(values) if many else [values]).to_numpy()
-        return Manifest(self.table.loc[keep], self.folder, self.name)
+        selected = copy(self) # its columns have their types already
+        selected.table, selected.notes = self.table.loc[keep].reset_index(drop=True), []
+        return selected
 
     def of(self,
         split:str, # 'train', 'valid' or 'test'
