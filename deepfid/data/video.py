@@ -318,9 +318,10 @@ def upright_image(
 
 # %% ../../nbs/06_video.ipynb #1a4a07d4
 def _seek(container, stream, stamp):
-    "Go to the key frame before a stamp, or else to the first after it: a clip may have lost its first packets"
+    "Go to the key frame before a stamp, or else to the first after it"
     for backward in (True, False):
-        with contextlib.suppress(FFmpegError): return container.seek(stamp, stream=stream, backward=backward)
+        with contextlib.suppress(FFmpegError):
+            return container.seek(stamp, stream=stream, backward=backward)
 
 def _decode_run(container, stream, index, start, wanted, lost):
     "Decode from `start`, yield the wanted frames in order, collect the stamps of lost ones"

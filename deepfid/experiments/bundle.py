@@ -8,6 +8,7 @@ import argparse, shutil, sys, time
 from pathlib import Path
 from typing import Any
 import numpy as np
+import torch
 import deepfid
 from ..core import DeepfidError, check_choice
 from ..data.channel import Channel
@@ -18,18 +19,22 @@ from ..data.manifest import Manifest
 from .provenance import describe_run
 from .training_faces import (FACE_SIZE, HELD_OUT_METHOD, PART_PAIRS, TEST_CONDITIONS,
     TRAINED_METHODS, UNSEEN_METHODS, condition_faces, training_faces)
-from ..io import MARKER_FILE, mark_folder, read_json, save_safetensors, write_atomically, write_json
+from ..io import (MARKER_FILE, mark_folder, read_json, read_safetensors, save_safetensors, write_atomically,
+    write_json)
 
 # %% auto #0
-__all__ = ['START_RECIPE', 'BUNDLE_RECIPES', 'BUNDLED', 'WEIGHTS_DIR', 'fresh_faces', 'create_bundled', 'train_start',
-           'train_bundled', 'evaluate_condition', 'error_rates_by_group', 'score_sensitivity', 'bundle_record',
-           'model_card', 'make_bundle', 'install_bundle', 'bundle_command']
+__all__ = ['SMALL_RECIPE', 'BRANCH_RECIPE', 'BRANCH_PARTS', 'FIRST_PART', 'BUNDLE_RECIPES', 'BUNDLED', 'WEIGHTS_DIR',
+           'fresh_faces', 'create_bundled', 'average_weights', 'train_start', 'train_bundled', 'evaluate_condition',
+           'error_rates_by_group', 'score_sensitivity', 'bundle_record', 'model_card', 'make_bundle', 'install_bundle',
+           'bundle_command']
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #4a6087bb
 _CROP:dict[str, Any] = dict(crop_align=FACE_CROP['align'], crop_margin=FACE_CROP['margin'], size=FACE_SIZE)
 _PLAIN:dict[str, Any] = dict(detector='local_similarity', backbone='efficientnet_lite0', use_llsm=False, use_flm=False)
 _EPOCH:dict[str, Any] = dict(steps=PART_PAIRS//16, bs=32) # one part of the faces
-START_RECIPE:dict[str, Any] = _PLAIN|_EPOCH|dict(epochs=30, lr=3e-4) # the plain network, from ImageNet weights
+SMALL_RECIPE:dict[str, Any] = _PLAIN|_EPOCH|dict(epochs=30, lr=3e-4, size=160) # from ImageNet, on smaller faces
+BRANCH_RECIPE:dict[str, Any] = _PLAIN|_EPOCH|dict(epochs=6, lr=2e-4) # then twice at full size
+BRANCH_PARTS, FIRST_PART = (31, 39), 47 # of the faces: first one of each branch, and first one of the detectors
 BUNDLE_RECIPES:dict[str, dict[str, Any]] = { # from the start, beside each detector's own recipe `finetune`
     'plain': _PLAIN|_EPOCH|dict(epochs=1, lr=2e-4),
     'deepfidelity': _EPOCH|dict(detector='deepfidelity', arch='ssaa_lite0', epochs=1, lr=2e-4),
@@ -39,19 +44,21 @@ BUNDLED = tuple(name for name in BUNDLE_RECIPES if name!='plain')
 
 def fresh_faces(
     folder:str|Path,   # gets the faces, a folder for each part
-    recipe:dict,       # of `START_RECIPE` or `BUNDLE_RECIPES`
+    recipe:dict,       # of a training
     first:int=0,       # number of the part of the first epoch
     seed:int=0,
     workers:int|None=None, # processes; default: one a core
-)->list: # fastai callbacks
-    "Return the callbacks that show a training another part of the faces in each epoch, and freeze its norms"
+)->tuple[Manifest, list]: # faces of the first epoch; fastai callbacks
+    "Return a training's faces, and the callbacks that show it another part of them in each epoch and freeze its norms"
     from deepfid.models.callbacks import FreshFaces, FrozenNorms
     epochs = recipe['epochs'] if isinstance(recipe['epochs'], int) else sum(recipe['epochs'])
-    def make(epoch): return training_faces(first+epoch, folder, seed=seed, workers=workers)
-    return [FreshFaces(make, epochs), FrozenNorms()]
+    size = recipe.get('size', FACE_SIZE)
+    folder = Path(folder) if size==FACE_SIZE else Path(folder)/f'{size}'
+    def make(epoch): return training_faces(first+epoch, folder, seed=seed, workers=workers, size=size)
+    return make(0), [FreshFaces(make, epochs), FrozenNorms()]
 
 def create_bundled(
-    recipe:dict,        # of `START_RECIPE` or `BUNDLE_RECIPES`
+    recipe:dict,        # of a training
     seed:int=0,
     weights:Any=None,   # file of the backbone to start from; None: ImageNet
     **changes:Any       # to the recipe
@@ -64,24 +71,38 @@ def create_bundled(
     return kind(seed=seed, **_CROP|settings|changes)
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #b7c1d0e2
+def _train_plain(name, recipe, first, weights, folder, seed, cbs, workers)->Path:
+    "Train the plain network by a recipe; returns its backbone and head, named as in timm, in 32 bits"
+    path = folder/f'{name}.safetensors'
+    if path.is_file(): return path
+    faces, more = fresh_faces(folder/'faces', recipe, first, workers=workers)
+    net = create_bundled(recipe, seed, weights).fit(faces, preset='tiny', recipe='finetune', cbs=[*(cbs or []), *more],
+        resume=folder/'training'/name).model
+    save_safetensors(path, {k: v.contiguous().cpu()
+        for k, v in (net.backbone.state_dict()|net.encoder_head.state_dict()).items()})
+    return path
+
+def average_weights(
+    paths:list, # safetensors files of one architecture, trained from one start
+)->dict:        # name -> tensor; whole numbers are those of the first
+    "Average the weights of several trainings (model soup, Wortsman and others 2022)"
+    found = [read_safetensors(p) for p in paths]
+    return {k: torch.stack([f[k] for f in found]).mean(0) if v.is_floating_point() else v for k, v in found[0].items()}
+
 def train_start(
-    faces:Manifest,   # of `training_faces`
-    folder:str|Path,  # gets the detector, `start.safetensors`, and in `training` the state after each epoch
+    folder:str|Path,  # gets `start.safetensors`, the faces, and in `training` the states after each epoch
     seed:int=0,
     cbs:list|None=None, # fastai callbacks
-    **changes:Any       # to `START_RECIPE`
+    workers:int|None=None, # processes that make faces; default: one a core
 )->Path:                # `start.safetensors`: backbone and head in 16 bits, named as in timm
-    "Train the plain network from which all detectors start; a finished one is kept"
+    "Train the plain network from which all detectors start: on smaller faces, then in branches that are averaged"
     folder = Path(folder)
     path = folder/'start.safetensors'
     if path.is_file(): return path
-    detector = create_bundled(START_RECIPE, seed, **changes).fit(faces, preset='tiny', recipe='finetune', cbs=cbs,
-        resume=folder/'training'/'start')
-    detector.save(folder/'start')
-    net = detector.model
-    weights = net.backbone.state_dict()|net.encoder_head.state_dict()
-    save_safetensors(path, {k: (v.half() if v.is_floating_point() else v).contiguous().cpu()
-        for k, v in weights.items()})
+    small = _train_plain('small', SMALL_RECIPE, 0, None, folder, seed, cbs, workers)
+    branches = [_train_plain(f'branch-{k}', BRANCH_RECIPE, first, small, folder, seed+k, cbs, workers)
+        for k, first in enumerate(BRANCH_PARTS)]
+    save_safetensors(path, {k: v.half() if v.is_floating_point() else v for k, v in average_weights(branches).items()})
     return path
 
 def train_bundled(
@@ -194,7 +215,8 @@ def bundle_record(
     people = table.groupby('split')['identity'].nunique().to_dict()
     epochs = detector.config.epochs
     return describe_run(detector.config.to_dict(), 'london, portraits, congress', seed, seconds, metrics, name=name,
-        parts=START_RECIPE['epochs']+(epochs if isinstance(epochs, int) else sum(epochs)),
+        parts=SMALL_RECIPE['epochs']+BRANCH_RECIPE['epochs']*len(BRANCH_PARTS)+(
+            epochs if isinstance(epochs, int) else sum(epochs)),
         results=results, groups=error_rates_by_group(detector, tests['channel']), faces=counts, people=people,
         sensitivity=score_sensitivity(detector, tests['channel']), curves=detector.history,
         plain=plain and dict(results={c: {k: r[k] for k in ('auc', 'sets', 'methods')}
@@ -261,13 +283,11 @@ def make_bundle(
     check_choice('bundled detector', name, tuple(BUNDLE_RECIPES))
     out = Path(out)
     if (out/name/'record.json').is_file(): return out/name
-    def shown(recipe, first): return [*(cbs or []), *fresh_faces(out/'faces', recipe, first, seed, workers)]
-    faces, first = training_faces(0, out/'faces', seed=seed, workers=workers), START_RECIPE['epochs']
-    start = train_start(faces, out, seed, shown(START_RECIPE, 0))
+    start = train_start(out, seed, cbs, workers)
     if name!='plain': make_bundle('plain', out, seed, cbs, workers)
     began = time.time()
-    faces = training_faces(first, out/'faces', seed=seed, workers=workers)
-    detector = train_bundled(name, faces, start, out, seed, shown(BUNDLE_RECIPES[name], first))
+    faces, more = fresh_faces(out/'faces', BUNDLE_RECIPES[name], FIRST_PART, seed, workers)
+    detector = train_bundled(name, faces, start, out, seed, [*(cbs or []), *more])
     tests = {c: condition_faces(c, out/'faces', workers=workers) for c in TEST_CONDITIONS}
     plain = None if name=='plain' else read_json(out/'plain'/'record.json')
     record = bundle_record(name, detector, faces, tests, time.time()-began, seed, plain)

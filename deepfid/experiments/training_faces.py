@@ -21,7 +21,7 @@ __all__ = ['PHOTOGRAPH_SETS', 'FACE_SIZE', 'TRAINED_METHODS', 'HELD_OUT_METHOD',
 
 # %% ../../nbs/lib/experiments.training_faces.ipynb #88de2937
 PHOTOGRAPH_SETS = ('london', 'portraits', 'congress')
-FACE_SIZE = 160 # pixels: side of the faces
+FACE_SIZE = 224 # pixels: side of the faces
 TRAINED_METHODS = ('sbi', 'sbi', 'sbi_part', 'sbi', 'poisson') # in turn; Poisson swaps of London's people only
 HELD_OUT_METHOD = 'reconstruct' # in no training and no threshold
 UNSEEN_METHODS = ('swap', 'reenact', 'resynth', 'mouth') # of London's people, in no training and no threshold either
@@ -53,10 +53,10 @@ def photograph_crops(
     if (Path(folder)/'crops.json').is_file(): return cut_wide_crops([], folder)
     return cut_wide_crops([s for name in PHOTOGRAPH_SETS for s in getattr(datasets, name)(root)], folder)
 
-def _pairs(crops, path, methods, pairs, seed, workers, **style)->Manifest:
+def _pairs(crops, path, methods, pairs, seed, workers, size=FACE_SIZE, **style)->Manifest:
     "Pairs in one folder, forged at the full size of the wide crop; existing ones are read"
     if (path/'manifest.csv').is_file(): return Manifest.read(path/'manifest.csv')
-    return build_pairs(crops, path, methods, pairs, FACE_SIZE, FACE_CROP['margin'], seed, workers,
+    return build_pairs(crops, path, methods, pairs, size, FACE_CROP['margin'], seed, workers,
         split_seed=0, align=FACE_CROP['align'], working_size=WIDE_SIZE, **style)
 
 def training_faces(
@@ -67,12 +67,14 @@ def training_faces(
     seed:int=0,
     workers:int|None=None, # processes; default: one a core
     root:str|Path|None=None, # folder with the photographs; default: DEEPFID_DATA
+    size:int=FACE_SIZE, # side of the faces, pixels; a folder for each size
 )->Manifest:
     "Make one part of the training pairs, and the validation pairs, all of them sent through the channel"
     folder = Path(folder)
     crops = photograph_crops(folder/'wide', root)
     def made(name, counts, seed, channel):
-        return _pairs(crops, folder/name, TRAINED_METHODS, counts, seed, workers, channel=channel, jitter=CropJitter())
+        return _pairs(crops, folder/name, TRAINED_METHODS, counts, seed, workers, size, channel=channel,
+            jitter=CropJitter())
     return merge_manifests({'valid': made('valid', (0, valid, 0), seed, Channel()),
         f'train-{part}': made(f'train-{part}', (pairs, 0, 0), seed+part, TRAINING_CHANNELS)}, folder)
 
