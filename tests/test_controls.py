@@ -8,7 +8,7 @@ from deepfid.experiments.controls import (FORGERY_WEIGHTS, FrozenProbe, collapse
     margin_of_mean, smallest_difference, starting_weights)
 from deepfid.experiments.markdown import record_markdown
 from deepfid.experiments.records import upgrade_record
-from deepfid.experiments.runner import Row, Table, TableRun, run_tables, within_columns
+from deepfid.experiments.runner import Row, Table, TableRun, within_columns
 from deepfid.models.lisiam.detector import LiSiam
 from deepfid.models.local_similarity.detector import LocalSimilarity
 from deepfid.testing import tiny_manifest
@@ -157,12 +157,12 @@ def test_smallest_difference_by_hand():
     assert smallest_difference([difference(.02, 1e-6, .0196)])==pytest.approx(.028, abs=1e-4)
     assert smallest_difference([dict(value=.1, low=0., high=.2, seeds=[.1])]) is None
 
-def test_whole_table_with_probes_in_processes(faces, tmp_path):
+def test_whole_table_with_probes(faces, tmp_path):
     rows = [Row('plain', LocalSimilarity, PLAIN), Row('decoder', LocalSimilarity, dict(use_llsm=False, size=64))]
     table = Table('t', 't', rows, lambda names: within_columns(names, ('auc', 'iou_gain')), train_steps=2)
     made = TableRun(table, {'x': faces}, 2, 'tiny', tmp_path, lambda line: None, bs=16)
     made.train_steps = 8 # eight epochs of one step
-    record = run_tables([made], 2)[0].record()
+    record = made.run().record()
     assert [r['name'] for r in record['config']['rows']]==['frozen probe', 'plain', 'decoder']
     assert set(record['steps'])=={'frozen probe', 'plain', 'decoder', 'shuffled labels'} and record['steps']['frozen probe']==0
     assert set(record['start'].values())=={'noise'} and record['permutation']['x'].keys()>={'value', 'low', 'high', 'passed'}
