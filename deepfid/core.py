@@ -393,6 +393,7 @@ class Detector:
             for name, k in (('real', 1), ('fake', 0))}
         slope, offset = self.calibration = platt_scaling(scores, labels)
         self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
+        self.measured_rates = {} # of other thresholds
         if slope > 0 and np.ptp(scores) > 1e-6: self.threshold = -offset/slope # where the probability is one half
         else:
             self.calibration, self.threshold = (0., 0.), float(np.median(scores))
@@ -416,11 +417,15 @@ class Detector:
 
     def predict_manifest(self, manifest:Any, batch_size:int=64)->list: # of `Prediction`, one a row
         "Predict every face of a `Manifest`, in the order of its rows, holding one batch of images at a time"
+        return list(self._manifest_predictions(manifest, batch_size))
+
+    def _manifest_predictions(self, manifest, batch_size):
         n = len(check_manifest(manifest))
         check_number('batch_size', batch_size, 1, integer=True)
-        chunks = (range(i, min(i+batch_size, n)) for i in range(0, n, batch_size))
-        return [p for rows in chunks for p in self.predict([manifest.image(i) for i in rows], batch_size)]
+        for start in range(0, n, batch_size):
+            images = [manifest.image(i) for i in range(start, min(start+batch_size, n))]
+            yield from self.predict(images, batch_size)
 
     def score(self, manifest:Any, batch_size:int=64)->np.ndarray: # (N,) float64, raw fidelity
         "Compute the fidelity of every face of a `Manifest`"
-        return np.array([p.fidelity for p in self.predict_manifest(manifest, batch_size)], float)
+        return np.array([p.fidelity for p in self._manifest_predictions(manifest, batch_size)], float)

@@ -281,6 +281,21 @@ def test_refit_with_another_measure(manifest, trained):
     other = trained.refit(manifest, measure=Brightness())
     assert not np.allclose(other.mapping.knots_['real'][0], trained.mapping.knots_['real'][0])
 
+def test_refit_with_another_measure_of_what_learned_fidelities(manifest, tmp_path):
+    class Brightness:
+        def score(self, images): return np.array([im.mean() for im in images])
+    d = DeepFidelity(epochs=1, target='fidelity', **SMALL).fit(manifest, 'tiny')
+    output = torch.tensor([[.9], [.2]])
+    assert d.fake_logit(output)[1]>d.fake_logit(output)[0] # the second is more of a fake
+    other = d.refit(manifest, measure=Brightness())
+    assert other.measured_rates=={} and not np.allclose(other.mapping.knots_['real'][0], d.mapping.knots_['real'][0])
+
+def test_the_folder_of_the_weights_is_nobodys_business(manifest, trained, tmp_path):
+    trained.save(tmp_path/'private'/'d')
+    again = DeepFidelity.load(trained.save(tmp_path/'d'))
+    again.config.weights = str(tmp_path/'private'/'d'/'network.safetensors')
+    assert json.loads((again.save(tmp_path/'e')/'detector.json').read_text())['config']['weights']=='network.safetensors'
+
 def test_refit_refuses_what_needs_another_training(manifest, trained):
     with pytest.raises(DeepfidError, match="'lr'"): trained.refit(manifest, lr=1e-4)
     with pytest.raises(DeepfidError, match='needs targets'): trained.refit(manifest, Ridge(), mapping=None)

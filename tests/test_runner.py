@@ -9,7 +9,7 @@ from deepfid.data.manifest import Manifest
 from deepfid.evaluate.metrics import MetricError, auc, average_over_seeds, score_face_mask
 from deepfid.experiments.registry import get_figure, get_table, list_figures, list_tables
 from deepfid.experiments.records import RecordReader, read_record, significance, upgrade_record
-from deepfid.experiments.runner import (Row, Column, Table, TableRun, cache_key, mean_mask_baseline, run_tables, score_test_faces)
+from deepfid.experiments.runner import (Row, Column, Table, TableRun, cache_key, mean_mask_baseline, mean_training_mask, run_tables, score_test_faces)
 from deepfid.experiments.markdown import comparison_table, markdown_table, record_markdown
 from deepfid.experiments.provenance import describe_code, source_hash
 from deepfid.testing import tiny_manifest
@@ -111,6 +111,7 @@ def test_copy_without_a_repository_reads_its_commit_from_the_environment(monkeyp
     monkeypatch.setenv('DEEPFID_COMMIT', 'main')
     assert describe_code()['commit']!='main'
 
+def first_half(manifest): return manifest.where(split=['valid', 'test'])
 def refit_again(detector, manifest, noise): return detector.refit(manifest, noise)
 def test_functions_of_one_name_have_their_own_cells():
     def key(row): return cache_key(row, {'a': A, row.name: row}, ['x'], 0, 'tiny', {})
@@ -118,6 +119,29 @@ def test_functions_of_one_name_have_their_own_cells():
     foreign = type(refit_again)(refit_again.__code__, {'__name__': 'elsewhere'}, 'refit_again')
     assert key(Row('a', DetailDetector))!=key(Row('a', other))
     assert key(Row('b', after='a', refit=refit_again))!=key(Row('b', after='a', refit=foreign))
+    assert key(Row('b', after='a', change=first_half))!=key(Row('b', after='a')) # a refit sees other faces
+
+def test_weights_are_known_by_their_content(tmp_path):
+    from deepfid.models.local_similarity.detector import LocalSimilarity
+    path = tmp_path/'start.safetensors'
+    row, keys = Row('a', LocalSimilarity, dict(weights=str(path))), set()
+    for content in (b'1', b'2'):
+        path.write_bytes(content)
+        keys.add(cache_key(row, {'a': row}, ['x'], 0, 'tiny', {}))
+    assert len(keys)==2
+
+@pytest.mark.parametrize('row, what', [(Row('a', DetailDetector, measure=partial(refit_again, noise=1)), 'measure'), (Row('a', DetailDetector, change=lambda m: m), 'change')])
+def test_functions_without_a_name_are_refused(manifests, tmp_path, row, what):
+    with pytest.raises(DeepfidError, match=f'`{what}` must be a function at the top of a module'): run(manifests, tmp_path, Table('t', '', [row], columns))
+
+def test_a_training_collapsed_if_it_did_on_any_test_set(done):
+    cells = list(done.cells.items())
+    (row, train, test, seed), cell = next((at, c) for at, c in cells if at[0]=='a')
+    flat = dict(cell, fidelity=[.5]*len(cell['fidelity']))
+    for order in (((row, train, 'p', 7), flat), ((row, train, 'q', 7), cell)), (((row, train, 'q', 7), cell), ((row, train, 'p', 7), flat)):
+        done.cells = dict(order)
+        assert done.collapsed_seeds(A, train)=={7: 'constant output'}
+    done.cells = dict(cells)
 
 def test_key_changes_with_the_code(monkeypatch, tmp_path):
     (tmp_path/'losses.py').write_text('alpha = .5')
@@ -208,9 +232,10 @@ def test_mean_mask_baseline(manifests):
     train, test = (m.where(split=s, label=0) for s in ('train', 'test'))
     mean = np.mean([train.mask(i) for i in range(len(train))], 0)
     by_hand = [score_face_mask(mean, test.mask(i)) for i in range(len(test))]
-    found = mean_mask_baseline(m, m)
+    found = mean_mask_baseline(mean_training_mask(m), m)
     assert found['iou']==pytest.approx(np.mean([s['iou'] for s in by_hand]))
-    assert mean_mask_baseline(m, Manifest(m.table.assign(mask=''), m.folder)) is None
+    bare = Manifest(m.table.assign(mask=''), m.folder)
+    assert mean_training_mask(bare) is None and mean_mask_baseline(mean_training_mask(m), bare) is None
 
 def test_lower_error_rates_are_better():
     lower = dict(value=-.05, low=-.08, high=-.02, seeds=[-.05, -.052, -.048])

@@ -12,7 +12,7 @@ from deepfid.inference.decisions import BLIND_SPOT, DECISIONS, calibrated_rule, 
 from deepfid.inference.hub import load, load_detectors, write_checksums
 from deepfid.inference.report import write_report
 from deepfid.inference.results import ResultsFile, ScoredFile, read_results
-from deepfid.inference.scorer import Scorer, prefetch, score
+from deepfid.inference.scorer import Scorer, prefetch, score, score_stream
 
 POINTS = np.float32([[38, 52], [74, 52], [56, 72], [42, 92], [71, 92]])
 
@@ -412,6 +412,9 @@ def test_rates_that_validation_is_too_small_for_are_named():
     detector = calibrated(np.linspace(.7, .9, 9), np.linspace(.1, .4, 30))
     [file] = score_grid(grey(20), detector)
     assert 'The false alarm rate is kept to 10 %, not to 5 %: validation has 9 people with real faces' in file.faces[0].scores[0].error_rates
+    [close] = score_grid(grey(20), calibrated(np.linspace(.7, .9, 18), np.linspace(.1, .4, 30)))
+    assert 'is kept to 5.26 %, not to 5 %' in close.faces[0].scores[0].error_rates
+    with pytest.raises(DeepfidError, match='frames: give the options to the Scorer itself'): list(score_stream(grey(20), make_scorer(detector), frames=8))
     with pytest.raises(DeepfidError, match='brightness: keeps no scores of validation faces, so that error rates cannot be chosen'): make_scorer(misses=.1)
     with pytest.raises(DeepfidError, match='misses=1.5: give a number above 0 below 1'): make_scorer(detector, misses=1.5)
 

@@ -326,7 +326,7 @@ def _seek(container, stream, stamp):
 def _decode_run(container, stream, index, start, wanted, lost):
     "Decode from `start`, yield the wanted frames in order, collect the stamps of lost ones"
     _seek(container, stream, int(index.seeks[index.packets==start][0]))
-    context, last, decoded = stream.codec_context, max(wanted), False
+    context, last, decoded, known = stream.codec_context, max(wanted), False, len(lost)
     for packet in container.demux(stream):
         stamp = _stamp(packet)
         # no other frame is built on those that are not wanted
@@ -338,7 +338,7 @@ def _decode_run(container, stream, index, start, wanted, lost):
         for frame in frames:
             shown = _stamp(frame)
             # the container jumped too far
-            if not decoded and shown>start and not lost and start>index.stamps[0]:
+            if not decoded and shown>start and len(lost)==known and start>index.stamps[0]:
                 yield from _decode_run(container, stream, index, index.stamps[0], wanted, lost)
                 return
             decoded = True
@@ -641,6 +641,7 @@ class _Tracker:
             t = tracks[i]
             t.found[k], t.shot, t.colours, t.image = found[j], shot, colours[j], kept
             if looks[j] is not None: t.look = looks[j]+(0 if t.look is None else t.look)
+            if t.look is not None: t.image = None # read only for the first look
         self.active += [_OpenTrack({k: d}, shot, colours[j], looks[j], kept)
             for j, d in enumerate(found) if j not in assigned.values()]
 

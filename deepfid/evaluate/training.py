@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from fastai.callback.channelslast import ChannelsLast
 from fastai.torch_core import rank_distrib
 from .metrics import auc_interval
 from .report import plot_curves
@@ -171,7 +170,7 @@ def training_speed(
     import timm
     detector.configure('tiny', 'finetune')
     dls, timer, loop = detector.loaders(manifest), StepTimes(), []
-    learn = detector.learner(dls, [timer, ChannelsLast(), *cbs()], 0)
+    learn = detector.learner(dls, [timer, *cbs()], 0)
     waits, computations = [], []
     with learn.no_bar(), learn.no_logging():
         for turn in range(turns+1):

@@ -219,7 +219,7 @@ def bundle_record(
             epochs if isinstance(epochs, int) else sum(epochs)),
         results=results, groups=error_rates_by_group(detector, tests['channel']), faces=counts, people=people,
         sensitivity=score_sensitivity(detector, tests['channel']), curves=detector.history,
-        plain=plain and dict(results={c: {k: r[k] for k in ('auc', 'sets', 'methods')}
+        plain=plain and dict(results={c: {k: r[k] for k in ('auc', 'sets', 'methods', 'false_alarms')}
             for c, r in plain['results'].items()}))
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #850ea7f3

@@ -11,7 +11,7 @@ __all__ = ['MASK_METRICS', 'VIDEO_METRICS', 'SCORE_METRICS', 'SCORE_AND_MASK_MET
 import hashlib, inspect, json, os, shutil, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..evaluate.metrics import average_over_seeds, localisation_report, score_fa
 from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, premise_lines,
     margin_of_mean, row_verdict, shuffle_labels, smallest_difference, starting_weights, training_length, validation_auc)
 from .provenance import describe_code, describe_machine, describe_run, source_hash
-from ..io import mark_folder, read_json, to_json, write_json
+from ..io import file_hash, mark_folder, read_json, to_json, write_json
 from ..parallel import limit_threads, map_processes, map_ray
 
 # %% ../../nbs/lib/experiments.runner.ipynb #f6ea32c0
@@ -157,9 +157,12 @@ def cache_key(
     "Hash everything that a trained detector, or its scores, depend on"
     refits = []
     while row.after:
-        refits.append(dict(settings=row.settings, refit=_identity(row.refit)))
+        refits.append(dict(settings=row.settings, refit=_identity(row.refit), change=_identity(row.change)))
         row = rows[row.after]
-    about = dict(detector=_identity(row.detector), config=resolve_settings(row, preset, overrides), refits=refits,
+    config = resolve_settings(row, preset, overrides)
+    start = config.get('weights')
+    weights = file_hash(start) if isinstance(start, str) and Path(start).is_file() else ''
+    about = dict(detector=_identity(row.detector), config=config, weights=weights, refits=refits,
         frozen=row.frozen, change=_identity(row.change), seed=seed, data=data, version=deepfid.__version__,
         code=code or source_hash())
     return hashlib.sha256(to_json(about).encode()).hexdigest()[:24]
@@ -168,7 +171,7 @@ def cache_key(
 def score_test_faces(
     detector:Any,      # trained `Detector`
     manifest:Manifest,
-    mean_mask:np.ndarray|None=None, # of the training fakes
+    mean_mask:Callable=lambda: None, # returns that of the training fakes; called where masks are predicted
 )->dict: # fidelity: (n,), threshold, seconds, masks: of `score_face_mask`, one a face; or None without masks
     "Score the test faces of a manifest, and the predicted masks; masks for some faces only are refused"
     test, fidelity, masks, seconds = manifest.of('test'), [], [], 0.
@@ -178,7 +181,7 @@ def score_test_faces(
         predictions = detector.predict_manifest(part)
         seconds += time.time()-began
         fidelity += [float(p.fidelity) for p in predictions]
-        masks += [score_face_mask(p.mask, part.mask(i), mean_mask) for i, p in enumerate(predictions)
+        masks += [score_face_mask(p.mask, part.mask(i), mean_mask()) for i, p in enumerate(predictions)
             if p.mask is not None]
     if len(masks) not in (0, len(test)):
         raise DeepfidError(f'{detector.name}: predicts a mask for {len(masks)} of {len(test)} faces; mask metrics need '
@@ -193,14 +196,15 @@ def mean_training_mask(
     train = manifest.where(split='train', label=0)
     if not len(train) or '' in set(train.table['mask']): return None
     size = train.mask(0).shape[::-1]
-    return np.mean([cv2.resize(train.mask(i), size, interpolation=cv2.INTER_AREA) for i in range(len(train))], 0)
+    masks = (cv2.resize(train.mask(i), size, interpolation=cv2.INTER_AREA) for i in range(len(train)))
+    return reduce(np.add, masks)/len(train)
 
 def mean_mask_baseline(
-    train:Manifest, # its training masks are averaged
+    mean:np.ndarray|None, # of `mean_training_mask`
     test:Manifest,  # its fake test faces are scored
 )->dict|None:       # mean of iou, boundary_f1 and f1; None where masks are missing
     "Score the mean training mask on every fake test face"
-    mean, test = mean_training_mask(train), test.where(split='test', label=0)
+    test = test.where(split='test', label=0)
     if mean is None or not len(test) or '' in set(test.table['mask']): return None
     scores = [s for i in range(len(test)) if 'iou' in (s := score_face_mask(mean, test.mask(i)))]
     return {k: float(np.mean([s[k] for s in scores])) for k in ('iou', 'boundary_f1', 'f1')} if scores else None
@@ -210,6 +214,7 @@ class TableScores:
     "What follows from the scores of a table's cells: values, differences, verdicts and the record"
     table:Table; rows:dict; columns:list; seeds:list; manifests:dict; baseline:Row; shuffled:Row|None
     cells:dict # (row, train, test, seed) -> what `TableRun.cell` returns
+    mean_masks:dict # name of a manifest -> mean mask of its training fakes
     preset:str; overrides:dict; data:str; premise:list # findings of the table's premise
     def test_table(self,
         column:Column,
@@ -243,8 +248,8 @@ class TableScores:
 
     def collapsed_seeds(self, row:Row, train:str)->dict: # seed -> why
         "List the trainings of a row that collapsed; the frozen probe is not trained"
-        cells = {s: c for (r, t, _, s), c in self.cells.items() if (r, t)==(row.name, train) and not row.frozen}
-        return {s: why for s, c in cells.items() if (why := collapse(c['validation'], c['fidelity']))}
+        cells = [(s, c) for (r, t, _, s), c in self.cells.items() if (r, t)==(row.name, train) and not row.frozen]
+        return {s: why for s, c in cells if (why := collapse(c['validation'], c['fidelity']))}
 
     def _used_seeds(self, column, *rows):
         "The seeds whose trainings count: those that did not collapse in any of the rows; all, where every one did"
@@ -280,8 +285,8 @@ class TableScores:
         test = self.test_table(column)[0]
         label, groups = test['label'].to_numpy()[faces], test['identity'].to_numpy()[faces]
         runs = [self._seed_runs(r, column, metric, seeds) for r in rows]
-        one_class = metric in ('accuracy', 'video_accuracy', *MASK_METRICS)
-        if not all(runs) or not len(label) or not (one_class or len(set(label))==2): return None
+        one_suffices = metric in ('accuracy', 'video_accuracy', *MASK_METRICS)
+        if not all(runs) or not len(label) or not (one_suffices or len(set(label))==2): return None
         if metric in VIDEO_METRICS: label, groups, runs = self._video_runs(column, faces, label, metric, *runs)
         kind = 'mean' if metric in MASK_METRICS else VIDEO_METRICS.get(metric, (metric,))[0]
         by_seed = np.array([[average_over_seeds([r], label, kind, n_boot=0).value for r in some] for some in runs])
@@ -295,10 +300,15 @@ class TableScores:
         difference = None if row is self.baseline else self.compare(row, self.baseline, column, metric, n_boot)
         return dict(own, difference=difference, collapsed=list(self.collapsed_seeds(row, column.train)))
 
+    def mean_mask(self, train:str)->np.ndarray|None: # (H,W)
+        "Return the mean mask of the training fakes of a manifest, computed once"
+        if train not in self.mean_masks: self.mean_masks[train] = mean_training_mask(self.manifests[train])
+        return self.mean_masks[train]
+
     def mean_mask_baselines(self)->dict: # column -> mask metric -> value
         "Score the mean-mask baseline of each column in which masks were scored"
         columns = [c for c in self.columns if set(c.metrics)&set(MASK_METRICS) and self.counted_faces(c, 'iou').any()]
-        scores = {c.name: mean_mask_baseline(self.manifests[c.train], self.manifests[c.test]) for c in columns}
+        scores = {c.name: mean_mask_baseline(self.mean_mask(c.train), self.manifests[c.test]) for c in columns}
         return {name: s for name, s in scores.items() if s}
 
     def headline(self, column:Column)->str:
@@ -323,9 +333,10 @@ class TableScores:
 
     def verdicts(self,
         results:list[dict], # of `results`
+        permutation:dict,   # of `permutation`
     )->tuple[list[dict], dict]: # row, control, verdict, reason; and the smallest detectable difference of each column
         "Judge each row by its differences from the baseline and from its control"
-        found, smallest, permutation = {}, {}, self.permutation()
+        found, smallest = {}, {}
         for c in self.columns:
             for r in results:
                 if (r['column'], r['metric'])==(c.name, self.headline(c)) and r['difference']:
@@ -402,7 +413,8 @@ class TableScores:
         machines = sorted({t['hardware'] for t in trained if 'hardware' in t}) or [describe_machine()['hardware']]
         splits = {k: {s: int(n) for s, n in m.table['split'].value_counts().items()}
             for k, m in self.manifests.items()}
-        trainings, (verdicts, smallest) = self.trainings(), self.verdicts(results)
+        trainings, permutation = self.trainings(), self.permutation()
+        verdicts, smallest = self.verdicts(results, permutation)
         collapsed = [dict(row=row.name, train=train, seed=seed, why=why) for row in self.table.rows
             for train in dict.fromkeys(c.train for c in self.columns)
             for seed, why in self.collapsed_seeds(row, train).items()]
@@ -414,7 +426,7 @@ class TableScores:
             steps={t['row']: t.get('steps') for t in trainings}, start={t['row']: t.get('start') for t in trainings},
             controls=self.table.controls, prediction=self.table.prediction, premise=self.premise,
             smallest_difference=smallest,
-            permutation=self.permutation(), collapsed=collapsed, verdicts=verdicts, trainings=trainings,
+            permutation=permutation, collapsed=collapsed, verdicts=verdicts, trainings=trainings,
             localisation=self.localisation())
 
     def base_row(self, row:Row)->Row:
@@ -440,9 +452,10 @@ def _row_problems(row, rows):
     if (row.detector is None)==(not row.after): yield f'{name} needs a detector, or `after`, and not both'
     if row.detector is not None and not isinstance(row.detector, type):
         yield f'{name}: `detector` must be a class; what it is called with goes into `settings`'
-    if row.refit and not (inspect.isfunction(row.refit) and '<' not in row.refit.__qualname__):
-        yield (f'{name}: `refit` must be a function at the top of a module, not a lambda, a partial or an inner '
-            'function, since the cache knows it by name; what it is called with goes into `settings`')
+    for k, f in dict(refit=row.refit, change=row.change, measure=row.measure).items():
+        if f is None or inspect.isfunction(f) and '<' not in f.__qualname__: continue
+        yield (f'{name}: `{k}` must be a function at the top of a module, not a lambda, a partial or an inner '
+            'function, since the cache knows it by name; what a refit is called with goes into `settings`')
     chain = [row.name]
     while row.after:
         if row.after not in rows:
@@ -588,9 +601,8 @@ class TableRun(TableScores):
         if not path.is_file():
             self.log(f'{self.table.name}: {row.name}, trained on {train}, tested on {test}, seed {seed}')
             path.parent.mkdir(parents=True, exist_ok=True)
-            detector, manifest = self.detector(row, train, seed), self.manifests[train]
-            if train not in self.mean_masks: self.mean_masks[train] = mean_training_mask(manifest)
-            scores = score_test_faces(detector, self.manifests[test], self.mean_masks[train])
+            detector = self.detector(row, train, seed)
+            scores = score_test_faces(detector, self.manifests[test], partial(self.mean_mask, train))
             write_json(path, dict(row=row.name, train=train, test=test, seed=seed, **scores,
                 validation=self.validation[row.name, train, seed],
                 measured=row.measure(detector, self.manifests[test]) if row.measure else {},
@@ -600,8 +612,8 @@ class TableRun(TableScores):
 
     def cell_path(self, row:Row, train:str, test:str, seed:int)->Path:
         "Return the cache file of a cell"
-        measured = f'-{row.measure.__name__}' if row.measure else ''
-        return self.cache/'cells'/f'{self.key(row, (train, test), seed)}{measured}.json'
+        measured = hashlib.sha256(to_json(_identity(row.measure)).encode()).hexdigest()[:8]
+        return self.cache/'cells'/f'{self.key(row, (train, test), seed)}-{measured}.json'
 
     def key(self,
         row:Row,

@@ -87,7 +87,7 @@ def _with_rates(rule, scores):
 def _too_small(scores, rates):
     "Say in one line which rates a validation of that size cannot keep"
     kinds = zip(rates, ('real', 'fake'), ('false alarm', 'miss'))
-    found = [f'the {what} rate is kept to {100/(len(scores[kind])+1):.0f} %, not to {100*rate:g} %: validation has '
+    found = [f'the {what} rate is kept to {100/(len(scores[kind])+1):.3g} %, not to {100*rate:g} %: validation has '
         f'{len(scores[kind])} people with {kind} faces' for rate, kind, what in kinds if rate*(len(scores[kind])+1)<1]
     return '; '.join(found)
 
@@ -182,16 +182,16 @@ CONDITIONS = {
     'bits_per_pixel': ('bitrate_range', 'the video is compressed more than any in validation', ''),
 }
 
-def _measured_conditions(manifest):
-    "Measure pose and JPEG quality on the crops of a manifest, where that is possible for most of them"
+def _measured_conditions(manifest, names):
+    "Measure pose or JPEG quality on the crops of a manifest, where that is possible for most of them"
     from deepfid.data.faces import default_face_finder, main_face, nose_offset
     def offset(image):
         found = default_face_finder().find(image)
         return nose_offset(main_face(found).points) if found else None
     files = [manifest.folder/path for path in manifest.table['path']]
-    values = dict(nose_offset=[offset(manifest.image(i)) for i in range(len(manifest))],
-        jpeg_quality=[jpeg_quality(path) for path in files])
-    known = {k: [v for v in found if v is not None] for k, found in values.items()}
+    measure = dict(nose_offset=lambda: [offset(manifest.image(i)) for i in range(len(manifest))],
+        jpeg_quality=lambda: [jpeg_quality(path) for path in files])
+    known = {k: [v for v in measure[k]() if v is not None] for k in names}
     return {k: v for k, v in known.items() if 2*len(v)>len(manifest)}
 
 def validation_ranges(
@@ -204,9 +204,10 @@ def validation_ranges(
     valid = manifest.of('valid')
     quality = load_niqe().score(resize_square(valid.image(i), QUALITY_SIZE, 'face') for i in range(len(valid)))
     columns = {k: valid.table[k].astype(float).dropna() for k in CONDITIONS if k in valid.table}
-    known = _measured_conditions(valid)|{k: v for k, v in columns.items() if len(v)}
+    known = {k: v for k, v in columns.items() if len(v)}
+    known |= _measured_conditions(valid, {'nose_offset', 'jpeg_quality'}-set(known))
     def ends(values): return [float(np.min(values)), float(np.max(values))]
-    return dict(score_range=ends([p.fidelity for p in detector.predict_manifest(valid)]), quality_range=ends(quality),
+    return dict(score_range=ends(detector.score(valid)), quality_range=ends(quality),
         **{CONDITIONS[k][0]: ends(v) for k, v in known.items()})
 
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0013

@@ -234,16 +234,16 @@ class Scorer:
         def sureness(found): return max((d.score for d in found), default=0.)
         upright = self.find(image)
         if self.rotate=='off' and (not upright or sureness(upright)>=SURE_FACE): return image, upright, ''
-        turned = [np.ascontiguousarray(np.rot90(image, k)) for k in range(4)] # anticlockwise
+        def turn(k): return np.ascontiguousarray(np.rot90(image, k)) # anticlockwise
         if self.rotate=='off':
-            gain = sureness(self.find(turned[2]))-sureness(upright)
+            gain = sureness(self.find(turn(2)))-sureness(upright)
             return image, upright, 'upside_down' if gain>=MIN_TURN_GAIN else ''
-        found = [upright, *(self.find(a) for a in turned[1:])]
+        found = [upright, *(self.find(turn(k)) for k in (1, 2, 3))]
         best = int(np.argmax([sureness(f) for f in found]))
         if sureness(found[best])<sureness(upright)+MIN_TURN_GAIN: best = 0
         note = (f'was turned by {360-90*best} degrees clockwise, where the face finder is surer; boxes refer to the '
             'turned image') if best else ''
-        return turned[best], found[best], note
+        return turn(best), found[best], note
 
     def read_file(self,
         source:tuple[str, Any], # (name, path or array) from `iter_sources`
@@ -355,9 +355,7 @@ class Scorer:
         fidelity:float # raw score
     )->float|None: # 0 to 1; None where the detector is not calibrated
         "Compute the calibrated probability of manipulation"
-        if detector.calibration is None: return None
-        slope, offset = detector.calibration
-        return float(1/(1+np.exp(np.clip(slope*fidelity+offset, -50, 50))))
+        return None if detector.calibration is None else 1-float(detector.score_to_proba([fidelity])[0])
 
     def thresholds(self)->dict[str, float]: # name of a detector -> threshold
         "Return where each detector gives both classes the same probability, or the threshold given instead"
@@ -440,6 +438,8 @@ def score_stream(
     **options:Any # of `Scorer`: frames, batch_size, finder, workers, threshold, false_alarms, misses, ...
 )->Iterator[ScoredFile]: # one a file, in order
     "Find and score every face; each file is yielded as soon as it is done, in constant memory"
+    if isinstance(detector, Scorer) and options:
+        raise DeepfidError(f"{', '.join(options)}: give the options to the Scorer itself")
     scorer = detector if isinstance(detector, Scorer) else Scorer(detector, **options)
     yield from scorer.run(source, results)
 

@@ -268,6 +268,17 @@ class NetworkDetector(Detector, ABC):
         return self
 
     # -- training -------------------------------------------------------------------------------------------
+    def shared_callbacks(self,
+        seed:int, # of the random choices in a batch
+    )->list: # fastai callbacks
+        "Return what every training has: order of memory, seeds, precision, several processes, clipped gradients"
+        from fastai.callback.channelslast import ChannelsLast
+        from fastai.callback.training import GradientClip
+        from deepfid.models import callbacks as C
+        clip = [GradientClip(self.config.clip)] if self.config.clip else []
+        return [ChannelsLast(), C.EpochSeed(seed), *C.precision_callbacks(self.config.amp),
+            *C.distributed_callbacks(self.device), *clip]
+
     def required_splits(self)->tuple: return 'train', 'valid'   # splits that must hold real and fake faces
 
     def check_classes(self, manifest:'Manifest')->None:
@@ -291,7 +302,6 @@ class NetworkDetector(Detector, ABC):
     )->Self: # itself, trained
         "Train the network phase by phase, then calibrate on the validation split"
         import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
-        from fastai.callback.channelslast import ChannelsLast
         from deepfid.models.callbacks import Checkpoint, broadcast_weights, history
         check_manifest(manifest)
         self.configure(preset, recipe)
@@ -299,12 +309,12 @@ class NetworkDetector(Detector, ABC):
         self.adopt_crop_rule(manifest)
         manifest = self.before_training(manifest)
         dls, phases, done, self.history = self.loaders(manifest), self.phases(), 0, []
+        faces = manifest.key() if resume else ''
         for k, phase in enumerate(phases):
             extra = [*(cbs or []), *self.selection_callbacks(manifest, dls)]
-            if self.folds_norms: extra.append(ChannelsLast()) # timm's networks train faster so, on CPU and GPU
             if resume:
                 folder = Path(resume)/f'phase-{k+1}' if len(phases)>1 else Path(resume)
-                extra.append(Checkpoint(folder, self.config.to_dict()|dict(faces=manifest.key()), done))
+                extra.append(Checkpoint(folder, self.config.to_dict()|dict(faces=faces), done))
             dls.train.epoch = done # each phase goes on in the loader's order of faces, also in several processes
             learn = self.learner(dls, extra, k)
             with ExitStack() as stack:
@@ -407,7 +417,9 @@ class NetworkDetector(Detector, ABC):
             weights = {k: v.contiguous().cpu() for k, v in weights.items()}
             sha256 = save_safetensors(tmp/'network.safetensors', weights)
             self.save_extra(tmp)
-            about = dict(detector=self.name, config=self.config.to_dict(), threshold=self.threshold,
+            config = self.config.to_dict()
+            if config.get('weights'): config['weights'] = Path(config['weights']).name # not the folder: it is private
+            about = dict(detector=self.name, config=config, threshold=self.threshold,
                 calibration=self.calibration, sha256=sha256, history=self.history,
                 validated_ranges=self.validated_ranges, validation_scores=self.validation_scores,
                 decision_rates=[self.false_alarms, self.misses])

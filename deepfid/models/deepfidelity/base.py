@@ -63,14 +63,10 @@ class SSAADetector(NetworkDetector):
 
     def callbacks(self)->list:
         "Return what the recipe adds to a plain training"
-        from fastai.callback.channelslast import ChannelsLast
-        from fastai.callback.training import GradientClip
         from deepfid.models import callbacks as C
         from deepfid.models.deepfidelity.callbacks import CentreCrop, ImageNetAugment
         c = self.config
-        cbs = [ChannelsLast(), C.EpochSeed(c.seed), *C.precision_callbacks(c.amp),
-            *C.distributed_callbacks(self.device)]
-        if c.clip: cbs.append(GradientClip(c.clip))
+        cbs = self.shared_callbacks(c.seed)
         if c.ema: cbs.append(C.EMA(c.ema, c.ema_warmup))
         if c.augment=='imagenet': cbs.append(ImageNetAugment(c.size))
         if c.crop<1: cbs.append(CentreCrop(c.crop))
@@ -110,7 +106,7 @@ class SSAADetector(NetworkDetector):
         "Return training and validation batches of what the network learns"
         from deepfid.data.loaders import dataloaders
         c, as_class = self.config, self.config.target=='label'
-        plain = as_class and c.augment!='face' # the ImageNet augmentation shifts and flips itself
+        plain = c.augment!='face' # the ImageNet augmentation shifts and flips itself
         return dataloaders(manifest, 'label' if as_class else 'fidelity', size=c.size, bs=c.bs,
             flip=not plain, shift=0 if plain else c.shift, seed=c.seed, device=self.device,
             steps=c.steps, num_workers=self.workers,
@@ -128,6 +124,9 @@ class SSAADetector(NetworkDetector):
             learn.fit(phase.epochs, lr, wd=wd, cbs=ParamScheduler(dict(lr=schedule)))
 
     def preprocess(self, x:torch.Tensor)->torch.Tensor: return centre_crop(x, self.config.crop)
-    def fake_logit(self, output:torch.Tensor)->torch.Tensor: return output[:, 0]
+    def fake_logit(self, output:torch.Tensor)->torch.Tensor:
+        "Return the logit of fake (B,), or minus the fidelity that the network learned"
+        return -output[:, 0] if self.config.target=='fidelity' else output[:, 0]
+
     def embed(self, x:torch.Tensor)->torch.Tensor:
         return self.optimized_model().embed(x, pool=self.config.pool)

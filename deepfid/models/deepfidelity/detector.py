@@ -125,13 +125,17 @@ class QualityTargets(SSAADetector):
         self.fit_targets(manifest)
         return manifest
 
+    def target_splits(self)->tuple:
+        "Return the splits whose faces need a target of their quality"
+        return ('train',) if self.config.target=='label' else ('train', 'valid')
+
     def measure_quality(self,
         manifest:'Manifest',
     )->'Manifest': # the same one where nothing is missing
         "Return the manifest with the quality that the targets need"
         c, table = self.config, manifest.table
         known = table['quality'].notna().to_numpy()
-        splits = ['train'] if c.target=='label' else ['train', 'valid']
+        splits = self.target_splits()
         need = table['split'].isin(splits).to_numpy()
         if c.mapping is None: return manifest
         if c.quality is None and known[need].any():
@@ -140,10 +144,7 @@ class QualityTargets(SSAADetector):
                     f'{manifest.name}: {missing} of {need.sum()} training faces have no quality; '
                     'measure all of them, or leave the whole column empty')
             return manifest
-        measure, table = QUALITY_MEASURES[c.quality or 'niqe'](), table.copy()
-        images = (manifest.image(i) for i in np.flatnonzero(need).tolist())
-        table.loc[need, 'quality'] = measure.score(images)
-        return type(manifest)(table, manifest.folder, manifest.name)
+        return with_quality(manifest, QUALITY_MEASURES[c.quality or 'niqe'](), splits)
 
     def fit_targets(self,
         manifest:'Manifest',
@@ -222,7 +223,8 @@ class FidelityRegression(QualityTargets):
         for name in changes: check_choice('refit: change', name, known)
         other = copy(self)
         if measure is not None:
-            changes, manifest = changes|dict(quality=None), with_quality(manifest, measure)
+            changes = changes|dict(quality=None)
+            manifest = with_quality(manifest, measure, self.target_splits())
         other.config, other.mapping, other.regressor = replace(self.config, **changes), None, None
         if regressor is not None and other.config.mapping is None:
             raise DeepfidError('refit: a regressor needs targets; give a mapping with it')
@@ -231,6 +233,7 @@ class FidelityRegression(QualityTargets):
         if regressor is None: other.fit_regressor(dls.train, targets, dls.valid)
         else:
             from sklearn.base import clone
+            other.svr_tried = []
             other.regressor = clone(regressor).fit( # pyright: ignore[reportAttributeAccessIssue]
                 other.features_of(dls.train), targets)
         return other.calibrate_on(dls.valid)
@@ -280,11 +283,12 @@ class DeepFidelity(FidelityRegression):
 
 # %% ../../../nbs/23_deepfidelity.ipynb #50b3e448
 def with_quality(
-    manifest:'Manifest', # its training faces are measured
+    manifest:'Manifest',
     measure:Any,         # object with `score(images)`
+    splits:tuple=('train',), # whose faces are measured
 )->'Manifest':
-    "Return the manifest with the quality of its training faces by another measure"
-    table, need = manifest.table.copy(), (manifest.table['split']=='train').to_numpy()
+    "Return the manifest with the quality of its faces by another measure"
+    table, need = manifest.table.copy(), manifest.table['split'].isin(splits).to_numpy()
     table['quality'] = table['quality'].where(~need)
     images = (manifest.image(i) for i in np.flatnonzero(need).tolist())
     table.loc[need, 'quality'] = measure.score(images)

@@ -8,7 +8,6 @@ __all__ = ['LISIAM_PRESETS', 'LISIAM_SHARED', 'LISIAM_RECIPES', 'LISIAM_SCHEDULE
 # %% ../../../nbs/41_lisiam.ipynb #bdddcd59
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
@@ -151,17 +150,13 @@ class LiSiamTraining(NetworkDetector):
 
     def callbacks(self, phase:int)->list:
         "Return what the recipe adds to a plain training, in a phase"
-        from fastai.callback.channelslast import ChannelsLast
-        from fastai.callback.training import GradientClip
         from deepfid.models import callbacks as C
         from deepfid.models.lisiam.training import AddDegradedBranch, FreezeExcept
         c = self.config
         mixed = self.variant['input']=='mixed'
-        cbs = [ChannelsLast(), C.EpochSeed(c.seed*3+phase),
+        cbs = [*self.shared_callbacks(c.seed*3+phase),
             FreezeExcept(self.phases()[phase].modules, freeze_bn=c.freeze_bn),
-            *C.precision_callbacks(c.amp), *C.distributed_callbacks(self.device),
             AddDegradedBranch(self.batch_degradation(), seed=(c.seed, phase), mixed=mixed)]
-        if c.clip: cbs.append(GradientClip(c.clip))
         if c.ema: cbs.append(C.EMA(c.ema))
         return cbs
 
@@ -197,10 +192,11 @@ class LiSiamTraining(NetworkDetector):
 
     def train_phase(self, learn:Any, phase:TrainingPhase)->None:
         "Run the `Learner` with the schedule of the settings, which begins anew in each phase"
-        from fastai.callback.schedule import ParamScheduler
+        from fastai.callback.schedule import ParamScheduler, combined_cos
         c = self.config
-        schedule = LISIAM_SCHEDULES[c.schedule](c.lr, warmup=c.warmup)
-        learn.fit(phase.epochs, cbs=ParamScheduler(dict(lr=schedule)))
+        schedules = dict(lr=LISIAM_SCHEDULES[c.schedule](c.lr, warmup=c.warmup))
+        if c.schedule=='one-cycle': schedules['mom'] = combined_cos(c.warmup, .95, .85, .95)
+        learn.fit(phase.epochs, cbs=ParamScheduler(schedules))
 
 # %% ../../../nbs/41_lisiam.ipynb #lsl00001c
 class LiSiam(LiSiamTraining):
@@ -228,11 +224,6 @@ class LiSiam(LiSiamTraining):
     def load_config(cls, saved:dict)->DetectorConfig:
         "Read saved settings; those from before `dilate` existed are of a network without dilation"
         return super().load_config(dict(dilate=False)|saved)
-
-    def extra_state(self)->dict:
-        "Return the settings with the name of the file of weights, without its folder"
-        c = self.config
-        return dict(config=c.to_dict()|dict(weights=Path(c.weights).name)) if c.weights else {}
 
     def maps(self, output:Any)->tuple:
         "Return fidelities (B,), and masks (B,H,W) or None where no segmentation was learned"

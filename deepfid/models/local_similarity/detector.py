@@ -9,8 +9,8 @@ __all__ = ['LOCAL_SIMILARITY_PRESETS', 'LOCAL_SIMILARITY_RECIPES', 'LocalSimilar
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+import cv2
 import numpy as np
 import torch
 from ...core import DeepfidError, Prediction, check_number
@@ -98,14 +98,10 @@ class SimilarityTraining(NetworkDetector):
 
     def callbacks(self)->list:
         "Return what the recipe adds to a plain training"
-        from fastai.callback.channelslast import ChannelsLast
-        from fastai.callback.training import GradientClip
         from deepfid.models import callbacks as C
         from deepfid.models.local_similarity.training import SamplePositions
         c = self.config
-        cbs = [ChannelsLast(), C.EpochSeed(c.seed), *C.precision_callbacks(c.amp),
-            *C.distributed_callbacks(self.device)]
-        if c.clip: cbs.append(GradientClip(c.clip))
+        cbs = self.shared_callbacks(c.seed)
         if c.ema: cbs.append(C.EMA(c.ema))
         if c.sample and c.use_llsm: cbs.append(SamplePositions(c.sample))
         if c.select=='valid': cbs.append(C.BestWeights('auc'))
@@ -152,12 +148,6 @@ class LocalSimilarity(SimilarityTraining):
     default_recipe = dict(full='paper')
     legacy_settings = dict(spoil='degrade_p')
 
-    def extra_state(self)->dict:
-        "Return the settings with the name of the file of weights, without its folder"
-        c = self.config
-        if not c.weights: return {}
-        return dict(config=c.to_dict()|dict(weights=Path(c.weights).name))
-
     @property
     def explain_layer(self)->str: # pyright: ignore[reportIncompatibleVariableOverride]
         "Target layer of Grad-CAM: the last map of what is classified"
@@ -198,8 +188,8 @@ def colorize_map(
 )->np.ndarray: # uint8 RGB (side,side,3)
     "Enlarge a map and colour it: black = 0, light = 1"
     from matplotlib import colormaps
-    rows = np.arange(side)*len(a)//side
-    return (255*colormaps['magma'](np.asarray(a, float)[rows][:, rows])[..., :3]).astype(np.uint8)
+    enlarged = cv2.resize(np.asarray(a, np.float32), (side, side), interpolation=cv2.INTER_NEAREST)
+    return (255*colormaps['magma'](enlarged)[..., :3]).astype(np.uint8)
 
 def similarity_figure(
     detector:LocalSimilarity,   # trained with mask decoder and pairwise similarity matrix
