@@ -120,8 +120,8 @@ def forge_command(args:Namespace)->dict:
     from deepfid.data.datasets import PhotoSource
     from deepfid.data.manifest import Manifest, split_identities
     from deepfid.data.pairs import PairPlan, PairStyle, make_pair
-    from deepfid.inference.scorer import iter_sources, media_kind
-    from deepfid.io import atomic_folder
+    from deepfid.inference.scorer import iter_sources
+    from deepfid.io import atomic_folder, media_kind
     # listed now: what we write may lie below the source
     photos, rows, failed = [s for s in iter_sources(args.source) if media_kind(s[1])!='video'], [], 0
     out = make_new_folder(args.out)
@@ -380,7 +380,9 @@ def export_command(args:Namespace)->dict:
     files = [out, *([out.with_suffix('.bin')] if args.format=='openvino' else [])]
     size = sum(f.stat().st_size for f in files)/2**20
     return dict(saved=str(out), files=[str(f) for f in files], metadata=metadata, snippet=snippet, text='\n'.join([
-        f"# {', '.join(f.name for f in files)}: {size:.1f} MB, licence of the weights: {metadata['licence']}",
+        # escaped: no name or licence ends the line, and any encoding can print it
+        f"# {ascii(', '.join(f.name for f in files))}: {size:.1f} MB, licence of the weights: "
+            f"{ascii(metadata['licence'])}",
         '# From photograph to decision without deepfid; save these lines as run.py, then: python run.py photo.jpg',
         snippet]))
 

@@ -190,7 +190,7 @@ def runtime_snippet(
     module, read, value, fidelity = _RUNTIMES[check_choice('format', format, tuple(EXPORT_FORMATS))]
     number, matrix = _CROP_RULES[check_choice('align', align, tuple(_CROP_RULES))]
     return '\n'.join([f'import json, sys, cv2, numpy as np, {module}',
-        f'MODEL, YUNET = {str(path)!r}, {str(yunet_path())!r}; cv2.utils.logging.setLogLevel(2) # errors only',
+        f'MODEL, YUNET = {str(path)!a}, {str(yunet_path())!a}; cv2.utils.logging.setLogLevel(2) # errors only',
         f"image = cv2.imread(sys.argv[1]) if len(sys.argv)>1 else None; {read}",
         "if image is None: sys.exit('give a photograph that OpenCV can read')",
         f"size, low, high, {number} = ({value} for k in ('size', 'low', 'high', {number!r}))",

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MARKER_FILE', 'FOLDER_KINDS', 'to_uint8',
-           'read_image', 'montage', 'InlineImage', 'iter_files', 'check_overwrite', 'write_atomically',
-           'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'check_digest', 'escape_formula',
-           'unescape_formula', 'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder', 'fetch_model_file',
-           'save_safetensors', 'read_safetensors']
+           'read_image', 'montage', 'InlineImage', 'iter_files', 'media_kind', 'iter_media', 'check_overwrite',
+           'write_atomically', 'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'check_digest',
+           'escape_formula', 'unescape_formula', 'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder',
+           'fetch_model_file', 'save_safetensors', 'read_safetensors']
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -322,6 +323,38 @@ def iter_files(
             if os.path.isdir(path): yield from visit(path)
             elif name.lower().endswith(suffixes): yield Path(path)
     if os.path.lexists(folder): yield from visit(folder)
+
+# first bytes of a file -> what it is; videos come after images, since both may begin with an `ftyp` box
+_SIGNATURES = (
+    ('image', re.compile(rb'\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|II\*\0|MM\0\*|P[1-6]\s+[\d#]|'
+        rb'\0\0\0\x0cjP  \r\n|BM.{4}\0{4}.{4}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|'
+        rb'....ftyp(?:avi[fs]|hei[cxms]|hev[cx]|mif1|msf1)', re.S)),
+    ('', re.compile(rb'....ftyp(?:M4[AB] |crx )', re.S)), # sound; raw data of a camera
+    ('video', re.compile(rb'....(?:ftyp|moov|mdat|wide)|RIFF....AVI |\x1aE\xdf\xa3|FLV\x01|\x00\x00\x01[\xba\xb3]|'
+        rb'\x30\x26\xb2\x75\x8e\x66\xcf\x11|OggS.{0,400}(?:theora|video)|'
+        rb'\x47.{187}\x47.{187}\x47|.{4}\x47.{191}\x47.{191}\x47', re.S)))
+
+def media_kind(
+    path:str|Path # of any file
+)->str: # 'image' | 'video' | '' for anything else, and for what cannot be read
+    "Tell by its first bytes whether a file is an image or a video"
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode): return '' # a pipe would be waited for
+        with open(path, 'rb') as f: head = f.read(600)
+    except (OSError, ValueError): return '' # no name of a file holds a NUL
+    return next((kind for kind, signature in _SIGNATURES if signature.match(head)), '')
+
+def iter_media(
+    folder:str|os.PathLike, # see `iter_files`
+    passed_over:Callable[[Path], Any]|None=None # called with each file that is neither image nor video
+)->Iterator[tuple[Path, str]]: # (file, 'image' or 'video'); '' with a folder that cannot be listed
+    "Yield the images and videos below a folder, told by their content, or by their names where that tells nothing"
+    for path in iter_files(folder, ('',)):
+        name = path.name.lower()
+        kind = '' if path.is_dir() else media_kind(path) or ('image' if name.endswith(IMAGE_SUFFIXES) else
+            'video' if name.endswith(VIDEO_SUFFIXES) else '')
+        if kind or path.is_dir(): yield path, kind
+        elif passed_over is not None: passed_over(path)
 
 # %% ../nbs/lib/io.ipynb #io000027
 def _temporary_name(path):

@@ -335,6 +335,7 @@ def test_degraded_copies_are_written_inside_their_folder(tmp_path):
         np.testing.assert_array_equal(inverted.image(i), 255-m.image(i))
         np.testing.assert_array_equal(inverted.mask(i), m.mask(i))
     assert map_images(m, lambda im: im//2, tmp_path/'new'/'inverted').key()==inverted.key() # what is there is read again
+    with pytest.raises(ManifestError, match='holds the images themselves'): map_images(m, lambda im: 255-im, m.folder)
     with pytest.raises(ManifestError, match='copies of other rows'): map_images(m.of('test').where(label=0), lambda im: im, tmp_path/'new'/'inverted')
 
 def test_each_corruption_of_a_robustness_table_shows_other_pixels(tmp_path):

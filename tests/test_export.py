@@ -171,3 +171,10 @@ def test_export_says_what_is_missing(capsys, tmp_path, monkeypatch):
         status, out, err = export(capsys, *argv)
         assert (status, out)==(1, '') and len(err.splitlines())==1 and words in err
     assert [p.name for p in tmp_path.iterdir()]==['file']
+
+def test_no_name_or_licence_adds_a_line_to_the_printed_program(tmp_path):
+    "What follows a newline in them is text, not Python, in any encoding"
+    from deepfid.export import runtime_snippet
+    odd = 'b\nprint(1)\n\xfc.onnx'
+    snippet = runtime_snippet(odd, 'onnx')
+    assert ascii(odd) in snippet and snippet.isascii() and len(snippet.splitlines())==len(runtime_snippet('b.onnx', 'onnx').splitlines())

@@ -235,3 +235,13 @@ def test_arcface_margin_only_makes_it_harder():
 def test_a_hundred_passes_cost_less_than_a_third_more():
     m = load_serfiq()
     assert np.median([relative_cost(m, torch.randn(16, 3, 112, 112).contiguous(memory_format=torch.channels_last), 7) for _ in range(3)]) < 1.3
+
+def test_a_folder_is_listed_by_content(tmp_path, monkeypatch):
+    from deepfid.quality.measures import folder_table
+    png = cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    for name in ('a.jfif', 'b', 'c.txt', 'd.png'): (tmp_path/name).write_bytes(png)
+    (tmp_path/'notes.txt').write_text('no image')
+    assert folder_table(tmp_path)['path'].tolist()==['a.jfif', 'b', 'c.txt', 'd.png']
+    def refuse(folder): raise PermissionError(13, 'denied', str(folder))
+    monkeypatch.setattr('os.listdir', refuse)
+    with pytest.raises(DeepfidError, match='permission denied; make the folder readable'): folder_table(tmp_path)

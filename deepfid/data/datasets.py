@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import deepfid
 from ..core import DataMissingError, DeepfidError, Face, ManifestError, check_choice, data_dir, raise_as
-from ..io import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, file_hash, iter_files, read_image, read_json,
+from ..io import (IMAGE_SUFFIXES, file_hash, iter_files, iter_media, media_kind, read_image, read_json,
     write_json)
 from .faces import align_face, find_face
 from .manifest import Manifest, person_key, split_identities, split_sources
@@ -498,14 +498,17 @@ def _fake_clip(path, name, split, real, people)->Clip:
 
 def _folder_clips(top, split)->list:
     "List the clips of one pair of folders; paths below `real` and `fake` are their names"
+    kinds = {}
     def files(branch):
-        return ((p, p.relative_to(top/branch)) for p in iter_files(top/branch, VIDEO_SUFFIXES+IMAGE_SUFFIXES))
+        for path, kind in iter_media(top/branch):
+            kinds[str(path)] = 'photo' if kind=='image' else 'video'
+            yield path, path.relative_to(top/branch)
     def person(name): return name.parts[0] if len(name.parts)>1 else name.stem
     clips = [Clip(str(path), 1, person(name), split, name.as_posix()) for path, name in files('real')]
     real = {Path(c.video).with_suffix('').as_posix(): c for c in clips}
     people = {person_key(c.identity): c.identity for c in clips}
     clips += [_fake_clip(path, name, split, real, people) for path, name in files('fake')]
-    return [replace(c, kind='photo' if c.path.lower().endswith(IMAGE_SUFFIXES) else 'video') for c in clips]
+    return [replace(c, kind=kinds[c.path]) for c in clips]
 
 # %% ../../nbs/lib/data.datasets.ipynb #e085cfx1
 def _connected_people(clips)->dict:
@@ -584,13 +587,13 @@ def unlabelled_clips(
         _require(name.lower().removesuffix('s') not in ('real', 'fake'),
             f"{root}: has a folder {name!r}; labelled clips lie in 'real' and 'fake', so rename it")
         _require(not labelled_branches(root/name), f"{root/name}: has 'real' or 'fake' in it; give this folder")
-    files = [root] if root.is_file() else list(iter_files(root, VIDEO_SUFFIXES+IMAGE_SUFFIXES))
-    _require(root.is_file() or files!=[root], f'{root}: permission denied; make the folder readable')
+    files = {root: media_kind(root)} if root.is_file() else dict(iter_media(root))
+    _require(root.is_file() or list(files)!=[root], f'{root}: permission denied; make the folder readable')
     _require(files, f"{root}: has no photograph or video in it, and no folder 'real' or 'fake'; name another folder, "
         'or the dataset that this is')
     names = [p.relative_to(root).as_posix() if p!=root else p.name for p in files]
     return [Clip(str(p), UNLABELLED, name, 'test', name, 'unlabelled', root.resolve().name,
-        kind='photo' if name.lower().endswith(IMAGE_SUFFIXES) else 'video') for p, name in zip(files, names)]
+        kind='photo' if kind=='image' else 'video') for (p, kind), name in zip(files.items(), names)]
 
 # %% ../../nbs/lib/data.datasets.ipynb #5cbfc452
 def _photo_clips(sources:Callable, root=None, seed:int=0)->list:

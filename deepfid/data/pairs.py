@@ -8,6 +8,7 @@ __all__ = ['WORKING_SCALE', 'SyntheticSource', 'synthetic_sources', 'PairPlan', 
 
 # %% ../../nbs/lib/data.pairs.ipynb #f455ab51
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -233,6 +234,8 @@ def map_images(
 )->Manifest: # its images as PNG, named by row; quality unknown, checksums in the column `content`
     "Copy a manifest with a transform applied to every image; nothing is written outside `folder`"
     folder, content, masks = Path(folder), [], []
+    if os.path.realpath(folder)==os.path.realpath(manifest.folder):
+        raise ManifestError(f'{folder}: holds the images themselves; name another folder for the copies')
     if (folder/'manifest.csv').is_file(): return _read_copy(manifest, folder)
     paths = [f'faces/{i:06d}.png' for i in range(len(manifest))]
     with atomic_folder(folder, 'set of faces') as tmp:

@@ -165,7 +165,7 @@ def training_speed(
     network:str,       # name of that network in timm
     turns:int=3,       # of an epoch and as many bare steps
     cbs:Callable=list, # makes more fastai callbacks for each epoch
-)->dict: # medians over all steps: images_per_second, of_cached, loop_ratio
+)->dict: # name -> value, low, high: images_per_second, of_cached, loop_ratio, and wait, computation, loop in seconds
     "Compare a training with the same on a batch that is ready, and with a bare loop on the same network, in turns"
     import timm
     detector.configure('tiny', 'finetune')
@@ -180,7 +180,11 @@ def training_speed(
             steps = time_bare_steps(timm.create_model(network, num_classes=1), x, y, 10)
             if not turn: continue # everything is slow at first
             waits, computations, loop = waits+timer.waits[1:], computations+timer.computations[1:], loop+steps[2:]
-    wait, computation, size = np.median(waits), np.median(computations), len(timer.batch[0])
-    return dict(images_per_second=float(size/(wait+computation)), of_cached=float(computation/(wait+computation)),
-        loop_ratio=float(computation/np.median(loop)), wait=float(wait), computation=float(computation),
-        loop=float(np.median(loop)))
+    rng, n = np.random.default_rng(0), len(timer.batch[0])
+    def resampled(times): # median, and medians of a thousand resamples of the steps
+        return np.r_[np.median(times), np.median(rng.choice(times, (1000, len(times))), 1)]
+    wait, computation, bare = map(resampled, (waits, computations, loop))
+    found = dict(images_per_second=n/(wait+computation), of_cached=computation/(wait+computation),
+        loop_ratio=computation/bare, wait=wait, computation=computation, loop=bare)
+    return {k: dict(zip(('value', 'low', 'high'), map(float, (v[0], *np.quantile(v[1:], (.025, .975))))))
+        for k, v in found.items()}

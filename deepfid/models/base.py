@@ -49,7 +49,7 @@ class DetectorConfig:
     preset:str = setting('tiny', choices=('tiny', 'full')) # how large
     recipe:str = 'ours' # how trained: one of the detector's `recipes`
     seed:int = setting(0, low=0, integer=True) # of the weights and of the order of the batches
-    size:int = setting(112, low=8, integer=True) # side of the faces, pixels
+    size:int = setting(112, low=8, high=1024, integer=True) # side of the faces, pixels
     crop_align:str = setting('similarity', choices=CROP_RULES) # how the faces are cropped
     crop_margin:float = setting(CROP_MARGIN, low=.1, high=20) # side of the crop relative to the face; 1 = tight
     bs:int = setting(32, low=1, integer=True) # batch size, even

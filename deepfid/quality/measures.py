@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from ..core import DeepfidError, ManifestError, check_number
-from ..io import IMAGE_SUFFIXES, iter_files, read_image
+from ..io import iter_media, read_image
 from .mapping import FidelityMapping
 if TYPE_CHECKING: import pandas as pd
 
@@ -67,7 +67,9 @@ def folder_table(
     "List the images of a folder as a table"
     import pandas as pd
     rows = []
-    for path in iter_files(folder, IMAGE_SUFFIXES):
+    for path, kind in iter_media(folder):
+        if path.is_dir(): raise ManifestError(f'{path}: permission denied; make the folder readable')
+        if kind!='image': continue
         within = path.relative_to(folder)
         rows.append((within.as_posix(), dict(real='1', fake='0').get(within.parts[0].lower(), '')))
     if not rows: raise ManifestError(f'{folder}: contains no images')

@@ -44,7 +44,7 @@ SVR_CANDIDATES:tuple[dict[str, Any], ...] = ({}, dict(C=10.), dict(scale=True, C
 @dataclass(kw_only=True)
 class DeepFidelityConfig(DetectorConfig):
     "Settings of `DeepFidelity`"
-    size:int = setting(112, low=32, integer=True) # side of the faces, pixels
+    size:int = setting(112, low=32, high=1024, integer=True) # side of the faces, pixels
     # the axis of the face is that of the crop, about which SSAA mirrors
     crop_align:str = setting('symmetric', choices=CROP_RULES)
     ssaa_blocks:int|None = setting(None, low=0, integer=True, optional=True) # None: of stage 1

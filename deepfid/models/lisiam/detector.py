@@ -87,7 +87,7 @@ CLASSIFICATION_MODULES = ('scu', 'mt', 'mlp', 'last')    # of phase 2
 @dataclass(kw_only=True)
 class LiSiamConfig(DetectorConfig):
     "Settings of `LiSiam`"
-    size:int = setting(128, low=MIN_INPUT_SIZE, integer=True) # side of the faces, pixels
+    size:int = setting(128, low=MIN_INPUT_SIZE, high=1024, integer=True) # side, pixels
     ablation:str = setting('A', choices=tuple(LISIAM_ABLATIONS)) # 'A': full method, Table VI
     ocr_fuse:int = setting(3, choices=(1, 3)) # kernel of OCR's last convolution, pixels
     epochs:Any = setting((3, 1, 4), low=1, integer=True) # of the phases, or one to split

@@ -44,7 +44,7 @@ LOCAL_SIMILARITY_RECIPES = {
 @dataclass(kw_only=True)
 class LocalSimilarityConfig(DetectorConfig):
     "Settings of `LocalSimilarity`"
-    size:int = setting(128, low=MIN_INPUT_SIZE, integer=True) # side of the faces, pixels
+    size:int = setting(128, low=MIN_INPUT_SIZE, high=1024, integer=True) # side, pixels
     backbone:str = 'xception' # that of the preset; or any other of `create_backbone`
     weights:str|None = None # safetensors file of the backbone to start from, in timm's names
     use_llsm:bool = True # the pairwise similarity matrix, and its loss
