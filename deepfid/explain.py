@@ -153,7 +153,8 @@ def detector_grad_cam(
     "Compute Grad-CAM of faces as a detector reads them"
     detector.check_trained()
     device, faces = next(detector.model.parameters()).device, list(faces)
-    batches = (detector.preprocess(faces_to_batch(faces[i:i+batch_size], detector.size, device))
+    prepare = getattr(detector, 'preprocess', nn.Identity()) # what its network sees of a face
+    batches = (prepare(faces_to_batch(faces[i:i+batch_size], detector.size, device))
         for i in range(0, len(faces), batch_size))
     return np.concatenate([grad_cam(detector.model, layer, x, score, **kwargs) for x in batches])
 

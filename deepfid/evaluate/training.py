@@ -183,8 +183,8 @@ def training_speed(
     rng, n = np.random.default_rng(0), len(timer.batch[0])
     def resampled(times): # median, and medians of a thousand resamples of the steps
         return np.r_[np.median(times), np.median(rng.choice(times, (1000, len(times))), 1)]
-    wait, computation, bare = map(resampled, (waits, computations, loop))
+    wait, computation, alone = map(resampled, (waits, computations, loop))
     found = dict(images_per_second=n/(wait+computation), of_cached=computation/(wait+computation),
-        loop_ratio=computation/bare, wait=wait, computation=computation, loop=bare)
+        loop_ratio=computation/alone, wait=wait, computation=computation, loop=alone)
     return {k: dict(zip(('value', 'low', 'high'), map(float, (v[0], *np.quantile(v[1:], (.025, .975))))))
         for k, v in found.items()}
