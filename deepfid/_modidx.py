@@ -914,8 +914,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepfid/experiments/bundle.py'),
                                             'deepfid.experiments.bundle._show': ( 'lib/experiments.bundle.html#_show',
                                                                                   'deepfid/experiments/bundle.py'),
-                                            'deepfid.experiments.bundle._train_plain': ( 'lib/experiments.bundle.html#_train_plain',
-                                                                                         'deepfid/experiments/bundle.py'),
                                             'deepfid.experiments.bundle.average_weights': ( 'lib/experiments.bundle.html#average_weights',
                                                                                             'deepfid/experiments/bundle.py'),
                                             'deepfid.experiments.bundle.bundle_command': ( 'lib/experiments.bundle.html#bundle_command',

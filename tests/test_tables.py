@@ -184,3 +184,11 @@ def test_numbers_in_words_are_those_of_the_record(k):
     notebook, words = typed_sentences()[k]
     cells = json.loads((RESULTS.parent/f'{notebook}.ipynb').read_text())['cells']
     assert any(words in ' '.join(''.join(c['source']).split()) for c in cells if c['cell_type']=='markdown'), words
+
+def test_the_weight_of_the_bundled_mirror_is_the_one_in_words():
+    "README and lesson 20 say how much the bundled DeepFidelity uses its mirror"
+    import deepfid
+    from deepfid.experiments.deepfidelity import mirror_weights
+    words = f"{mirror_weights(deepfid.load('deepfidelity'))['w2 of block 1']:.2f}"
+    for file, sentence in (('index', f'hardly uses its mirror ($w_2$ is {words})'), ('20_ssaa', f'there $w_2$ of the first block came to {words}')):
+        assert sentence in (RESULTS.parent/f'{file}.ipynb').read_text().replace('\\n', ' '), sentence

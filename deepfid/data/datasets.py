@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import deepfid
 from ..core import DataMissingError, DeepfidError, Face, ManifestError, check_choice, data_dir, raise_as
-from ..io import (IMAGE_SUFFIXES, file_hash, iter_files, iter_media, media_kind, read_image, read_json,
+from ..io import (IMAGE_SUFFIXES, file_hash, iter_files, iter_media, read_image, read_json,
     write_json)
 from .faces import align_face, find_face
 from .manifest import Manifest, person_key, split_identities, split_sources
@@ -587,7 +587,7 @@ def unlabelled_clips(
         _require(name.lower().removesuffix('s') not in ('real', 'fake'),
             f"{root}: has a folder {name!r}; labelled clips lie in 'real' and 'fake', so rename it")
         _require(not labelled_branches(root/name), f"{root/name}: has 'real' or 'fake' in it; give this folder")
-    files = {root: media_kind(root)} if root.is_file() else dict(iter_media(root))
+    files = dict(iter_media(root))
     _require(root.is_file() or list(files)!=[root], f'{root}: permission denied; make the folder readable')
     _require(files, f"{root}: has no photograph or video in it, and no folder 'real' or 'fake'; name another folder, "
         'or the dataset that this is')

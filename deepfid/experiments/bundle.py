@@ -71,17 +71,6 @@ def create_bundled(
     return kind(seed=seed, **_CROP|settings|changes)
 
 # %% ../../nbs/lib/experiments.bundle.ipynb #b7c1d0e2
-def _train_plain(name, recipe, first, weights, folder, seed, cbs, workers)->Path:
-    "Train the plain network by a recipe; returns its backbone and head, named as in timm, in 32 bits"
-    path = folder/f'{name}.safetensors'
-    if path.is_file(): return path
-    faces, more = fresh_faces(folder/'faces', recipe, first, workers=workers)
-    net = create_bundled(recipe, seed, weights).fit(faces, preset='tiny', recipe='finetune', cbs=[*(cbs or []), *more],
-        resume=folder/'training'/name).model
-    save_safetensors(path, {k: v.contiguous().cpu()
-        for k, v in (net.backbone.state_dict()|net.encoder_head.state_dict()).items()})
-    return path
-
 def average_weights(
     paths:list, # safetensors files of one architecture, trained from one start
 )->dict:        # name -> tensor; whole numbers are those of the first
@@ -99,9 +88,17 @@ def train_start(
     folder = Path(folder)
     path = folder/'start.safetensors'
     if path.is_file(): return path
-    small = _train_plain('small', SMALL_RECIPE, 0, None, folder, seed, cbs, workers)
-    branches = [_train_plain(f'branch-{k}', BRANCH_RECIPE, first, small, folder, seed+k, cbs, workers)
-        for k, first in enumerate(BRANCH_PARTS)]
+    def train(name, recipe, first, weights, seed_of_branch): # -> file of backbone and head in 32 bits
+        made = folder/f'{name}.safetensors'
+        if made.is_file(): return made
+        faces, more = fresh_faces(folder/'faces', recipe, first, seed, workers)
+        net = create_bundled(recipe, seed_of_branch, weights).fit(faces, preset='tiny', recipe='finetune',
+            cbs=[*(cbs or []), *more], resume=folder/'training'/name).model
+        save_safetensors(made, {k: v.contiguous().cpu()
+            for k, v in (net.backbone.state_dict()|net.encoder_head.state_dict()).items()})
+        return made
+    small = train('small', SMALL_RECIPE, 0, None, seed)
+    branches = [train(f'branch-{k}', BRANCH_RECIPE, first, small, seed+k) for k, first in enumerate(BRANCH_PARTS)]
     save_safetensors(path, {k: v.half() if v.is_floating_point() else v for k, v in average_weights(branches).items()})
     return path
 
