@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['METRIC_TITLES', 'SHORT_METRICS', 'BUNDLED_LICENCE', 'TABLE_MARKS', 'IMAGE_FILE_SUFFIXES', 'FIGURE_SUFFIXES',
-           'PACKAGE_DIR', 'print_error', 'check_input', 'check_output_folder', 'check_output_file', 'make_new_folder',
-           'list_command', 'synth_command', 'photo_identity', 'forge_command', 'demo_command', 'faces_command',
-           'training_settings', 'make_detector', 'metric_lines', 'detector_argument', 'next_command', 'print_notes',
-           'train_command', 'training_summary', 'quality_command', 'export_command', 'check_score_outputs',
-           'expand_sources', 'format_scores', 'format_error_rate', 'print_scored_file', 'save_explanations',
-           'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines', 'evaluation_page', 'save_figure',
-           'evaluate_command', 'save_table', 'table_command', 'save_image', 'figure_command', 'maps_command',
-           'list_tutorials', 'open_command', 'notebooks_command', 'voila_warning', 'explore_command', 'doctor_command']
+           'PACKAGE_DIR', 'print_error', 'check_input', 'check_output_folder', 'check_output_file', 'check_new_folder',
+           'print_passed_over', 'list_command', 'synth_command', 'photo_identity', 'forge_command', 'demo_command',
+           'faces_command', 'training_settings', 'make_detector', 'metric_lines', 'detector_argument', 'next_command',
+           'print_notes', 'train_command', 'training_summary', 'quality_command', 'export_command',
+           'check_score_outputs', 'expand_sources', 'format_scores', 'format_error_rate', 'print_scored_file',
+           'save_explanations', 'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines', 'evaluation_page',
+           'save_figure', 'evaluate_command', 'save_table', 'table_command', 'save_image', 'figure_command',
+           'maps_command', 'list_tutorials', 'open_command', 'notebooks_command', 'voila_warning', 'explore_command',
+           'doctor_command']
 
 # %% ../nbs/lib/commands.ipynb #com0004
 import contextlib, json, os, re, subprocess, sys, tempfile
@@ -68,17 +69,26 @@ def check_output_file(
     check_overwrite(path, FILE_MARK if mark is None else mark)
     check_output_folder(path.parent, 'file')
 
-def make_new_folder(
-    path:str|Path # that does not exist yet, or is an empty folder
+def check_new_folder(
+    path:str|Path # that will be made; an empty folder may be there
 )->Path:
-    "Make a folder, so that nothing of the user's is ever mixed with what is generated"
+    "Raise a `DeepfidError` if anything is in a folder, so that nothing of the user's is mixed with what is generated"
     from deepfid.core import DeepfidError
-    from deepfid.io import report_write_errors
     path = Path(path)
     if path.is_file() or path.is_dir() and any(path.iterdir()):
         raise DeepfidError(f'{path}: exists already; name a new folder')
-    with report_write_errors(path, 'name another folder'): path.mkdir(parents=True, exist_ok=True)
+    check_output_folder(path)
     return path
+
+# %% ../nbs/lib/commands.ipynb #com0008p
+def print_passed_over(
+    files:list, # of a folder, that were not used
+    kind:str='neither image nor video' # what they are
+)->None:
+    "Print how many files of a folder were passed over, on standard error"
+    plural = kind.replace('image', 'images').replace('video', 'videos')
+    if len(files)==1: print_error(f'1 file that is {kind} was passed over')
+    elif files: print_error(f'{len(files)} files that are {plural} were passed over')
 
 # %% ../nbs/lib/commands.ipynb #com0011
 def list_command(args:Namespace)->dict:
@@ -97,7 +107,7 @@ def synth_command(args:Namespace)->dict:
     "Generate synthetic faces, as photographed by a simulated camera"
     from deepfid.data.synth import camera_jpeg, synthetic_face
     from deepfid.io import atomic_folder
-    out = make_new_folder(args.out)
+    out = check_new_folder(args.out)
     with atomic_folder(out, 'set of faces') as tmp: # all faces or none
         for seed in range(args.seed, args.seed+args.n):
             (tmp/f'synthetic-{seed:06d}.jpg').write_bytes(camera_jpeg(synthetic_face(seed, args.size).image, seed))
@@ -123,8 +133,11 @@ def forge_command(args:Namespace)->dict:
     from deepfid.inference.scorer import iter_sources
     from deepfid.io import atomic_folder, media_kind
     # listed now: what we write may lie below the source
-    photos, rows, failed = [s for s in iter_sources(args.source) if media_kind(s[1])!='video'], [], 0
-    out = make_new_folder(args.out)
+    passed_over, rows, failed = [], [], 0
+    sources = list(iter_sources(args.source, passed_over.append))
+    photos = [s for s in sources if media_kind(s[1])!='video']
+    if Path(args.source).is_dir(): print_passed_over([*passed_over, *{*sources}-{*photos}], 'no image')
+    out = check_new_folder(args.out)
     with atomic_folder(out, 'set of faces') as tmp:
         for sub in ('faces', 'masks'): (tmp/sub).mkdir()
         for i, (name, path) in enumerate(photos):
@@ -154,10 +167,16 @@ def faces_command(args:Namespace)->dict:
         raise DeepfidError(f'--compression: {args.dataset} has only one; leave it out')
     check_input(args.source)
     from deepfid.data.extract import extract_dataset as extract
+    from deepfid.io import iter_media
     from deepfid.quality.serfiq import embed_faces
     options = dict(compression=args.compression) if args.compression else {}
-    return extract(args.source, args.out, args.dataset, args.size, args.margin, args.frames, args.align,
+    passed_over = []
+    if args.dataset=='folder': # listed now: what we write may lie below the source
+        for _ in iter_media(args.source, passed_over.append): pass
+    made = extract(args.source, args.out, args.dataset, args.size, args.margin, args.frames, args.align,
         embed=embed_faces, workers=args.workers, engine=args.engine, progress=not args.json, **options)
+    print_passed_over(passed_over)
+    return made
 
 # %% ../nbs/lib/commands.ipynb #com0n18
 _SETTING_OPTIONS = dict(epochs='--epochs', lr='--lr', bs='--batch-size', size='--size', weights='--weights',
@@ -245,8 +264,11 @@ def print_notes(
 def train_command(args:Namespace)->dict:
     "Train a detector on a manifest and save it"
     from deepfid.io import atomic_folder, check_replaceable
+    from deepfid.core import DeepfidError
     for folder in filter(None, (args.out, args.resume)): check_output_folder(folder)
     check_replaceable(args.out, 'saved detector')
+    if args.resume and os.path.realpath(args.resume)==os.path.realpath(args.out):
+        raise DeepfidError(f'--resume {args.resume}: is the folder of the result too; name another one')
     for path in filter(None, (args.manifest, args.weights)): check_input(path)
     detector = make_detector(args)
     from deepfid.data.manifest import Manifest
@@ -296,7 +318,11 @@ def _quality_source(source):
     from deepfid.core import DeepfidError
     from deepfid.data.manifest import read_manifest_csv
     from deepfid.quality.measures import folder_table
-    if Path(source).is_dir(): return folder_table(source), Path(source)
+    if Path(source).is_dir():
+        passed_over = []
+        table = folder_table(source, passed_over.append)
+        print_passed_over(passed_over, 'no image')
+        return table, Path(source)
     table = read_manifest_csv(source)
     if not len(table): raise DeepfidError(f'{source}: no rows; a table needs at least one image')
     return table, Path(source).parent
@@ -531,8 +557,7 @@ def score_command(args:Namespace)->dict:
                 if 'false_alarms' not in measured_rates(folder):
                     print(format_error_rate(detector_names[n], measured_accuracy(folder)))
             print(BLIND_SPOT)
-    if len(passed_over)==1: print_error('1 file that is neither image nor video was passed over')
-    elif passed_over: print_error(f'{len(passed_over)} files that are neither images nor videos were passed over')
+    print_passed_over(passed_over)
     return dict(status=status)
 
 # %% ../nbs/lib/commands.ipynb #com0024

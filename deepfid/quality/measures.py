@@ -63,12 +63,14 @@ def measure_files(
 
 def folder_table(
     folder:str|Path, # with images of faces; below real/ and fake/ they have a label
+    passed_over:Callable[[Path], Any]=lambda path: None, # called with each file that is no image
 )->'pd.DataFrame': # path (relative to the folder), and label where it is known: '1' real, '0' fake, '' unknown
     "List the images of a folder as a table"
     import pandas as pd
     rows = []
-    for path, kind in iter_media(folder):
+    for path, kind in iter_media(folder, passed_over):
         if path.is_dir(): raise ManifestError(f'{path}: permission denied; make the folder readable')
+        if kind=='video': passed_over(path)
         if kind!='image': continue
         within = path.relative_to(folder)
         rows.append((within.as_posix(), dict(real='1', fake='0').get(within.parts[0].lower(), '')))
