@@ -66,7 +66,7 @@ def test_help_and_cheap_errors_are_quick():
     assert out.split()==['1', '1', '1', '1', '1', '1', '2', '2', '1', '1', '[]'] and seconds<2
 
 def interrupted(seconds):
-    "(status, standard error) of a command that gets SIGINT so long after `main` has begun: before, Python itself is interrupted"
+    "(status, lines on standard error but for progress bars) of a command that gets SIGINT so long after `main` has begun"
     code = ("import signal, sys, deepfid.cli as c; signal.signal(signal.SIGINT, signal.default_int_handler); run = c._run; "
         "c._run = lambda argv: (print('up', flush=True), run(argv))[1]; "
         "sys.exit(c.main(['table', 'ablation', '--manifest', 'synthetic', '--out', sys.argv[1]]))")
@@ -76,12 +76,12 @@ def interrupted(seconds):
         time.sleep(seconds)
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=300) # it waits for the end of an import, which takes long on a busy machine
-    return p.returncode, err
+    return p.returncode, [line for line in err.splitlines() if line and '%|' not in line] # a quick machine is at work by then
 
-@pytest.mark.parametrize('seconds', [0, .05, .15, .3, .7])
+@pytest.mark.parametrize('seconds', [0, .05, .15, .3, .7, 6])
 def test_an_interruption_is_one_line_from_the_beginning(seconds):
     "Also while the options are looked up and libraries are imported"
-    assert interrupted(seconds)==(130, 'deepfid: interrupted\n')
+    assert interrupted(seconds)==(130, ['deepfid: interrupted'])
 
 @pytest.mark.parametrize('module', ['argparse', 'deepfid.commands', 'importlib.metadata'])
 def test_an_interruption_while_the_commands_are_imported_is_one_line(module):
@@ -105,7 +105,7 @@ def test_the_package_runs_as_a_module():
 @pytest.mark.slow
 def test_no_interruption_of_the_first_seconds_is_lost():
     moments = np.random.default_rng(0).uniform(0, 2, 30)
-    assert [interrupted(t) for t in moments]==30*[(130, 'deepfid: interrupted\n')]
+    assert [interrupted(t) for t in moments]==30*[(130, ['deepfid: interrupted'])]
 
 @pytest.fixture
 def interruptible():
