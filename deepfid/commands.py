@@ -701,12 +701,12 @@ def _save_evaluation(args, name, text, metrics, fidelity, label, detector):
 def _manifest(name, folder, pairs=None, size=112):
     "Read a manifest file; or that of generated faces by their name, made in `folder` the first time"
     from deepfid.data.manifest import Manifest
-    from deepfid.experiments.demo import DEMO_SETS, demo_pairs
+    from deepfid.experiments.demo import DEMO_SETS, table_pairs
     if name not in DEMO_SETS and name!='moving': return Manifest.read(name)
     made = Path(folder)/'-'.join(['faces', name, *([str(pairs)] if pairs else []),
         *([f'{size}px'] if size!=112 else [])])
     if (made/'manifest.csv').is_file(): return Manifest.read(made/'manifest.csv')
-    if name!='moving': return demo_pairs(name, made, pairs, size=size)
+    if name!='moving': return table_pairs(name, made, pairs, size)
     from deepfid.experiments.conditions import synthetic_video_set
     return synthetic_video_set(made, size=size)
 

@@ -387,7 +387,8 @@ class Detector:
         scores = np.asarray(scores, float)
         # the scores of one person's faces are alike: the first real and the first fake one of each person are kept
         people = range(len(scores)) if people is None else list(people)
-        check_array('labels', labels, (len(people),)), check_array('scores', scores, (len(people),))
+        check_array('labels', labels, (len(people),))
+        check_array('scores', scores, (len(people),))
         rows = list(zip(people, scores.tolist(), np.asarray(labels).tolist()))[::-1]
         self.validation_scores = {name: sorted({p: float(f'{s:.6g}') for p, s, label in rows if label == k}.values())
             for name, k in (('real', 1), ('fake', 0))}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['mirror_condition_table', 'region_condition_table', 'codec_condition_table', 'quality_condition_table',
-           'CONDITION_TABLES', 'mirror_condition_manifests', 'region_manifests', 'masks_of_others', 'codec_manifests',
-           'quality_condition_manifests']
+           'CONDITION_TABLES', 'mirror_condition_manifests', 'region_manifests', 'masks_of_others',
+           'with_masks_of_others', 'codec_manifests', 'quality_condition_manifests']
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00003
 from functools import partial
@@ -93,13 +93,16 @@ def masks_of_others(
 def _local(name, **settings):
     return _row(name, LocalSimilarity, **dict(backbone='efficientnet_lite0', use_llsm=False, use_flm=False)|settings)
 
-def _with_masks_of_others(row):
+def with_masks_of_others(
+    row:Row,
+)->Row: # 'NAME, masks of others'
+    "Make the control of a row that learns from masks: the same training with the masks of other faces"
     return Row(f'{row.name}, masks of others', row.detector, row.settings, row.recipe, change=masks_of_others)
 
 _LLSM, _DECODER = _local('LLSM', use_llsm=True), _local('decoder', use_flm=True)
 region_condition_table = Table('condition-regions',
     'LLSM and the decoder where little of the face is forged, and all of it',
-    [_local('plain'), *(r for row in (_LLSM, _DECODER) for r in (row, _with_masks_of_others(row)))],
+    [_local('plain'), *(r for row in (_LLSM, _DECODER) for r in (row, with_masks_of_others(row)))],
     partial(_derived_columns, metrics=SCORE_AND_MASK_METRICS), derive_manifests=region_manifests, seeds=5,
     train_steps=_STEPS, controls={r.name: f'{r.name}, masks of others' for r in (_LLSM, _DECODER)}, prediction=(
         'Small regions: the decoder gains two points of AUC and more over the plain network, LLSM one; with masks of '

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 from fastcore.imports import in_notebook
-from ..data.channel import Channel
 from ..data.faces import FACE_CROP
 from ..data.forge import FORGERS
 from ..data.manifest import Manifest
@@ -20,13 +19,13 @@ from ..data.pairs import build_pairs
 from ..evaluate.metrics import Interval, auc_difference, auc_interval
 from ..evaluate.report import plot_curves
 from ..evaluate.training import EpochTable
-from .demo import demo_sources
+from .demo import PHOTOGRAPH_STYLE, demo_sources
 from ..models.base import in_live_notebook
 
 # %% ../../nbs/lib/experiments.live.ipynb #liv00006
 LIVE_METHODS = tuple(FORGERS) # manipulation methods
 LIVE_PAIRS = (400, 40, 100)   # of train, valid and test
-LIVE_CHANNEL = Channel(quality=(60, 95), face=(80, 300), video=0, strength=.4) # the demo's: no video codec
+LIVE_CHANNEL = PHOTOGRAPH_STYLE['channel'] # a mild one: no video codec
 
 @cache
 def _live_folder()->tempfile.TemporaryDirectory: return tempfile.TemporaryDirectory(prefix='deepfid-')
