@@ -314,11 +314,15 @@ COMMANDS = {
 }
 
 # %% ../nbs/lib/cli.ipynb #cli0013
+class _Parser(argparse.ArgumentParser):
+    "A parser that says in one line what is wrong with the arguments"
+    def error(self, message): self.exit(2, f'{self.prog}: error: {" ".join(message.split())}; see {self.prog} --help\n')
+
 def build_parser(
     chosen:str|None=None # command whose options are needed; the names in some of them take an import to look up
 )->argparse.ArgumentParser:
     "Build the parser of all commands, with the options of one"
-    p = argparse.ArgumentParser('deepfid', description='Deepfake detection with three published detectors.',
+    p = _Parser('deepfid', description='Deepfake detection with three published detectors.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='examples:\n  deepfid demo\n  deepfid score photo.jpg --report photo.html\n  deepfid COMMAND --help')
     p.add_argument('--version', action='version', version=deepfid.__version__)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METRIC_TITLES', 'SHORT_METRICS', 'BUNDLED_LICENCE', 'TABLE_MARKS', 'IMAGE_FILE_SUFFIXES', 'FIGURE_SUFFIXES',
            'PACKAGE_DIR', 'print_error', 'check_input', 'check_output_folder', 'check_output_file', 'check_new_folder',
-           'print_passed_over', 'list_command', 'synth_command', 'photo_identity', 'forge_command', 'demo_command',
-           'faces_command', 'training_settings', 'make_detector', 'metric_lines', 'detector_argument', 'next_command',
-           'print_notes', 'train_command', 'training_summary', 'quality_command', 'export_command',
-           'check_score_outputs', 'expand_sources', 'format_scores', 'format_error_rate', 'print_scored_file',
-           'save_explanations', 'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines', 'evaluation_page',
-           'save_figure', 'evaluate_command', 'save_table', 'table_command', 'save_image', 'figure_command',
-           'maps_command', 'list_tutorials', 'open_command', 'notebooks_command', 'voila_warning', 'explore_command',
-           'doctor_command']
+           'print_passed_over', 'print_animation_note', 'list_command', 'synth_command', 'photo_identity',
+           'forge_command', 'demo_command', 'faces_command', 'training_settings', 'make_detector', 'metric_lines',
+           'detector_argument', 'next_command', 'print_notes', 'train_command', 'training_summary', 'quality_command',
+           'export_command', 'check_score_outputs', 'expand_sources', 'format_scores', 'format_error_rate',
+           'print_scored_file', 'save_explanations', 'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines',
+           'evaluation_page', 'save_figure', 'evaluate_command', 'save_table', 'table_command', 'save_image',
+           'figure_command', 'maps_command', 'list_tutorials', 'open_command', 'notebooks_command', 'voila_warning',
+           'explore_command', 'doctor_command']
 
 # %% ../nbs/lib/commands.ipynb #com0004
 import contextlib, json, os, re, subprocess, sys, tempfile
@@ -38,7 +38,8 @@ def check_input(
 )->None:
     "Raise a `DeepfidError` if nothing has this path"
     from deepfid.core import DeepfidError
-    if not os.path.lexists(path): raise DeepfidError(f'{path}: no such file; check the path')
+    from deepfid.io import missing_file_problem
+    if not os.path.lexists(path): raise DeepfidError(f'{path}: {missing_file_problem(path)}')
 
 def check_output_folder(
     path:str|Path,    # that will be written to; it is not made yet
@@ -54,7 +55,7 @@ def check_output_file(
     path:str|Path|None,   # that will be written at the end; None: no file
     suffixes:tuple[str, ...], # that it may have; an existing file of another kind is never replaced
     taken:Iterable[str|Path]=(), # files and folders that are read, or written by something else
-    mark:bytes|None=None  # what an existing file must hold to be replaced; default: see `check_overwrite`
+    mark:bytes|re.Pattern|None=None # what an existing file must hold to be replaced; default: see `check_overwrite`
 )->None:
     "Raise a `DeepfidError` if a file cannot be written, or would replace something else"
     from deepfid.core import DeepfidError
@@ -89,6 +90,13 @@ def print_passed_over(
     plural = kind.replace('image', 'images').replace('video', 'videos')
     if len(files)==1: print_error(f'1 file that is {kind} was passed over')
     elif files: print_error(f'{len(files)} files that are {plural} were passed over')
+
+def print_animation_note(
+    path:str|Path # of an image file
+)->None:
+    "Print, on standard error, that only the first image of a file is used, if it has more"
+    from deepfid.io import animation_note
+    if note := animation_note(path): print_error(f'{path}: {note}')
 
 # %% ../nbs/lib/commands.ipynb #com0011
 def list_command(args:Namespace)->dict:
@@ -126,7 +134,7 @@ def forge_command(args:Namespace)->dict:
     "Forge photographs by self-blending: real and fake faces, masks and a manifest"
     check_input(args.source)
     import pandas as pd
-    from deepfid.core import DeepfidError, NoFaceError
+    from deepfid.core import DeepfidError, NoFaceError, printable
     from deepfid.data.datasets import PhotoSource
     from deepfid.data.manifest import Manifest, split_identities
     from deepfid.data.pairs import PairPlan, PairStyle, make_pair
@@ -142,8 +150,11 @@ def forge_command(args:Namespace)->dict:
         for sub in ('faces', 'masks'): (tmp/sub).mkdir()
         for i, (name, path) in enumerate(photos):
             source = PhotoSource(name, photo_identity(path, args.source), 'yours', False)
-            plan = PairPlan(f'{i:05d}-{path.stem}', 'train', source, 'selfblend', None, args.seed+i)
-            try: rows += make_pair(plan, tmp, PairStyle(args.size))
+            stem = printable(path.stem).replace('\\', '-') # a manifest holds no other characters
+            plan = PairPlan(f'{i:05d}-{stem}', 'train', source, 'selfblend', None, args.seed+i)
+            try:
+                rows += make_pair(plan, tmp, PairStyle(args.size))
+                print_animation_note(path)
             except DeepfidError as e: failed += print_error(e)
         if not rows: raise NoFaceError(f'{args.source}: no face could be forged; each file was named above')
         people = {r['identity'] for r in rows}
@@ -166,16 +177,22 @@ def faces_command(args:Namespace)->dict:
     if args.compression and args.dataset not in ('ffpp', 'dfd'):
         raise DeepfidError(f'--compression: {args.dataset} has only one; leave it out')
     check_input(args.source)
+    from deepfid.data.datasets import labelled_branches
     from deepfid.data.extract import extract_dataset as extract
     from deepfid.io import iter_media
     from deepfid.quality.serfiq import embed_faces
     options = dict(compression=args.compression) if args.compression else {}
-    passed_over = []
+    passed_over, outside = [], []
     if args.dataset=='folder': # listed now: what we write may lie below the source
-        for _ in iter_media(args.source, passed_over.append): pass
+        branches = {top/k for top, _ in labelled_branches(args.source) for k in ('real', 'fake')}
+        for path, kind in iter_media(args.source, passed_over.append):
+            if branches and not branches&{*path.parents} and args.out.absolute() not in path.absolute().parents:
+                outside.append(path)
+            elif kind=='image': print_animation_note(path)
     made = extract(args.source, args.out, args.dataset, args.size, args.margin, args.frames, args.align,
         embed=embed_faces, workers=args.workers, engine=args.engine, progress=not args.json, **options)
     print_passed_over(passed_over)
+    print_passed_over(outside, "outside of 'real' and 'fake'")
     return made
 
 # %% ../nbs/lib/commands.ipynb #com0n18
@@ -317,11 +334,14 @@ def _quality_source(source):
     "The rows of a table or of a folder's images, and the folder of their paths"
     from deepfid.core import DeepfidError
     from deepfid.data.manifest import read_manifest_csv
+    from deepfid.io import media_kind
     from deepfid.quality.measures import folder_table
     if Path(source).is_dir():
         passed_over = []
         table = folder_table(source, passed_over.append)
-        print_passed_over(passed_over, 'no image')
+        unnamed = [p for p in passed_over if media_kind(p)=='image']
+        for path in unnamed: print_error(f'{path}: its name is not UTF-8, which no table can hold; rename it')
+        print_passed_over([p for p in passed_over if p not in unnamed], 'no image')
         return table, Path(source)
     table = read_manifest_csv(source)
     if not len(table): raise DeepfidError(f'{source}: no rows; a table needs at least one image')
@@ -331,8 +351,12 @@ def _measured(table, folder, measure, report, name):
     "Measure the images of a table, with a bar where somebody looks"
     from tqdm import tqdm
     from deepfid.core import DeepfidError
+    from deepfid.data.manifest import refuse_rows
+    from deepfid.io import header_problem
     from deepfid.quality.measures import measure_files
-    if 'path' not in table: raise DeepfidError(f"{name}: no column 'path', and so no images to measure")
+    if problem := header_problem(list(table), ('path',)): raise DeepfidError(f'{name}: {problem}')
+    refuse_rows(table, table['path']=='', str(name), 'path', 'every row needs an image')
+    for path in table['path']: print_animation_note(folder/path)
     with tqdm(total=len(table), unit='face', disable=not sys.stderr.isatty()) as bar:
         def print_above(error):
             with tqdm.external_write_mode(): report(error)
@@ -363,9 +387,9 @@ def quality_command(args:Namespace)->dict:
     from deepfid.core import DeepfidError
     import numpy as np
     table, folder = _quality_source(args.source)
-    quality = known_quality(table, args.source)
+    quality = np.full(len(table), np.nan) if args.measure else known_quality(table, args.source)
     labels = known_labels(table, args.source) if args.map else None
-    given = args.measure is None and bool(np.isfinite(quality).any())
+    given = bool(np.isfinite(quality).any())
     if given and not args.map:
         raise DeepfidError(f'{args.source}: has qualities already; give --measure to measure, or --map to map them')
     if given and (missing := int((~np.isfinite(quality)).sum())):
@@ -376,7 +400,8 @@ def quality_command(args:Namespace)->dict:
         quality = _measured(table, folder, QUALITY_MEASURES[name](), report, args.source)
     if not np.isfinite(quality).any():
         raise DeepfidError(f'{args.source}: no image could be measured; nothing is written')
-    table = table.assign(quality=quality, quality_measure=name)
+    table = table.assign(quality=quality)
+    if not given or 'quality_measure' not in table: table['quality_measure'] = name
     if labels is not None:
         trained_on = (table['split']=='train').to_numpy() if 'split' in table else None
         table['fidelity'] = fidelity_column(quality, labels, args.map, trained_on)
@@ -390,8 +415,9 @@ def export_command(args:Namespace)->dict:
     "Export a detector for ONNX Runtime, PyTorch or OpenVINO, and print a program that runs it"
     from deepfid.inference.hub import BUNDLED_DIR, find_detector, load, saved_detector_name
     folder = find_detector(args.detector)
-    name, suffix = saved_detector_name(folder), dict(onnx='.onnx', torch='.pt2', openvino='.xml')[args.format]
-    out = args.out or Path(f'{name}{suffix}')
+    saved_detector_name(folder)
+    suffix = dict(onnx='.onnx', torch='.pt2', openvino='.xml')[args.format]
+    out = args.out or Path(f'{folder.resolve().name}{suffix}')
     check_output_file(out, (suffix,))
     if args.format=='openvino': check_output_file(out.with_suffix('.bin'), ('.bin',))
     from deepfid.export import check_export_format, export_graph, export_metadata, runtime_snippet
@@ -420,14 +446,16 @@ def check_score_outputs(
     inputs:Iterable[str|Path]=()
 )->None:
     "Check the files that `deepfid score` is to write"
+    from deepfid.io import report_mark
     taken = list(inputs)
-    csv_mark = b'source,kind,face,' # the beginning of its header
-    for path, mark, suffixes in ((results, b'{"deepfid"', ('.jsonl', '.json')), (csv, csv_mark, ('.csv',)),
-            (report, None, ('.html', '.htm'))):
+    kinds = ((results, re.compile(rb'\A\{"deepfid"'), ('.jsonl', '.json')),
+        (csv, re.compile(rb'\Asource,kind,face,'), ('.csv',)), (report, report_mark('scores'), ('.html', '.htm')))
+    for path, mark, suffixes in kinds:
         if path is None: continue
         check_output_file(path, suffixes, taken, mark)
         taken.append(path)
 
+# %% ../nbs/lib/commands.ipynb #com0e20
 def expand_sources(
     sources:Iterable[str] # paths, and patterns such as 'album/**/*.jpg' that the shell did not expand
 )->list[str]: # paths; a pattern that nothing fits stands for itself
@@ -506,6 +534,13 @@ def _list_items(sources, folder, passed_over):
     return items
 
 # %% ../nbs/lib/commands.ipynb #com0022
+def _explain(file, folder):
+    "Save the explanations of a file; return the exit status"
+    from deepfid.core import DeepfidError
+    try: save_explanations(file, folder)
+    except DeepfidError as e: return print_error(e)
+    return 0
+
 def _score_items(args, scorer, items, kept):
     "Score, print and explain file by file; return the exit status"
     from tqdm import tqdm
@@ -514,8 +549,8 @@ def _score_items(args, scorer, items, kept):
         try:
             for file in scorer.stream(items, kept):
                 with tqdm.external_write_mode(): print_scored_file(file, args.json)
-                if args.explain: save_explanations(file, args.explain)
                 status = status or int(bool(file.error))
+                if args.explain: status = max(status, _explain(file, args.explain))
                 progress.update()
         except KeyboardInterrupt:
             progress.close()
@@ -523,11 +558,13 @@ def _score_items(args, scorer, items, kept):
             status = 130
     return status
 
+# %% ../nbs/lib/commands.ipynb #com0s22
 def score_command(args:Namespace)->dict:
     "Score every face of images, videos and folders"
     from deepfid.inference.hub import (DEFAULT_DETECTOR, find_detector, list_offered, measured_accuracy,
         measured_rates, saved_detector_name)
     from deepfid.inference.results import ResultsFile, ScoredFile, write_csv
+    from deepfid.io import missing_file_problem
     sources, names = expand_sources(args.sources), args.detector or [DEFAULT_DETECTOR]
     check_score_outputs(args.results, args.csv, args.report, sources)
     if args.explain: check_output_folder(args.explain)
@@ -536,7 +573,7 @@ def score_command(args:Namespace)->dict:
     folders = {n: find_detector(n) for name in names for n in (name=='all' and offered or [name])}
     detector_names = {n: saved_detector_name(folder) for n, folder in folders.items()}
     if not any(s=='-' or os.path.lexists(s) for s in sources): # said before anything heavy is imported
-        for s in sources: print_scored_file(ScoredFile(s, error=f'{s}: no such file; check the path'), args.json)
+        for s in sources: print_scored_file(ScoredFile(s, error=f'{s}: {missing_file_problem(s)}'), args.json)
         return dict(status=1)
     from deepfid.inference.scorer import Scorer
     scorer = Scorer(list(folders), args.frames, workers=args.workers, threshold=args.threshold, rotate=args.rotate,
@@ -625,7 +662,7 @@ def evaluation_page(
     from deepfid.evaluate.report import Report
     auc, recall = metrics['auc'], metrics['recall']
     page = Report(f'Evaluation of {name}', f'{metrics.n_real} real and {metrics.n_fake} fake faces in '
-        f'{metrics.n_groups} groups, which the 95 % intervals resample. Positive class: fake.')
+        f'{metrics.n_groups} groups, which the 95 % intervals resample. Positive class: fake.', 'evaluation')
     page.tiles([(f'{auc.value:.3f}', f'AUC, fake against real, {auc.low:.3f} to {auc.high:.3f}'),
         (f'{recall.value:.3f}', f'recall of fake at the threshold {metrics.threshold:.3f}, {recall.low:.3f} to '
             f'{recall.high:.3f}')])
@@ -652,7 +689,8 @@ def evaluate_command(args:Namespace)->dict:
     "Evaluate a detector on a manifest, with intervals, by manipulation method and by group"
     from deepfid.inference.hub import find_detector, load, saved_detector_name
     name = saved_detector_name(find_detector(args.detector))
-    check_output_file(args.html, ('.html', '.htm'), [args.manifest])
+    from deepfid.io import report_mark
+    check_output_file(args.html, ('.html', '.htm'), [args.manifest], report_mark('evaluation'))
     check_output_file(args.png, ('.png',), [args.manifest])
     check_input(args.manifest)
     from deepfid.core import DeepfidError

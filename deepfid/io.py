@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MARKER_FILE', 'FOLDER_KINDS', 'to_uint8',
-           'read_image', 'montage', 'InlineImage', 'iter_files', 'media_kind', 'iter_media', 'check_overwrite',
-           'write_atomically', 'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'check_digest',
-           'escape_formula', 'unescape_formula', 'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder',
+           'missing_file_problem', 'read_image', 'animation_note', 'montage', 'InlineImage', 'iter_files', 'media_kind',
+           'iter_media', 'report_mark', 'check_overwrite', 'write_atomically', 'report_write_errors', 'to_json',
+           'write_json', 'read_json', 'file_hash', 'check_digest', 'escape_formula', 'unescape_formula',
+           'header_problem', 'read_table_paths', 'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder',
            'fetch_model_file', 'save_safetensors', 'read_safetensors']
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
+import csv
 import ctypes
 import functools
 import hashlib
@@ -25,7 +27,7 @@ import secrets
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from fnmatch import fnmatch
 from importlib.resources import files as package_files
@@ -85,10 +87,20 @@ def _format_problem(file):
         register_heif_opener()
 
 # %% ../nbs/lib/io.ipynb #io000013
+def missing_file_problem(
+    path:str|os.PathLike, # that nothing has
+)->str:
+    "Say that there is no such file, and what is odd about its path"
+    text, stripped = str(path), Path(*(part.strip() for part in Path(path).parts))
+    causes = {'is an address; download the file and give its path': re.search(r'(^|/)[A-Za-z][A-Za-z0-9+.-]+:/', text),
+        'no such file: its path has backslashes; write / instead': '\\' in text,
+        'no such file: its name has spaces around it; remove them': stripped!=Path(path) and stripped.exists()}
+    return next((problem for problem, found in causes.items() if found), 'no such file; check the path')
+
 def _file_problem(path):
     "Say why a path cannot be opened as a regular, non-empty file; None if it can"
     if path.is_symlink() and not path.exists(): return 'is a link that leads nowhere, or round in a circle'
-    if not path.exists():  return 'no such file; check the path'
+    if not path.exists():  return missing_file_problem(path)
     if path.is_dir():      return 'is a folder; give the path of one image'
     if not path.is_file(): return 'is not a regular file; give the path of an image'
     if not path.stat().st_size: return 'is empty (0 bytes); copy or download it again'
@@ -191,7 +203,7 @@ def _decode(file, name, max_pixels, background):
 
 def _read_error(e, name):
     "Turn whatever a decoder raised into one line that names the file"
-    if isinstance(e, ImageError): return str(e) if str(e).startswith(name) else f'{name}: {e}'
+    if isinstance(e, ImageError): return str(e) if str(e).startswith(str(ImageError(name))) else f'{name}: {e}'
     known = {MemoryError: 'not enough memory to decode it; shrink it',
         Image.UnidentifiedImageError: f'is not an image in a known format ({", ".join(IMAGE_FORMATS)}), or its header '
             'is cut off; save it as JPEG or PNG', PermissionError: 'permission denied; make the file readable'}
@@ -212,6 +224,23 @@ def read_image(
         return _decode(file, label, max_pixels, background)
     # decoders of broken files raise anything: OSError, SyntaxError, struct.error, zlib.error ...
     except Exception as e: raise ImageError(_read_error(e, label)) from (None if isinstance(e, ImageError) else e)
+
+def animation_note(
+    source:str|os.PathLike|bytes, # path or content of an image file
+)->str: # '' for a single image, and for what is no image
+    "Say how many frames an animation has, or pages a TIFF or HEIF file, of which `read_image` reads the first"
+    is_file = isinstance(source, (str, os.PathLike))
+    try: head = _first_bytes(Path(source) if is_file else io.BytesIO(source))
+    except OSError: return ''
+    paged = head[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+    # not of JPEG: there the others are a camera's previews
+    if not (paged or head[:4] in (b'GIF8', b'RIFF', b'\x89PNG') or head[4:8]==b'ftyp'): return ''
+    try:
+        with Image.open(source if is_file else io.BytesIO(source)) as image: n = getattr(image, 'n_frames', 1)
+    except Exception: return '' # reading it will say why
+    if n<2: return ''
+    if paged: return f'a file of {n} pages, of which only the first is read; save each as an image to have more'
+    return f'an animation of {n} frames, of which only the first is read; save it as a video to have more'
 
 # %% ../nbs/lib/io.ipynb #io000021
 def _as_rgb(image)->np.ndarray:
@@ -365,9 +394,15 @@ _TEMPORARY = re.compile(r'\.tmp-[0-9a-f]{12}-') # what a process that was killed
 
 FILE_MARK = b'written by deepfid' # in the metadata of pages, images and exported models, so that they can be replaced
 
+def report_mark(
+    kind:str, # of report
+)->re.Pattern: # what an earlier one holds, see `check_overwrite`; those before version 0.2 name no kind
+    "Return how a report of one kind is known, so that it is replaced by no other"
+    return re.compile(rf'<meta name="generator" content="{FILE_MARK.decode()}(: {kind})?">'.encode())
+
 def check_overwrite(
     path:str|os.PathLike, # file that is to be written
-    mark:bytes=FILE_MARK, # what an earlier file of the same kind holds
+    mark:bytes|re.Pattern=FILE_MARK, # what an earlier file of the same kind holds
 )->None:
     "Raise a `DeepfidError` if a file is there already that is not empty and does not hold `mark`"
     path = Path(os.path.realpath(path))
@@ -375,17 +410,19 @@ def check_overwrite(
         raise DeepfidError(f'{path}: is a pipe or a device, not a file; name another file')
     if not path.is_file() or not path.stat().st_size: return
     with report_write_errors(path), open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        known = content.find(mark) >= 0
-    if not known: raise DeepfidError(f'{path}: exists already and was not written by deepfid; name another file')
+        known = content.find(mark) >= 0 if isinstance(mark, bytes) else mark.search(content)
+        what = 'is another result of deepfid' if content.find(FILE_MARK) >= 0 else 'was not written by deepfid'
+    if not known: raise DeepfidError(f'{path}: exists already and {what}; name another file')
 
 def write_atomically(
     path:str|os.PathLike, # final name; its folder is made if missing
     content:bytes|str|Callable[[Path], Any], # bytes, str, or a function that writes to the path it is given
-    mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
+    mark:bytes|re.Pattern|None=None, # what a file there must hold, see `check_overwrite`; None: any is replaced
 )->Path: # the path
     "Write a file so that nothing half-written is ever under its name, with the permissions of any new file"
     if mark is not None: check_overwrite(path, mark)
     path = Path(os.path.realpath(path))
+    if path.is_dir(): raise DeepfidError(f'{path}: is a folder; name a file')
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = _temporary_name(path)
     try:
@@ -476,6 +513,47 @@ def unescape_formula(
 )->str:
     "Remove the apostrophe that `escape_formula` put before a text"
     return text[1:] if text[:1]=="'" and escape_formula(text[1:])!=text[1:] else text
+
+# %% ../nbs/lib/io.ipynb #tabl0002
+def header_problem(
+    header:Sequence[str],    # first line of a table
+    needed:Sequence[str]=(), # columns that it must have
+    optional:Sequence[str]=(), # columns that it may have under no other spelling
+    kind:str='table',        # what needs the columns
+)->str|None: # None where nothing is wrong
+    "Say why the columns of a table cannot be used"
+    for mark, word in ((';', 'semicolons'), ('\t', 'tabs'), ('|', 'bars')):
+        if len(header)==1 and mark in header[0]: return f'its columns are separated by {word}; save it with commas'
+    for name in filter(None, header):
+        if list(header).count(name)>1: return f'has two columns {name!r}; rename or remove one'
+    names = {h.strip().lower(): h for h in header}
+    for c in (*needed, *optional):
+        if c in header or c not in names and c not in needed: continue
+        if c not in names: return f"no column {c!r}; a {kind} needs {', '.join(needed)}"
+        advice = 'remove the spaces beside the commas' if names[c].strip()==c else f'rename it to {c!r}'
+        return f'no column {c!r}, but {names[c]!r}; {advice}'
+
+def read_table_paths(
+    table:str|os.PathLike, # CSV file with a column `path`
+)->list[str]: # one a row
+    "Read which files a table names, or raise one line that says what is wrong with the table"
+    try:
+        with open(table, newline='', encoding='utf-8-sig') as f: rows = list(csv.reader(f)) # as spreadsheets write it
+    except (OSError, ValueError, csv.Error) as e:
+        reason = 'is not UTF-8 text; save it as CSV in UTF-8' if isinstance(e, UnicodeDecodeError) else \
+            f'cannot be read as a comma-separated table ({e})'
+        raise DeepfidError(f'{table}: {reason}') from e
+    rows = [row for row in rows if row]
+    if not rows: raise DeepfidError(f'{table}: is empty; a table needs a line of column names and a row for each image')
+    header, *rows = rows
+    if problem := header_problem(header, ('path',)): raise DeepfidError(f'{table}: {problem}')
+    if any(len(row)>len(header) for row in rows):
+        raise DeepfidError(f'{table}: its rows have more cells than its first line; put text with commas in quotes')
+    if not rows: raise DeepfidError(f'{table}: no rows; a table needs at least one image')
+    column = header.index('path')
+    paths = [unescape_formula(row[column]) if len(row)>column else '' for row in rows]
+    if '' in paths: raise DeepfidError(f'{table}: row {paths.index("")+1} has no path; every row needs an image')
+    return paths
 
 # %% ../nbs/lib/io.ipynb #io000028
 MARKER_FILE = '.deepfid.json' # in each folder that is written as a whole: its kind, and the SHA-256 of each file

@@ -27,7 +27,7 @@ def one_line(result, *words):
 
 def wrong_usage(result, *words):
     status, out, err = result
-    assert status==2 and out=='' and all(w in err.splitlines()[-1] for w in words), result
+    assert status==2 and out=='' and err.count('\n')==1 and '--help' in err and all(w in err for w in words), result
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
@@ -534,7 +534,7 @@ def test_quality_of_a_table(capsys, tmp_path):
     want = FidelityMapping('rank').fit(quality[train], real[train]).transform(quality, real)
     np.testing.assert_allclose(got.table['fidelity'].astype(float), want)
     status, out, _ = run(capsys, 'quality', tmp_path/'tables'/'q.csv', tmp_path/'again.csv', '--map', 'minmax') # of the qualities that are there
-    assert status==0 and '(given)' in out and pd.read_csv(tmp_path/'again.csv')['fidelity'].between(0, 1).all()
+    assert status==0 and '(niqe)' in out and pd.read_csv(tmp_path/'again.csv')['fidelity'].between(0, 1).all()
     one_line(run(capsys, 'quality', tmp_path/'tables'/'q.csv', tmp_path/'x.csv'), 'has qualities already')
 
 def test_quality_of_a_folder(capsys, tmp_path):
@@ -553,7 +553,7 @@ def test_quality_of_a_folder(capsys, tmp_path):
     one_line(run(capsys, 'quality', tmp_path/'set'/'real'/'broken.png', tmp_path/'n.csv'), 'broken.png')
     one_line(run(capsys, 'quality', tmp_path/'set'/'fake', tmp_path/'n.csv', '--map', 'rank'), 'no labels')
     one_line(run(capsys, 'quality', tmp_path/'gone', tmp_path/'n.csv'), 'gone')
-    for text, words in (('', ['cannot be read']), ('path,label\n', ['no rows']), ('quality,label\n3,1\n1,\n', ['row 2', 'mapping']), ('quality,label\n,1\n1,0\n', ['1 of 2 rows']),
+    for text, words in (('', ['is empty']), ('path,label\n', ['no rows']), ('quality,label\n3,1\n1,\n', ['row 2', 'mapping']), ('quality,label\n,1\n1,0\n', ['1 of 2 rows']),
             ('quality,label\nx,1\n', ["quality 'x'"]), ('quality\n1\n', ['no labels']), ('path;label\na.png;1\n', ['semicolons', 'commas']), ('path\tlabel\na.png\t1\n', ['tabs'])):
         (tmp_path/'t.csv').write_text(text)
         one_line(run(capsys, 'quality', tmp_path/'t.csv', tmp_path/'n.csv', '--map', 'rank'), 't.csv', *words)
@@ -623,3 +623,88 @@ def test_a_result_is_not_resumed_from_its_own_folder(tmp_path, capsys):
     manifest = tiny_manifest().folder/'manifest.csv'
     one_line(run(capsys, 'train', manifest, '--out', tmp_path/'m', '--resume', tmp_path/'m'), 'is the folder of the result too')
     assert not (tmp_path/'m').exists()
+
+TABLES = { # content -> what is said of it
+    'Path,label\na.jpg,1\n': "no column 'path', but 'Path'; rename it", ' path,label\na.jpg,1\n': 'remove the spaces beside the commas',
+    'path;label\na.jpg;1\n': 'separated by semicolons', 'path\tlabel\na.jpg\t1\n': 'separated by tabs', 'image\na.jpg\n': "no column 'path'",
+    'path,path\na.jpg,a.jpg\n': "two columns 'path'", 'path\na.jpg,1\n': 'more cells than its first line', 'path,label\n,1\n': 'every row needs an image',
+    'path\n': 'no rows', '': 'is empty', 'path,p\udce9re\na.jpg,1\n': 'is not UTF-8'}
+
+@pytest.mark.parametrize('text', TABLES)
+@pytest.mark.parametrize('command', ['score', 'quality'])
+def test_what_is_wrong_with_a_table_is_said_alike(capsys, photos, model, tmp_path, command, text):
+    (tmp_path/'t.csv').write_bytes(text.encode(errors='surrogateescape'))
+    (tmp_path/'a.jpg').symlink_to(photos[0])
+    rest = ['--model', model] if command=='score' else [tmp_path/'q.csv']
+    one_line(run(capsys, command, tmp_path/'t.csv', *rest), 't.csv', TABLES[text])
+
+def test_what_is_wrong_with_a_path_is_said(capsys, photos, model, tmp_path):
+    (tmp_path/'a.jpg').symlink_to(photos[0])
+    (tmp_path/'t.csv').write_text('path\nhttps://x.org/a.jpg\nsub\\a.jpg\n a.jpg\nb.jpg\na.jpg\n')
+    status, out, err = run(capsys, 'score', '--model', model, tmp_path/'t.csv')
+    lines = error_lines(err)
+    assert status==1 and 'a.jpg' in out and len(lines)==4 and 'https://x.org/a.jpg: is an address' in lines[0] and 'write / instead' in lines[1]
+    assert 'has spaces around it' in lines[2] and lines[3].endswith('b.jpg: no such file; check the path')
+    assert run(capsys, 'score', 'a\nb.jpg')[2]=='deepfid: a\\nb.jpg: no such file; check the path\n' # once, on one line
+    one_line(run(capsys, 'faces', 'http://x.org/a', '--out', tmp_path/'f'), 'is an address')
+
+@pytest.fixture
+def album(tmp_path):
+    "A photograph whose name is no UTF-8, an animation and a file of two pages"
+    from PIL import Image
+    from deepfid.data.london import london_faces
+    folder, images = tmp_path/'album', [Image.fromarray(f.image) for f in london_faces(size=200, margin=1.6)[:3]]
+    folder.mkdir()
+    with open(os.fsencode(folder)+b'/p\xe9re.png', 'wb') as f: images[0].save(f, 'PNG')
+    images[1].save(folder/'waving.gif', save_all=True, append_images=images[2:])
+    images[2].save(folder/'scan.tiff', save_all=True, append_images=[images[0].copy()])
+    return folder
+
+def test_animations_are_noted_by_every_command(capsys, album, model, tmp_path):
+    for command in (['score', album, '--model', model], ['faces', album, '--out', tmp_path/'f', '--size', 64, '--workers', 1],
+            ['forge', album, '--out', tmp_path/'g', '--size', 64], ['quality', album, tmp_path/'q.csv']):
+        status, _, err = run(capsys, *command)
+        assert status==0, (command, err)
+        for name, note in {'waving.gif': 'an animation of 2 frames, of which only the first is read', 'scan.tiff': 'a file of 2 pages, of which only the first is read'}.items():
+            assert len([line for line in error_lines(err) if name in line and note in line])==1, (command, err)
+
+def test_names_that_no_table_can_hold(capsys, album, model, tmp_path):
+    from deepfid.data.manifest import Manifest
+    assert run(capsys, 'forge', album, '--out', tmp_path/'g', '--size', 64)[0]==0
+    assert len(Manifest.read(tmp_path/'g'/'manifest.csv'))==6 # all of them are found again
+    status, out, err = run(capsys, 'quality', album, tmp_path/'q.csv')
+    assert '2 of 2 faces' in out and len([line for line in error_lines(err) if 'p\\udce9re.png: its name is not UTF-8' in line])==1
+    status, out, _ = run(capsys, 'faces', album, '--out', tmp_path/'f', '--size', 64, '--workers', 1, '--json')
+    assert json.loads(out)['faces']==3 and run(capsys, 'score', tmp_path/'f'/'faces.csv', '--model', model)[0]==0
+
+def test_quality_measures_again_whatever_stood_there(capsys, tmp_path):
+    import pandas as pd
+    cv2.imwrite(str(tmp_path/'a.png'), np.random.default_rng(0).integers(0, 255, (112, 112, 3), np.uint8))
+    (tmp_path/'t.csv').write_text('path,label,quality,quality_measure\na.png,1,unknown,mine\n')
+    one_line(run(capsys, 'quality', tmp_path/'t.csv', tmp_path/'q.csv', '--map', 'minmax'), "quality 'unknown'")
+    assert run(capsys, 'quality', tmp_path/'t.csv', tmp_path/'q.csv', '--measure', 'niqe')[0]==0
+    t = pd.read_csv(tmp_path/'q.csv')
+    assert t['quality'].notna().all() and t['quality_measure'].tolist()==['niqe']
+
+def test_media_beside_real_and_fake_are_counted(capsys, photos, tmp_path):
+    for i, name in enumerate(('real/a', 'fake/a', 'others/b', 'c')):
+        (tmp_path/'set'/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'set'/f'{name}.jpg').symlink_to(photos[i])
+    for _ in range(2): # what the first run wrote below the source is not counted by the second
+        status, out, err = run(capsys, 'faces', tmp_path/'set', '--out', tmp_path/'set'/'out', '--size', 64, '--workers', 1)
+        assert status==0 and "2 files that are outside of 'real' and 'fake' were passed over" in err and '2 photographs found' in out and '1 real photograph;' in out
+
+def test_exports_of_two_detectors_of_one_kind_are_two_files(capsys, model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path/'mine')
+    monkeypatch.chdir(tmp_path)
+    for folder in (model, 'mine'): assert run(capsys, 'export', folder, '--format', 'torch')[0]==0
+    assert sorted(p.name for p in tmp_path.glob('*.pt2'))==['mine.pt2', 'model.pt2']
+
+def test_an_explanation_that_cannot_be_written_costs_only_itself(capsys, photos, model, tmp_path):
+    options = ['--model', model, '--explain', tmp_path/'out']
+    assert run(capsys, 'score', photos[0], *options)[0]==0
+    [own] = (tmp_path/'out').iterdir()
+    own.write_text('notes')
+    status, out, err = run(capsys, 'score', *photos[:2], *options)
+    assert status==1 and len(error_lines(err))==1 and own.name in err and str(photos[1]) in out
+    assert own.read_text()=='notes' and len([*(tmp_path/'out').iterdir()])==2

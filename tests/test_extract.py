@@ -139,7 +139,7 @@ def test_settings_may_not_change_and_leaks_are_refused_first(videos, complete, t
     with pytest.raises(DeepfidError, match="identity 'ann'"): extract_faces([Clip('a', 1, 'ann', 'train', 'x'), Clip('b', 1, 'ann', 'test', 'y')], tmp_path/'o')
     with pytest.raises(DeepfidError, match='video` of its own'): extract_faces([Clip('a', 1, 'ann', 'train', 'x')]*2, tmp_path/'o')
     with pytest.raises(DeepfidError, match='engine='): extract_faces([Clip('a', 1, 'ann', 'train', 'x')], tmp_path/'o', engine='steam')
-    with pytest.raises(DeepfidError, match='no face in any of the 1 clips'): extract_faces([Clip(str(tmp_path/'no.mp4'), 1, 'ann', 'train', 'x')], tmp_path/'o', progress=False)
+    with pytest.raises(DeepfidError, match='no face in 1 video'): extract_faces([Clip(str(tmp_path/'no.mp4'), 1, 'ann', 'train', 'x')], tmp_path/'o', progress=False)
 
 def test_each_clip_without_faces_has_its_cause_and_all_clips_are_counted(videos, complete, people, tmp_path):
     log = pd.read_csv(complete['log'])
@@ -261,7 +261,7 @@ def test_faces_that_are_in_two_splits_are_left_out_of_training(people, tmp_path)
     table, log = Manifest.read(result['saved']).table, pd.read_csv(result['log'])
     assert set(table['video'])=={'train/bob.png', 'train/swap/ann_bob.png', 'test/carl.png', 'test/dora.png', 'test/dora/2.png'}
     assert log['video'].tolist()==['train/ann.png'] and 'in the test split' in log['reason'][0]
-    assert "1 fakes are named TARGET_DONOR: 'train/swap/ann_bob.png' is 'ann' with the face of 'bob'" in result['text'] and 'same split: 1' in result['text']
+    assert "fakes named TARGET_DONOR: 1, such as 'train/swap/ann_bob.png', which is 'ann' with the face of 'bob'" in result['text'] and 'same split: 1' in result['text']
 
 def test_frames_are_decoded_again_where_memory_is_short(videos, complete, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, 'FRAME_MEMORY_BYTES', 0)

@@ -4,9 +4,12 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from deepfid.cli import COMMANDS, build_parser, main
+from deepfid.commands import check_score_outputs
 from deepfid.core import DeepfidError
+from deepfid.evaluate.report import Report
 from deepfid.io import (FILE_MARK, FOLDER_KINDS, MARKER_FILE, InlineImage, atomic_folder, check_replaceable, claim_folder, mark_folder,
     write_atomically)
+from deepfid.testing import tiny_manifest
 
 def content(folder):
     "Everything below a folder: name -> bytes, or where a link leads"
@@ -114,6 +117,27 @@ def test_quality_leaves_files_alone(capsys, tmp_path):
     refused(capsys, ['quality', tmp_path/'crops', theirs/'q.csv'], 'theirs.csv', 'cannot be written')
     assert content(tmp_path)==before
     for _ in range(2): assert main(['quality', str(tmp_path/'crops'), str(tmp_path/'q.csv')])==0 # what it wrote itself it replaces
+
+def test_a_report_is_replaced_by_one_of_its_kind_only(tmp_path):
+    for kind, text in {'page': 'one', 'scores': 'two'}.items(): Report(text, kind=kind).save(tmp_path/f'{kind}.html')
+    Report('again', kind='scores').save(tmp_path/'scores.html')
+    with pytest.raises(DeepfidError, match='page.html: exists already and is another result of deepfid'): check_score_outputs(report=tmp_path/'page.html')
+    with pytest.raises(DeepfidError, match='another result of deepfid'): Report('x', kind='evaluation').save(tmp_path/'scores.html')
+    before = f'<meta name="generator" content="{FILE_MARK.decode()}">' # of version 0.1
+    (tmp_path/'old.html').write_text(before)
+    Report('new', kind='scores').save(tmp_path/'old.html')
+    (tmp_path/'thesis.html').write_text('a thesis on pages written by deepfid')
+    for name in ('thesis.html', 'page.html'):
+        with pytest.raises(DeepfidError, match='exists already'): Report('x', kind='scores').save(tmp_path/name)
+    (tmp_path/'mine.jsonl').write_text('about {"deepfid": 1}\n')
+    (tmp_path/'mine.csv').write_text('notes\nsource,kind,face,\n')
+    for option in ('results', 'csv'):
+        file = next(tmp_path.glob(f'mine.{"jsonl" if option=="results" else "csv"}'))
+        with pytest.raises(DeepfidError, match='was not written by deepfid'): check_score_outputs(**{option: file})
+
+def test_a_folder_is_no_file(tmp_path):
+    for write in (lambda: write_atomically(tmp_path, b'x'), lambda: tiny_manifest().save(tmp_path)):
+        with pytest.raises(DeepfidError, match='is a folder; name a file'): write()
 
 def test_the_second_file_of_openvino_is_left_alone(capsys, tmp_path):
     (tmp_path/'m.bin').write_bytes(b'years of work')

@@ -9,8 +9,8 @@ __all__ = ['SPLIT_FILES', 'DATASETS', 'WORKING_MARGIN', 'REPOSITORIES', 'GITHUB_
            'london', 'portraits', 'congress', 'london_info', 'published_files', 'fetch_dataset', 'photograph_split',
            'Clip', 'parse_identities', 'remove_split_leaks', 'unique_identities', 'keep_known_sources', 'ffpp_splits',
            'ffpp', 'dfd', 'celebdf_test_videos', 'celebdf', 'wilddeepfake', 'dfdcp', 'labelled_branches',
-           'clips_from_folder', 'describe_names', 'unlabelled_clips', 'read_clips', 'count_clips', 'read_deepfakebench',
-           'write_deepfakebench']
+           'clips_from_folder', 'count_phrase', 'describe_names', 'unlabelled_clips', 'read_clips', 'count_clips',
+           'read_deepfakebench', 'write_deepfakebench']
 
 # %% ../../nbs/lib/data.datasets.ipynb #cd4a3982
 import csv
@@ -556,20 +556,29 @@ def clips_from_folder(
     return remove_split_leaks([replace(c, split=c.split or split_of[c.identity]) for c in clips])
 
 # %% ../../nbs/lib/data.datasets.ipynb #e085cfx2
+def count_phrase(
+    clips:list,  # of `Clip`
+    label:str='' # 'real', 'fake' or nothing
+)->str: # such as '1 video', '3 real photographs', '5 clips'
+    "Count clips by what they are"
+    kinds = {c.kind for c in clips}
+    noun = {'photo': 'photograph', 'video': 'video'}.get(kinds.pop() if len(kinds)==1 else '', 'clip')
+    return ' '.join(filter(None, (str(len(clips)), label, noun+'s'*(len(clips)!=1))))
+
 def describe_names(
     clips:list, # of `Clip`, from `clips_from_folder`
 )->str: # one or more lines
     "Put into words what people and sources were read from the names of files and folders"
     fakes, real = [c for c in clips if not c.label], [c for c in clips if c.label]
     swaps, copies = [c for c in fakes if c.donor], [c for c in fakes if c.source and not c.donor]
-    lines = [f'{len(real)} real clips of {len({c.identity for c in real})} people, by folder or name']
-    if copies: lines.append(f"{len(copies)} fakes have the name of the real clip that they were made from, as "
+    lines = [f"{count_phrase(real, 'real')}; people, by folder or name: {len({c.identity for c in real})}"]
+    if copies: lines.append(f"fakes with the name of what they were made from: {len(copies)}, such as "
         f"{copies[0].video!r} of {copies[0].source!r}")
-    if swaps: lines.append(f"{len(swaps)} fakes are named TARGET_DONOR: {swaps[0].video!r} is {swaps[0].identity!r} "
-        f"with the face of {swaps[0].donor!r}")
+    if swaps: lines.append(f"fakes named TARGET_DONOR: {len(swaps)}, such as {swaps[0].video!r}, which is "
+        f"{swaps[0].identity!r} with the face of {swaps[0].donor!r}")
     unknown = pd.Series([c.identity for c in fakes if not c.source and not c.donor], dtype=object)
-    if len(unknown): lines.append(f'{len(unknown)} fakes match no real clip by name; by folder or name they count as '
-        f'{unknown.nunique()} people, such as {unknown.iloc[0]!r}')
+    if len(unknown): lines.append(f'fakes that match nothing real by name: {len(unknown)}; people that they count as, '
+        f'by folder or name: {unknown.nunique()}, such as {unknown.iloc[0]!r}')
     return '; '.join(lines)
 
 # %% ../../nbs/lib/data.datasets.ipynb #unl00002

@@ -33,7 +33,8 @@ from ..io import (IMAGE_SUFFIXES, atomic_folder, claim_folder, iter_files, read_
     write_atomically,
     write_json)
 from ..parallel import map_items
-from .datasets import UNLABELLED, Clip, count_clips, describe_names, labelled_branches, read_clips
+from deepfid.data.datasets import (UNLABELLED, Clip, count_clips, count_phrase, describe_names, labelled_branches,
+    read_clips)
 from .faces import FaceDetection, default_face_finder, face_crop_matrix, quality_flags, warp_crop
 from .manifest import Manifest, check_identities, check_rows, copies_between_splits, csv_text, typed_table
 from .mask import ssim_mask
@@ -377,7 +378,7 @@ def _write_skipped(clips, rows, skipped, config)->None:
     with stop_on_write_error(out): write_atomically(out/'skipped.csv', csv_text(log))
     if rows: return
     causes = describe_causes(log)
-    raise DeepfidError(f'{out}: no face in any of the {len(clips)} clips ({causes}); skipped.csv there tells why')
+    raise DeepfidError(f'{out}: no face in {count_phrase(clips)} ({causes}); skipped.csv there tells why')
 
 def describe_causes(
     log:pd.DataFrame, # of skipped.csv
@@ -500,8 +501,8 @@ def _labelled_lines(clips, dataset, manifest)->list:
 
 def _unlabelled_lines(clips, source, saved)->list:
     "Lines about clips without labels; the last one is about what to do next"
-    return [f"{source}: no folders 'real' and 'fake', so nobody says which of its {len(clips)} clips are fake: the "
-        'main face of each is cut for scoring; nothing can be trained or evaluated on it',
+    return [f"{source}: no folders 'real' and 'fake', so nobody says what is fake here: of {count_phrase(clips)} the "
+        'main face is cut for scoring; nothing can be trained or evaluated on it',
         f'next: deepfid score {shlex.quote(str(saved))}']
 
 # %% ../../nbs/lib/data.extract.ipynb #1c20a995
@@ -540,7 +541,7 @@ def extract_dataset(
     causes = {cause: int(k) for cause, k in log['cause'].dropna().value_counts().items()}
     gave_none = f'; no face of {failed+left_out} ({describe_causes(log)})' if failed+left_out else ''
     reasons = f"; each with its reason: {Path(out)/'skipped.csv'}" if len(log) else ''
-    counts = f'{n} clips found: {len(table)} faces of {n-failed-left_out}{gave_none}{reasons}'
+    counts = f'{count_phrase(clips)} found: {len(table)} faces of {n-failed-left_out}{gave_none}{reasons}'
     return dict(saved=str(saved), log=str(Path(out)/'skipped.csv'), text='\n'.join([*lines[:-1], counts, lines[-1]]),
         clips=n, faces=len(table), failed=failed, causes=causes, skipped=len(log),
         seconds=round(time.perf_counter()-started, 1), status=3 if failed else 0)

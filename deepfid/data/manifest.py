@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from ..core import Face, ManifestError, check_array, check_choice, check_number
-from ..io import escape_formula, file_hash, read_image, unescape_formula, write_atomically
+from ..io import escape_formula, file_hash, header_problem, read_image, unescape_formula, write_atomically
 
 # %% ../../nbs/lib/data.manifest.ipynb #32a8f603
 SPLITS = ('train', 'valid', 'test')
@@ -65,23 +65,13 @@ def numeric_column(
     return numbers.astype(float)
 
 # %% ../../nbs/lib/data.manifest.ipynb #bb826b6f
-def _column_problem(header)->str|None:
-    "Why the columns of a manifest cannot be used"
-    for mark, word in ((';', 'semicolons'), ('\t', 'tabs'), ('|', 'bars')):
-        if len(header)==1 and mark in header[0]: return f'its columns are separated by {word}; save it with commas'
-    names = {h.strip().lower(): h for h in header}
-    for c in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS):
-        if c in header or c not in names and c not in REQUIRED_COLUMNS: continue
-        if c not in names: return f"no column {c!r}; a manifest needs {', '.join(REQUIRED_COLUMNS)}"
-        advice = 'remove the spaces beside the commas' if names[c].strip()==c else f'rename it to {c!r}'
-        return f'no column {c!r}, but {names[c]!r}; {advice}'
-
 def typed_table(
     table:pd.DataFrame,   # at least the columns `REQUIRED_COLUMNS`; cells may be text
     name:str='the table', # what errors call it
 )->pd.DataFrame: # every column of a manifest, each of its type
     "Fill in the optional columns and convert each column to its type"
-    if problem := _column_problem(list(map(str, table))): raise ManifestError(f'{name}: {problem}')
+    problem = header_problem(list(map(str, table)), REQUIRED_COLUMNS, tuple(OPTIONAL_COLUMNS), 'manifest')
+    if problem: raise ManifestError(f'{name}: {problem}')
     table = table.reset_index(drop=True).copy()
     for c, default in OPTIONAL_COLUMNS.items():
         if c not in table: table[c] = default
@@ -107,22 +97,19 @@ def read_manifest_csv(
 )->pd.DataFrame: # its cells as text
     "Read the rows of a manifest file without converting them"
     text:dict[str, Any] = dict(dtype=str, keep_default_na=False, index_col=False)
-    table, names, problem = pd.DataFrame(), pd.Series(dtype=str), None
+    table, problem = pd.DataFrame(), None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', pd.errors.ParserWarning)
             table = pd.read_csv(csv, **text)
         names = pd.read_csv(csv, **text, header=None, nrows=1).iloc[0] # pandas renames a second column of one name
-        if len(twice := names[names.duplicated()&(names!='')]):
-            problem = f'has two columns {twice.iloc[0]!r}; rename or remove one'
-        for separator, word in ((';', 'semicolons'), ('\t', 'tabs')):
-            if len(names)==1 and separator in names[0]:
-                problem = f'its columns are separated by {word}; save it with commas'
+        problem = header_problem(names.tolist())
     except (OSError, ValueError, pd.errors.ParserWarning) as e: # pandas' parser errors are ValueErrors
         reasons = {FileNotFoundError: 'no such manifest file; check the path, or make one with build_pairs',
             IsADirectoryError: 'is a folder; give the path of the manifest file in it',
             PermissionError: 'permission denied; make the file readable',
             UnicodeDecodeError: 'is not UTF-8 text; save it as CSV in UTF-8',
+            pd.errors.EmptyDataError: 'is empty; a table needs a line of column names and a row for each image',
             pd.errors.ParserWarning: 'its rows have more cells than its first line; put text with commas in quotes'}
         problem = next((text for kind, text in reasons.items() if isinstance(e, kind)),
             f'cannot be read as a comma-separated table ({str(e).splitlines()[0]})')

@@ -29,7 +29,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from deepfid.core import (DeepfidError, Face, NoFaceError, check_choice, check_image, check_number,
     raise_as)
-from ..io import _EXIF_TRANSFORMS, FILE_MARK, write_atomically
+from ..io import _EXIF_TRANSFORMS, FILE_MARK, missing_file_problem, write_atomically
 from .faces import (CROP_MARGIN, FaceDetection, box_distance, crop_face,
     default_face_finder)
 from .mask import ssim_map
@@ -142,7 +142,7 @@ def _pixel_aspect(stream)->Fraction:
 
 def _file_problem(path)->str|None:
     "Why a file is not opened at all"
-    if not path.exists(): return 'no such file; check the path'
+    if not path.exists(): return missing_file_problem(path)
     if path.is_dir(): return 'is a folder; give the path of one video'
     if not path.is_file(): return 'is not a regular file; give the path of a video'
     if not path.stat().st_size: return 'is empty (0 bytes); copy or download it again'

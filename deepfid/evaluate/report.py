@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from .metrics import confusion_matrix, reliability_curve, roc_curve
-from ..io import FILE_MARK, InlineImage, write_atomically
+from ..io import FILE_MARK, InlineImage, report_mark, write_atomically
 from ..plotting import FAKE, GRID, INK, REAL, figure_svg, new_figure
 if TYPE_CHECKING: from numpy.typing import ArrayLike
 
@@ -195,9 +195,10 @@ class Report:
     "A self-contained HTML page, built part by part; every method that adds one returns the page"
     def __init__(self,
         title:str,  # headline
-        lead:str='' # one sentence with the result
+        lead:str='',# one sentence with the result
+        kind:str='page' # only an earlier report of the same kind is replaced
     ):
-        self.title, self.lead, self.parts = title, lead, []
+        self.title, self.lead, self.kind, self.parts = title, lead, kind, []
 
     def section(self, title:str)->Self:
         "Add a heading"
@@ -247,13 +248,13 @@ class Report:
         title = escape(self.title)
         return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
-            f'<meta name="generator" content="{FILE_MARK.decode()}">'
+            f'<meta name="generator" content="{FILE_MARK.decode()}: {self.kind}">'
             f'<title>{title}</title><style>{_PAGE_STYLE}</style></head><body><main><h1>{title}</h1>'
             f'<p class="lead">{escape(self.lead)}</p>{"".join(self.parts)}</main></body></html>')
 
     def save(self, path:str|Path)->str|Path: # the path
         "Write the page atomically"
-        write_atomically(path, self.html(), FILE_MARK)
+        write_atomically(path, self.html(), report_mark(self.kind))
         return path
 
     def _add(self, part):

@@ -4,22 +4,19 @@
 
 # %% auto #0
 __all__ = ['NO_DEGRADATION', 'SVG_STYLE', 'SWEEP_LEVELS', 'CONTROL_STYLE', 'INSENSITIVE', 'degrade_image', 'DetectorResult',
-           'score_aligned_face', 'gauge_svg', 'mask_montage', 'degradation_sweep', 'animation_note', 'face_from_upload',
-           'error_html', 'legend_html', 'Explorer', 'wide_slider', 'degradation_sliders', 'degrade_by_sliders',
-           'toggle_buttons', 'face_menu', 'side_by_side', 'image_widget', 'insensitivity_note', 'detectors_by_name',
-           'ScoreExplorer']
+           'score_aligned_face', 'gauge_svg', 'mask_montage', 'degradation_sweep', 'face_from_upload', 'error_html',
+           'legend_html', 'Explorer', 'wide_slider', 'degradation_sliders', 'degrade_by_sliders', 'toggle_buttons',
+           'face_menu', 'side_by_side', 'image_widget', 'insensitivity_note', 'detectors_by_name', 'ScoreExplorer']
 
 # %% ../../nbs/60_explore_score.ipynb #831f515d
-import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 import ipywidgets as w
 import numpy as np
 from IPython.display import display
-from PIL import Image
 from ..core import DeepfidError, Detector, Face, Prediction, check_choice
-from ..io import InlineImage, montage, read_image
+from ..io import InlineImage, animation_note, montage, read_image
 from ..data import degrade
 from ..data.faces import CROP_MARGIN, FaceDetection, crop_face, find_face
 from ..data.loaders import resize_square
@@ -127,13 +124,6 @@ def degradation_sweep(
     return np.array(levels), np.array([p.fidelity for p in detector.predict(images)])
 
 # %% ../../nbs/60_explore_score.ipynb #ddbe0bba
-def animation_note(
-    content:bytes # of an image file
-)->str: # empty for a still image
-    "Note that only the first frame of an animation is scored"
-    with Image.open(io.BytesIO(content)) as image: n = getattr(image, 'n_frames', 1)
-    return f'an animation of {n} frames: only the first is scored' if n>1 else ''
-
 def face_from_upload(
     content:bytes|memoryview, # bytes of an image file
     name:str='',              # file name, for errors

@@ -33,7 +33,8 @@ def write_checksums(
     return write_atomically(Path(folder)/CHECKSUM_FILE, ''.join(lines))
 
 def verify_checksums(
-    folder:str|Path # files and their checksum file
+    folder:str|Path, # files and their checksum file
+    advice:str='install the package again'
 )->None:
     "Raise a `WeightsError` if a file is missing, added or changed since `write_checksums`"
     listed = Path(folder)/CHECKSUM_FILE
@@ -44,7 +45,7 @@ def verify_checksums(
     found = _checksums(folder)
     wrong = sorted(name for name in expected|found if expected.get(name)!=found.get(name))
     if wrong: raise WeightsError(f'{Path(folder)/wrong[0]}: is missing or was changed after the weights were released; '
-        f'install the package again')
+        f'{advice}')
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0010
 DEFAULT_DETECTOR = 'local_similarity' # the best on validation people, and it shows where
@@ -66,7 +67,10 @@ def find_detector(
     if isinstance(name, str) and Path(name).name==name and folder.is_dir():
         verify_checksums(folder)
         return folder
-    if Path(str(name)).is_dir() and name not in list_detectors(): return Path(name)
+    if Path(str(name)).is_dir() and name not in list_detectors():
+        if Path(name, CHECKSUM_FILE).is_file(): # a copy of a bundled one
+            verify_checksums(name, f'copy the folder again, or delete {CHECKSUM_FILE} if the change is yours')
+        return Path(name)
     known = list_detectors()
     raise WeightsError(
         f'{name}: no trained weights of that name are installed; train a detector (deepfid demo, deepfid train) '

@@ -146,7 +146,7 @@ def write_report(
                 margin = min((s.fidelity-s.threshold for s in face.scores), default=0.)
                 yield margin, number, face_card_html(file, face), len(face.images)>1
     shown = nsmallest(max_faces, cards(), key=lambda card: card[:2])
-    page = Report('Scores of faces', DISCLAIMER)
+    page = Report('Scores of faces', DISCLAIMER, 'scores')
     page.tiles(list(counts.tiles()))
     page.section('Faces, lowest fidelity first' + (f" ({len(shown)} of {counts.faces})"
         if len(shown)<counts.faces else ''))

@@ -7,7 +7,7 @@ __all__ = ['MIN_TURN_GAIN', 'SURE_FACE', 'iter_sources', 'read_image_with_note',
            'prefetch', 'Scorer', 'mask_overlay_uri', 'score_stream', 'score']
 
 # %% ../../nbs/lib/inference.scorer.ipynb #sco0004
-import csv, hashlib, os, threading
+import hashlib, os, threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from ..core import (DataMissingError, DeepfidError, Detector, Face, ImageError, Prediction, WeightsError,
-    check_choice, check_number, printable)
+    check_choice, check_number)
 from ..data.faces import FaceDetection, FaceFinder, face_crop_matrix, nose_offset, quality_flags, warp_crop
 from .decisions import (FLAG_MESSAGES, QUALITY_CROP, bits_per_pixel, decision_rule,
     error_rates_sentence, jpeg_quality, reliability_sentence, score_warnings)
 from .hub import DEFAULT_DETECTOR, load_detectors
 from .report import write_report
 from .results import FaceScore, ResultsFile, ScoredFace, ScoredFile
-from ..io import VIDEO_SUFFIXES, InlineImage, file_hash, iter_media, media_kind, read_image, unescape_formula
+from ..io import (VIDEO_SUFFIXES, InlineImage, animation_note, file_hash, iter_media, media_kind, read_image,
+    read_table_paths)
 
 # %% ../../nbs/lib/inference.scorer.ipynb #sco0010
 def _folder_media(folder, passed_over):
@@ -35,12 +36,10 @@ def _folder_media(folder, passed_over):
     if not found: yield Path(folder)
 
 def _table_images(table):
-    "Yield the images that a CSV table names in its column `path`; the table itself if there are none"
-    try:
-        with open(table, newline='', encoding='utf-8-sig') as f: # as spreadsheets write it
-            paths = [unescape_formula(row.get('path') or '') for row in csv.DictReader(f)]
-    except (OSError, ValueError, csv.Error): paths = []
-    return [table.parent/p for p in paths if p] or [table]
+    "The (name, path) of each image that a CSV table names in its column `path`; the table itself if it cannot be used"
+    try: paths = read_table_paths(table)
+    except DeepfidError: return [(str(table), table)]
+    return [(p if '://' in p else str(table.parent/p), table.parent/p) for p in paths]
 
 def iter_sources(
     source:Any, # path, folder, table with a column `path`, uint8 array or `Face`, or a list or iterator of these
@@ -50,7 +49,7 @@ def iter_sources(
     if isinstance(source, (np.ndarray, Face)): yield 'array', source
     elif isinstance(source, (str, os.PathLike)):
         if Path(source).is_dir(): yield from ((str(path), path) for path in _folder_media(source, passed_over))
-        elif Path(source).suffix.lower()=='.csv': yield from ((str(path), path) for path in _table_images(Path(source)))
+        elif Path(source).suffix.lower()=='.csv': yield from _table_images(Path(source))
         else: yield str(source), Path(source)
     elif isinstance(source, (list, tuple)) or hasattr(source, '__next__'):
         for i, part in enumerate(source, 1):
@@ -62,19 +61,7 @@ def read_image_with_note(
     path:str|Path # of a file that claims to be an image
 )->tuple[np.ndarray, str]: # uint8 RGB (H,W,3), and a note if only the first frame of an animation was read
     "Read an image file, or raise one `ImageError` line that says what the file is instead"
-    return read_image(path), _animation_note(path)
-
-def _animation_note(path):
-    "Say how many frames an animation has, or pages a TIFF or HEIF file; empty for a single image"
-    with open(path, 'rb') as f: head = f.read(8)
-    paged = head[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
-    # not of JPEG: there the others are a camera's previews
-    if not (paged or head[:4] in (b'GIF8', b'RIFF', b'\x89PNG') or head[4:]==b'ftyp'): return ''
-    from PIL import Image
-    with Image.open(path) as image: n = getattr(image, 'n_frames', 1)
-    if n<2: return ''
-    if paged: return f'a file of {n} pages, of which the first was scored; save each as an image to score more'
-    return f'an animation of {n} frames, of which the first was scored; save it as a video to score more'
+    return read_image(path), animation_note(path)
 
 def content_hash(
     item:Any # path of a file, array or `Face`
@@ -96,8 +83,9 @@ def _file_state(path):
 def _error_line(name, path, error):
     "Turn whatever reading or scoring a file raised into one line that names it"
     if isinstance(error, DeepfidError):
-        text = str(error).replace(printable(path), printable(name)) if path else str(error)
-        return text if path is None or printable(name) in text else f'{name}: {text}'
+        shown, text = str(DeepfidError(name)), str(error) # as it stands in the text of an error
+        if path: text = text.replace(str(DeepfidError(path)), shown)
+        return text if path is None or shown in text else f'{shown}: {text}'
     if isinstance(error, MemoryError): return f'{name}: not enough memory to score it; shrink it'
     what = ' '.join(str(error).split())
     return f'{name}: cannot be scored ({type(error).__name__}{": " if what else ""}{what}); copy or download it again'
@@ -184,7 +172,7 @@ class Scorer:
         from deepfid.quality.niqe import load_niqe
         for name, n, most in (('frames', frames, 10**6), ('batch_size', batch_size, 10**4), ('workers', workers, 256)):
             check_number(name, n, 1, most, integer=True)
-        self.threshold = check_number('threshold', threshold, optional=True)
+        self.threshold = check_number('threshold', threshold, 0, 1, optional=True)
         self.rotate, self.explain = check_choice('rotate', rotate, ('off', 'auto')), explain
         self.detectors = load_detectors(detector, device)
         self.rules = {n: decision_rule(d, false_alarms, misses, threshold) for n, d in self.detectors.items()}
@@ -261,7 +249,7 @@ class Scorer:
             raise ImageError(f'{file.source}: contains no images or videos' if os.access(item, os.R_OK|os.X_OK) else
                 f'{file.source}: permission denied; make the folder readable')
         if isinstance(item, Path) and item.suffix.lower()=='.csv' and item.is_file() and not media_kind(item):
-            raise ImageError(f'{file.source}: names no images; a table needs a column path, commas and UTF-8')
+            read_table_paths(item) # raises what is wrong with it
         if file.kind=='video': return self.read_video(file, item)
         compression = {}
         if isinstance(item, Path): # a pipe is refused before anything else opens it

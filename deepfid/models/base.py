@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np, torch
 from torch import nn
+import deepfid
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
     check_manifest, default_device, get_preset, raise_as, set_seed)
 from ..data.faces import CROP_MARGIN, CROP_RULES, read_crop_rule
@@ -92,7 +93,8 @@ def _is_scores(value):
 def _is_ranges(value): return isinstance(value, dict) and all(map(_is_pair, value.values()))
 
 # what the values of detector.json must be
-_SAVED_TYPES = dict(config=lambda v: isinstance(v, dict), threshold=_is_number, sha256=lambda v: isinstance(v, str),
+_SAVED_TYPES = dict(config=lambda v: isinstance(v, dict), threshold=lambda v: _is_number(v) and abs(v)<1e3,
+    sha256=lambda v: isinstance(v, str),
     calibration=lambda v: v is None or _is_pair(v), validated_ranges=_is_ranges, trust=_is_ranges,
     validation_scores=lambda v: v is None or _is_scores(v),
     decision_rates=lambda v: _is_pair(v) and all(0<rate<1 for rate in v),
@@ -419,7 +421,7 @@ class NetworkDetector(Detector, ABC):
             self.save_extra(tmp)
             config = self.config.to_dict()
             if config.get('weights'): config['weights'] = Path(config['weights']).name # not the folder: it is private
-            about = dict(detector=self.name, config=config, threshold=self.threshold,
+            about = dict(detector=self.name, version=deepfid.__version__, config=config, threshold=self.threshold,
                 calibration=self.calibration, sha256=sha256, history=self.history,
                 validated_ranges=self.validated_ranges, validation_scores=self.validation_scores,
                 decision_rates=[self.false_alarms, self.misses])
@@ -447,6 +449,9 @@ class NetworkDetector(Detector, ABC):
         self.validated_ranges = about.get('validated_ranges', about.get('trust', {})) # 'trust': before version 0.2
         self.validation_scores = about.get('validation_scores')
         self.false_alarms, self.misses = about.get('decision_rates', (self.false_alarms, self.misses))
+        if about.get('version')==deepfid.__version__: # of other versions what is missing is filled in
+            absent = [f.name for f in fields(cls.config_class) if f.name not in about['config']]
+            if absent: raise WeightsError(f'{path}: has no setting {absent[0]!r}; copy it again')
         weights = read_safetensors(folder/'network.safetensors', about['sha256'])
         try:
             self.config = cls.load_config(about['config'])

@@ -7,7 +7,7 @@ __all__ = ['QUALITY_MEASURES', 'QUALITY_MARK', 'measure_files', 'folder_table', 
            'fidelity_column', 'moved_paths']
 
 # %% ../../nbs/lib/quality.measures.ipynb #qme00003
-import os
+import os, re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,8 @@ def measure_files(
         values = iter(scores)
         for name, image in zip(names, images):
             value = image if isinstance(image, DeepfidError) else next(values)
-            if isinstance(value, DeepfidError): report(value if str(name) in str(value) else f'{name}: {value}')
+            if isinstance(value, DeepfidError):
+                report(value if str(DeepfidError(name)) in str(value) else f'{name}: {value}')
             out.append(np.nan if isinstance(value, DeepfidError) else float(np.ravel(value)[0]))
         done(len(names))
     return np.array(out, float)
@@ -70,8 +71,9 @@ def folder_table(
     rows = []
     for path, kind in iter_media(folder, passed_over):
         if path.is_dir(): raise ManifestError(f'{path}: permission denied; make the folder readable')
-        if kind=='video': passed_over(path)
-        if kind!='image': continue
+        if kind!='image' or re.search('[\ud800-\udfff]', str(path)): # a name that is no UTF-8 no table can hold
+            passed_over(path)
+            continue
         within = path.relative_to(folder)
         rows.append((within.as_posix(), dict(real='1', fake='0').get(within.parts[0].lower(), '')))
     if not rows: raise ManifestError(f'{folder}: contains no images')
