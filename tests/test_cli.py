@@ -692,7 +692,7 @@ def test_media_beside_real_and_fake_are_counted(capsys, photos, tmp_path):
         (tmp_path/'set'/f'{name}.jpg').symlink_to(photos[i])
     for _ in range(2): # what the first run wrote below the source is not counted by the second
         status, out, err = run(capsys, 'faces', tmp_path/'set', '--out', tmp_path/'set'/'out', '--size', 64, '--workers', 1)
-        assert status==0 and "2 files that are outside of 'real' and 'fake' were passed over" in err and '2 photographs found' in out and '1 real photograph;' in out
+        assert status==0 and "2 files that are outside of 'real' and 'fake' were passed over" in err and '2 photographs found' in out and '1 real photograph (' in out
 
 def test_exports_of_two_detectors_of_one_kind_are_two_files(capsys, model, tmp_path, monkeypatch):
     shutil.copytree(model, tmp_path/'mine')

@@ -251,7 +251,7 @@ def test_names_like_those_of_faceforensics(tmp_path):
     assert all(c.split for c in clips) and {c.split for c in clips}=={'train', 'valid', 'test'} and all(len(s)==1 for s in splits_of_people(clips).values())
     text = describe_names(clips)
     assert 'people, by folder or name: 24' in text and "fakes named TARGET_DONOR: 49, such as '001_000.jpg', which is '001' with the face of '000'" in text
-    assert "fakes that match nothing real by name: 1; people that they count as, by folder or name: 1, such as 'Deepfakes'" in text
+    assert "fakes that match nothing real by name: 1 (people that they count as, by folder or name: 1, such as 'Deepfakes')" in text
     touch(tmp_path/'frames', *(f'{d}/{i}.png' for d in ('real/000', 'real/001', 'fake/NT/000_001') for i in (0, 1)))
     by = {c.video: c for c in clips_from_folder(tmp_path/'frames')}
     assert (by['NT/000_001/1.png'].source, by['NT/000_001/1.png'].donor)==('000/1.png', '001')

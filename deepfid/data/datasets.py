@@ -571,14 +571,14 @@ def describe_names(
     "Put into words what people and sources were read from the names of files and folders"
     fakes, real = [c for c in clips if not c.label], [c for c in clips if c.label]
     swaps, copies = [c for c in fakes if c.donor], [c for c in fakes if c.source and not c.donor]
-    lines = [f"{count_phrase(real, 'real')}; people, by folder or name: {len({c.identity for c in real})}"]
+    lines = [f"{count_phrase(real, 'real')} (people, by folder or name: {len({c.identity for c in real})})"]
     if copies: lines.append(f"fakes with the name of what they were made from: {len(copies)}, such as "
         f"{copies[0].video!r} of {copies[0].source!r}")
     if swaps: lines.append(f"fakes named TARGET_DONOR: {len(swaps)}, such as {swaps[0].video!r}, which is "
         f"{swaps[0].identity!r} with the face of {swaps[0].donor!r}")
     unknown = pd.Series([c.identity for c in fakes if not c.source and not c.donor], dtype=object)
-    if len(unknown): lines.append(f'fakes that match nothing real by name: {len(unknown)}; people that they count as, '
-        f'by folder or name: {unknown.nunique()}, such as {unknown.iloc[0]!r}')
+    if len(unknown): lines.append(f'fakes that match nothing real by name: {len(unknown)} (people that they count as, '
+        f'by folder or name: {unknown.nunique()}, such as {unknown.iloc[0]!r})')
     return '; '.join(lines)
 
 # %% ../../nbs/lib/data.datasets.ipynb #unl00002
