@@ -310,6 +310,8 @@ class NetworkDetector(Detector, ABC):
         self.check_classes(manifest)
         self.adopt_crop_rule(manifest)
         manifest = self.before_training(manifest)
+        if torch.device(self.device).type=='cpu': # there a step takes up to a third less
+            self.model.to(memory_format=torch.channels_last)
         dls, phases, done, self.history = self.loaders(manifest), self.phases(), 0, []
         faces = manifest.key() if resume else ''
         for k, phase in enumerate(phases):
