@@ -390,10 +390,11 @@ def quality_command(args:Namespace)->dict:
     quality = np.full(len(table), np.nan) if args.measure else known_quality(table, args.source)
     labels = known_labels(table, args.source) if args.map else None
     given = bool(np.isfinite(quality).any())
-    if given and not args.map:
-        raise DeepfidError(f'{args.source}: has qualities already; give --measure to measure, or --map to map them')
-    if given and (missing := int((~np.isfinite(quality)).sum())):
-        raise DeepfidError(f'{args.source}: {missing} of {len(table)} rows have no quality; --measure measures all')
+    missing = int((~np.isfinite(quality)).sum())
+    problems = {'has qualities already; give --measure to measure, or --map to map them': given and not args.map,
+        f'{missing} of {len(table)} rows have no quality; --measure measures all': given and missing}
+    for problem, found in problems.items():
+        if found: raise DeepfidError(f'{args.source}: {problem}')
     name, errors = 'given' if given else args.measure or 'niqe', []
     if not given:
         def report(error): errors.append(print_error(error))

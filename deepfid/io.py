@@ -537,23 +537,26 @@ def read_table_paths(
     table:str|os.PathLike, # CSV file with a column `path`
 )->list[str]: # one a row
     "Read which files a table names, or raise one line that says what is wrong with the table"
+    paths, problem = [], 'is empty; a table needs a line of column names and a row for each image'
     try:
-        with open(table, newline='', encoding='utf-8-sig') as f: rows = list(csv.reader(f)) # as spreadsheets write it
-    except (OSError, ValueError, csv.Error) as e:
-        reason = 'is not UTF-8 text; save it as CSV in UTF-8' if isinstance(e, UnicodeDecodeError) else \
-            f'cannot be read as a comma-separated table ({e})'
-        raise DeepfidError(f'{table}: {reason}') from e
-    rows = [row for row in rows if row]
-    if not rows: raise DeepfidError(f'{table}: is empty; a table needs a line of column names and a row for each image')
-    header, *rows = rows
-    if problem := header_problem(header, ('path',)): raise DeepfidError(f'{table}: {problem}')
-    if any(len(row)>len(header) for row in rows):
-        raise DeepfidError(f'{table}: its rows have more cells than its first line; put text with commas in quotes')
-    if not rows: raise DeepfidError(f'{table}: no rows; a table needs at least one image')
-    column = header.index('path')
-    paths = [unescape_formula(row[column]) if len(row)>column else '' for row in rows]
-    if '' in paths: raise DeepfidError(f'{table}: row {paths.index("")+1} has no path; every row needs an image')
+        with open(table, newline='', encoding='utf-8-sig') as f: # as spreadsheets write it
+            header, *rows = [row for row in csv.reader(f) if row] or [[]]
+        if header: problem = header_problem(header, ('path',)) or _rows_problem(header, rows)
+        if not problem: paths = [unescape_formula(row[header.index('path')]) for row in rows]
+    except UnicodeDecodeError: problem = 'is not UTF-8 text; save it as CSV in UTF-8'
+    except (OSError, ValueError, csv.Error) as e: problem = f'cannot be read as a comma-separated table ({e})'
+    if problem: raise DeepfidError(f'{table}: {problem}')
     return paths
+
+def _rows_problem(header, rows):
+    "Say why the rows of a table with a column `path` cannot be used; None if they can"
+    column = header.index('path')
+    without = next((i for i, row in enumerate(rows, 1) if not ''.join(row[column:column+1])), 0)
+    causes = {'no rows; a table needs at least one image': not rows,
+        'its rows have more cells than its first line; put text with commas in quotes':
+            any(len(row)>len(header) for row in rows),
+        f'row {without} has no path; every row needs an image': without}
+    return next((problem for problem, found in causes.items() if found), None)
 
 # %% ../nbs/lib/io.ipynb #io000028
 MARKER_FILE = '.deepfid.json' # in each folder that is written as a whole: its kind, and the SHA-256 of each file

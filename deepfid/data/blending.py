@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from ..core import DeepfidError, Face, check_choice, check_number
 from .degrade import jpeg
-from .forge import (FORGERS, REGIONS, Forgery, check_consent, check_landmarks, forge, landmark_warp,
-    match_colour, random_signed, regions)
+from .forge import (FORGERS, REGIONS, Forgery, check_consent, check_donor, check_landmarks, forge,
+    landmark_warp, match_colour, random_signed, regions)
 from .london import fit_mean_shape
 
 # %% auto #0
@@ -331,5 +331,4 @@ def manipulate(
     if method in FORGERS: return forge(face, method, seed, donor, strength)
     check_number('seed', seed, 0, integer=True)
     if method!='poisson': return MANIPULATIONS[method](face, seed, strength)._replace(method=method)
-    if donor is None: raise DeepfidError(f"{method!r} needs a donor, another person's face")
-    return poisson(face, donor, seed, strength)
+    return poisson(face, check_donor(donor, method), seed, strength)

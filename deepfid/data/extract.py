@@ -418,9 +418,9 @@ def _write_tables(clips, config)->Manifest:
 def _check_job(clips, config)->list:
     "Refuse, before hours of work, what the manifest would refuse after them"
     used = [c for c in clips if c.split]
-    if not used: raise DeepfidError('no clips to crop faces from; look at what the reader found')
-    path, n = Counter(map(clip_folder, used)).most_common(1)[0]
-    if n>1: raise DeepfidError(f'two clips would be written to {path}; give each a `video` of its own')
+    path, n = next(iter(Counter(map(clip_folder, used)).most_common(1)), ('', 0))
+    if n!=1: raise DeepfidError(f'two clips would be written to {path}; give each a `video` of its own' if n else
+        'no clips to crop faces from; look at what the reader found')
     unlabelled = used[0].label==UNLABELLED
     if not unlabelled:
         table = typed_table(pd.DataFrame([dict(asdict(c), path=clip_folder(c)) for c in used]), 'the clips')

@@ -13,11 +13,11 @@ from ..core import (ConsentError, DeepfidError, Face, check_array, check_choice,
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'SIDES', 'REGIONS', 'FORGERS', 'STATISTIC_NAMES', 'Forgery', 'check_consent', 'check_landmarks',
-           'random_signed', 'check_mask', 'region_size', 'feather_mask', 'face_mask', 'alpha_blend', 'match_colour',
-           'laplacian_std', 'colour_sharpness_jitter', 'bottleneck_resample', 'resynth', 'landmark_warp',
-           'half_face_width', 'move_expression', 'reenact', 'swap', 'mouth_mask', 'mouth', 'selfblend', 'face_axes',
-           'half_mask', 'one_sided', 'sample_region', 'regions', 'allowed_forgers', 'forge', 'global_statistics',
-           'shortcut_probe']
+           'check_donor', 'random_signed', 'check_mask', 'region_size', 'feather_mask', 'face_mask', 'alpha_blend',
+           'match_colour', 'laplacian_std', 'colour_sharpness_jitter', 'bottleneck_resample', 'resynth',
+           'landmark_warp', 'half_face_width', 'move_expression', 'reenact', 'swap', 'mouth_mask', 'mouth', 'selfblend',
+           'face_axes', 'half_mask', 'one_sided', 'sample_region', 'regions', 'allowed_forgers', 'forge',
+           'global_statistics', 'shortcut_probe']
 
 # %% ../../nbs/02_forge.ipynb #1eb7138b
 class Forgery(NamedTuple):
@@ -51,6 +51,15 @@ def check_landmarks(
             raise DeepfidError(f"{name}: {method!r} needs 68 landmarks; use 'resynth', 'mouth' or "
                 "'selfblend'")
     return [f.landmarks for f in faces]
+
+# %% ../../nbs/02_forge.ipynb #dnr00001
+def check_donor(
+    donor:Face|None,
+    method:str, # that needs one
+)->Face: # the same
+    "Refuse a swap without another person's face"
+    if donor is None: raise DeepfidError(f"{method!r} needs a donor, another person's face")
+    return donor
 
 # %% ../../nbs/02_forge.ipynb #bdcd56a6
 STRENGTHS:dict[str, Any] = dict(
@@ -431,8 +440,7 @@ def forge(
     check_number('seed', seed, 0, integer=True)
     check_number('strength', strength, 0, 10)
     if method!='swap': return forger(face, seed, strength)
-    if donor is None: raise DeepfidError("'swap' needs a donor, another person's face")
-    return swap(face, donor, seed, strength)
+    return swap(face, check_donor(donor, method), seed, strength)
 
 # %% ../../nbs/02_forge.ipynb #fc5ed413
 STATISTIC_NAMES = tuple(f'{where} {what}' for where in ('image', 'region') for what in

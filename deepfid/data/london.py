@@ -45,10 +45,10 @@ def read_london_archive(
 )->dict[str, bytes]: # name -> content
     "Read all files of a packaged set, or raise a `WeightsError` that names a missing or changed file"
     path = Path(path or london_path())
-    if not path.is_file(): raise WeightsError(f'{path}: no such file; install deepfid again')
-    content = path.read_bytes()
-    if sha256 and hashlib.sha256(content).hexdigest()!=sha256:
-        raise WeightsError(f'{path}: its sha256 is not the recorded one; install deepfid again')
+    content = path.read_bytes() if path.is_file() else None
+    if content is None or sha256 and hashlib.sha256(content).hexdigest()!=sha256:
+        problem = 'no such file' if content is None else 'its sha256 is not the recorded one'
+        raise WeightsError(f'{path}: {problem}; install deepfid again')
     with zipfile.ZipFile(io.BytesIO(content)) as z: return {name: z.read(name) for name in z.namelist()}
 
 @functools.lru_cache(maxsize=1)

@@ -34,13 +34,12 @@ def validate_scores(
     "Return scores and labels as finite arrays of one length, or raise an error"
     fid = check_array('fidelity', fidelity, (None,), float)
     lab = check_array('label', label, fid.shape)
-    if not np.isin(lab, (0,1)).all():
-        row = np.flatnonzero((lab!=0)&(lab!=1))[0]
-        raise MetricError(f'label: {lab[row]} at row {row}; only 1 (real) and 0 (fake) are known')
-    lab = lab.astype(int)
-    if need_both and len(set(lab.tolist()))<2:
-        raise MetricError(f'{lab.sum()} real and {len(lab)-lab.sum()} fake faces: both are needed')
-    return fid, lab
+    unknown, real = np.flatnonzero((lab!=0)&(lab!=1)), int((lab==1).sum())
+    if len(unknown) or need_both and real in (0, len(lab)):
+        raise MetricError(f'label: {lab[unknown[0]]} at row {unknown[0]}; only 1 (real) and '
+            '0 (fake) are known' if len(unknown) else
+            f'{real} real and {len(lab)-real} fake faces: both are needed')
+    return fid, lab.astype(int)
 
 # %% ../../nbs/50_metrics.ipynb #7eaaf837
 def confusion_matrix(

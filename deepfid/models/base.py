@@ -20,7 +20,7 @@ import numpy as np, torch
 from torch import nn
 import deepfid
 from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
-    check_manifest, default_device, get_preset, raise_as, set_seed)
+    check_manifest, default_device, get_preset, import_optional, raise_as, set_seed)
 from ..data.faces import CROP_MARGIN, CROP_RULES, read_crop_rule
 from ..data.loaders import faces_to_batch
 from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, to_json, write_json
@@ -474,7 +474,7 @@ class NetworkDetector(Detector, ABC):
         **kwargs:Any,      # of `HfApi.upload_folder`: commit_message, revision, token, ...
     )->str: # the address
         "Save, and upload to the Hugging Face Hub"
-        hub = _import_hub()
+        hub = import_optional('huggingface_hub', 'the Hub')
         with TemporaryDirectory() as tmp:
             folder, api = self.save(Path(tmp)/self.name, half), hub.HfApi(token=kwargs.pop('token', None))
             (folder/MARKER_FILE).unlink() # of use only where it was written
@@ -490,14 +490,8 @@ class NetworkDetector(Detector, ABC):
     )->Self:
         "Load a detector from the Hugging Face Hub, or from a folder"
         if Path(name).is_dir(): return cls.load(name, device)
-        files, hub = ['detector.json', '*.safetensors', '*/*.safetensors', '*/*.json'], _import_hub()
+        hub = import_optional('huggingface_hub', 'the Hub')
+        files = ['detector.json', '*.safetensors', '*/*.safetensors', '*/*.json']
         with raise_as(WeightsError, f'{name}: no folder of that name, and the Hub gave none', OSError, ValueError):
             folder = hub.snapshot_download(name, allow_patterns=files, **kwargs)
         return cls.load(folder, device)
-
-# %% ../../nbs/lib/models.base.ipynb #fae14428
-def _import_hub():
-    "Import huggingface_hub, or say how to install it"
-    try: import huggingface_hub
-    except ImportError: raise DeepfidError('the Hub needs huggingface_hub: pip install huggingface_hub') from None
-    return huggingface_hub

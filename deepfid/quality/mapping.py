@@ -195,13 +195,13 @@ class FidelityMapping(_MappingState):
 
     def _position(self, name, q, groups):
         "Positions in [0,1] of faces of one class: among all of it, or each in its group"
-        if name not in (knots := getattr(self, 'knots_', {})):
-            raise DeepfidError(f'FidelityMapping: not fitted on {name} faces; fit both classes')
+        knots, known = getattr(self, 'knots_', {}), getattr(self, 'groups_', {}).get(name, {})
+        new = sorted(set(() if groups is None else groups) - set(known))
+        if name not in knots or new:
+            raise DeepfidError(f'FidelityMapping: not fitted on {name} faces' + (
+                '; fit both classes' if name not in knots else f' of group {new[0]!r}, '
+                f"only of {', '.join(map(repr, known)) or 'no group'}; leave the groups out"))
         if groups is None: return np.interp(q, *knots[name])
-        known = self.groups_.get(name, {})
-        if new := sorted(set(groups) - set(known)):
-            raise DeepfidError(f'FidelityMapping: not fitted on {name} faces of group {new[0]!r}, '
-                f"only of {', '.join(map(repr, known)) or 'no group'}; leave the groups out")
         out = np.empty(len(q))
         for g in set(groups): out[groups == g] = np.interp(q[groups == g], *known[g])
         return out
