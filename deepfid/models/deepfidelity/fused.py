@@ -15,7 +15,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +24,6 @@ from . import ssaaformer
 from .recipes import centre_crop
 from deepfid.models.deepfidelity.ssaaformer import (Attention, AttentionBlock, ConvBlock, ConvEmbed, PatchEmbed,
     SSAAFormer)
-if TYPE_CHECKING: from deepfid.models.deepfidelity.detector import DeepFidelity
 
 # %% ../../../nbs/lib/models.deepfidelity.fused.ipynb #2c4f0f51
 def unfused_attention(
@@ -487,7 +486,7 @@ class FidelityGraph(nn.Module):
         return network.embed(x, self.pool)
 
 def fidelity_graph(
-    detector:'DeepFidelity', # a trained `DeepFidelity`
+    detector:Any, # a trained `DeepFidelity`
 )->FidelityGraph: # on the CPU; an `SSAAFormer` is folded, another network stays as it is
     "Return a detector as one module with the outputs of `predict`"
     c,regressor = detector.config,detector.regressor
