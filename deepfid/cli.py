@@ -429,7 +429,7 @@ def _run(argv):
     except BrokenPipeError: raise
     except OSError as e: # a full disk, a folder taken away: not of our making, so without a traceback
         if not e.strerror: raise
-        where = e.filename or getattr(args, 'out', None) # of a full disk the system names no file
+        where = e.filename or getattr(args, 'out', None) or 'output' # of a full disk the system names no file
         return commands.print_error(': '.join(str(part) for part in (where, e.strerror) if part))
 
 def _warn_in_lines():

@@ -331,6 +331,7 @@ class Detector:
     name:str=''              # short name for tables and files
     calibration:tuple|None=None # (slope, offset) of `platt_scaling`; None until `calibrate`
     threshold:float=.5       # chosen on validation faces; a fidelity from it upwards predicts 'real'
+    fingerprint:str=''       # of the files that it was loaded from
     false_alarms:float=.05   # largest share of real faces that may be called manipulated, 0 to 1
     misses:float=.2          # largest share of fakes in which no manipulation may be found, 0 to 1
     validation_scores:dict|None=None # 'real' and 'fake' -> sorted fidelities of validation, one a person
@@ -384,7 +385,7 @@ class Detector:
 
     def calibrate_on_scores(self, scores:ArrayLike, labels:ArrayLike, people:Iterable|None=None)->Detector:
         "Set probability, threshold and scores of validation from scores, labels (1 = real) and people, (N,) each"
-        scores = np.asarray(scores, float)
+        scores = check_array('scores', scores, (None,), float)
         # the scores of one person's faces are alike: the first real and the first fake one of each person are kept
         people = range(len(scores)) if people is None else list(people)
         check_array('labels', labels, (len(people),))

@@ -189,10 +189,14 @@ def runtime_snippet(
     "Write a program that runs an exported file from photograph to decision, without this library"
     module, read, value, fidelity = _RUNTIMES[check_choice('format', format, tuple(EXPORT_FORMATS))]
     number, matrix = _CROP_RULES[check_choice('align', align, tuple(_CROP_RULES))]
-    return '\n'.join([f'import json, sys, cv2, numpy as np, {module}',
-        f'MODEL, YUNET = {str(path)!a}, {str(yunet_path())!a}; cv2.utils.logging.setLogLevel(2) # errors only',
-        f"image = cv2.imread(sys.argv[1]) if len(sys.argv)>1 else None; {read}",
-        "if image is None: sys.exit('give a photograph that OpenCV can read')",
+    return '\n'.join([f'import io, json, sys, cv2, numpy as np, {module}; from PIL import Image, ImageCms, ImageOps',
+        f'MODEL, YUNET = {str(path)!a}, {str(yunet_path())!a}; cv2.utils.logging.setLogLevel(2); {read}',
+        'try: image = ImageOps.exif_transpose(Image.open(sys.argv[1]))',
+        "except (IndexError, OSError): sys.exit('give a photograph that Pillow can read')",
+        "profile = image.info.get('icc_profile', b''); image = image.convert('RGBA')", # colours in sRGB, on white
+        "if profile[16:20]==b'RGB ': image = ImageCms.profileToProfile(image, io.BytesIO(profile), "
+            "ImageCms.createProfile('sRGB'), 1)",
+        "image = np.array(Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image))[..., 2::-1].copy()",
         f"size, low, high, {number} = ({value} for k in ('size', 'low', 'high', {number!r}))",
         'k = min(1, 640/max(image.shape)); small = cv2.resize(image, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)',
         "faces = cv2.FaceDetectorYN.create(YUNET, '', small.shape[1::-1], .7).detect(small)[1]",

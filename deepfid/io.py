@@ -7,8 +7,8 @@ __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MA
            'missing_file_problem', 'read_image', 'animation_note', 'montage', 'InlineImage', 'iter_files', 'media_kind',
            'iter_media', 'report_mark', 'check_overwrite', 'write_atomically', 'report_write_errors', 'to_json',
            'write_json', 'read_json', 'file_hash', 'check_digest', 'escape_formula', 'unescape_formula',
-           'header_problem', 'read_table_paths', 'check_replaceable', 'mark_folder', 'claim_folder', 'atomic_folder',
-           'fetch_model_file', 'save_safetensors', 'read_safetensors']
+           'header_problem', 'read_table_paths', 'check_replaceable', 'mark_folder', 'replace_in_folder',
+           'claim_folder', 'atomic_folder', 'fetch_model_file', 'save_safetensors', 'read_safetensors']
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
@@ -29,7 +29,6 @@ import stat
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from fnmatch import fnmatch
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -325,7 +324,7 @@ class InlineImage:
         path:str|os.PathLike, # file to write, atomically; only a file that this method wrote is replaced
     )->None:
         "Write the JPEG file"
-        write_atomically(path, self.jpeg(FILE_MARK), FILE_MARK)
+        with report_write_errors(path): write_atomically(path, self.jpeg(FILE_MARK), FILE_MARK)
 
     def _repr_jpeg_(self): return self.jpeg()
     def __repr__(self): return f'InlineImage({self.image.shape[1]}x{self.image.shape[0]})'
@@ -406,13 +405,15 @@ def check_overwrite(
 )->None:
     "Raise a `DeepfidError` if a file is there already that is not empty and does not hold `mark`"
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise DeepfidError(f'{path}: is a pipe or a device, not a file; name another file')
-    if not path.is_file() or not path.stat().st_size: return
-    with report_write_errors(path), open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        known = content.find(mark) >= 0 if isinstance(mark, bytes) else mark.search(content)
-        what = 'is another result of deepfid' if content.find(FILE_MARK) >= 0 else 'was not written by deepfid'
-    if not known: raise DeepfidError(f'{path}: exists already and {what}; name another file')
+    if path.is_dir() or not path.exists() or path.is_file() and not path.stat().st_size: return
+    problem = '' if path.is_file() else 'is a pipe or a device, not a file'
+    if not problem:
+        with (report_write_errors(path), open(path, 'rb') as f,
+                mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content):
+            known = content.find(mark) >= 0 if isinstance(mark, bytes) else mark.search(content)
+            what = 'is another result of deepfid' if content.find(FILE_MARK) >= 0 else 'was not written by deepfid'
+        problem = '' if known else f'exists already and {what}'
+    if problem: raise DeepfidError(f'{path}: {problem}; name another file')
 
 def write_atomically(
     path:str|os.PathLike, # final name; its folder is made if missing
@@ -468,7 +469,7 @@ def to_json(
 def write_json(
     path:str|os.PathLike, # file to write
     obj:Any, # see `to_json`
-    mark:bytes|None=None, # what a file there must hold to be replaced, see `check_overwrite`; None: any is replaced
+    mark:bytes|re.Pattern|None=None, # what a file there must hold, see `check_overwrite`; None: any is replaced
 )->Path: # the path
     "Write a JSON file atomically"
     return write_atomically(path, to_json(obj) + '\n', mark)
@@ -561,16 +562,7 @@ def _rows_problem(header, rows):
 # %% ../nbs/lib/io.ipynb #io000028
 MARKER_FILE = '.deepfid.json' # in each folder that is written as a whole: its kind, and the SHA-256 of each file
 
-# kind of folder -> a JSON file of it, a key in that file, and what else it holds where it was written without a marker
-FOLDER_KINDS = {
-    'saved detector': ('detector.json', 'detector', ('network.safetensors', 'regressor', 'regressor/regressor.json',
-        'regressor/regressor.safetensors', 'record.json', 'MODEL_CARD.md', 'SHA256SUMS', 'trained.json')),
-    'set of faces': ('', '', ()),
-    'clip': ('clip.json', 'rows', ('[0-9]*.png', 'mask-[0-9]*.png')),
-    'extraction': ('crop_config.json', 'size', ()),
-    'demonstration': ('summary.json', 'auc', ()),
-    'training state': ('training.json', 'seed', ()),
-}
+FOLDER_KINDS = ('saved detector', 'set of faces', 'clip', 'extraction', 'demonstration', 'training state')
 
 def _folder_content(folder):
     "Yield (relative name, SHA-256) of everything below a folder; 'folder' and 'other' (links, devices) have no digest"
@@ -588,18 +580,13 @@ def _read_json_key(path, key):
 
 def _unknown_content(folder, kind):
     "Say what a folder holds that is not part of an earlier result of this kind; None where there is nothing"
-    settings, key, patterns = FOLDER_KINDS[kind]
     marker, written = _read_json_key(folder/MARKER_FILE, 'kind'), _read_json_key(folder/MARKER_FILE, 'files')
     if isinstance(marker, str) and marker != kind: return f'holds a {marker}, not a {kind}'
-    if marker != kind or not isinstance(written, dict): written = None
-    earlier = written is None and settings and _read_json_key(folder/settings, key) is not None
+    known = written if marker == kind and isinstance(written, dict) else {}
     for name, digest in _folder_content(folder):
-        if _TEMPORARY.match(name): continue
-        if written is not None: known = name == MARKER_FILE or written.get(name) == digest
-        else: known = earlier and digest != 'other' and any(
-            fnmatch(name, p) and name.count('/') == p.count('/') for p in (settings, *patterns))
-        if known or written and name in written and digest == _EMPTY_FILE: continue
-        what = 'changed since deepfid wrote it' if written and name in written else 'not written by deepfid'
+        if _TEMPORARY.match(name) or known and name == MARKER_FILE: continue
+        if name in known and digest in (known[name], _EMPTY_FILE): continue
+        what = 'changed since deepfid wrote it' if name in known else 'not written by deepfid'
         return f'holds {name}, which was {what}'
 
 _EMPTY_FILE = hashlib.sha256().hexdigest()
@@ -624,19 +611,35 @@ def mark_folder(
     found = {n: d for n, d in _folder_content(Path(folder)) if n != MARKER_FILE and (names is None or n in names)}
     write_json(Path(folder)/MARKER_FILE, dict(kind=kind, files=listed|found))
 
+def replace_in_folder(
+    folder:str|os.PathLike, # that was claimed
+    kind:str, # one of `FOLDER_KINDS`
+    texts:dict, # name of a file -> text
+)->None:
+    "Write files of a claimed folder; one that was changed since deepfid wrote it is left alone, and named"
+    known = _read_json_key(Path(folder)/MARKER_FILE, 'files') or {}
+    for name in texts:
+        path = Path(folder)/name
+        if not path.is_file() or not path.stat().st_size: continue
+        what = 'was changed since deepfid wrote it' if name in known else 'was not written by deepfid'
+        if file_hash(path) != known.get(name): raise DeepfidError(f'{path}: {what}; move it, or name another folder')
+    for name, text in texts.items(): write_atomically(Path(folder)/name, text)
+    mark_folder(folder, kind, list(texts))
+
 def claim_folder(
     path:str|os.PathLike, # folder to which files are written one by one
     kind:str, # one of `FOLDER_KINDS`
 )->Path: # made, if it is missing
     "Mark a new or empty folder; raise a `DeepfidError` if it holds anything but an earlier result of the same kind"
-    path, (settings, key, _) = Path(path), FOLDER_KINDS[kind]
+    path = Path(path)
     if _read_json_key(path/MARKER_FILE, 'kind') == kind: return path
-    if not settings or _read_json_key(path/settings, key) is None: check_replaceable(path, kind)
+    check_replaceable(path, kind)
     with report_write_errors(path, 'name another folder'):
         path.mkdir(parents=True, exist_ok=True)
         mark_folder(path, kind, ())
     return path
 
+# %% ../nbs/lib/io.ipynb #io00060b
 @contextmanager
 def atomic_folder(
     path:str|os.PathLike, # final name; see `check_replaceable`

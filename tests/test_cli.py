@@ -708,3 +708,32 @@ def test_an_explanation_that_cannot_be_written_costs_only_itself(capsys, photos,
     status, out, err = run(capsys, 'score', *photos[:2], *options)
     assert status==1 and len(error_lines(err))==1 and own.name in err and str(photos[1]) in out
     assert own.read_text()=='notes' and len([*(tmp_path/'out').iterdir()])==2
+
+def test_a_threshold_and_error_rates_are_not_given_together(capsys, photos, model):
+    one_line(run(capsys, 'score', photos[0], '--model', model, '--threshold', .5, '--false-alarms', .1), 'give one or the other')
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no device that is always full')
+def test_a_full_disk_is_named(photos, model):
+    done = subprocess.run(f'{shlex.quote(sys.executable)} -m deepfid score {shlex.quote(str(photos[0]))} --detector {shlex.quote(str(model))} > /dev/full', shell=True, capture_output=True, text=True)
+    assert done.returncode!=0 and 'deepfid: output: No space left on device' in done.stderr and 'Traceback' not in done.stderr
+
+def test_an_explanation_on_a_full_disk_costs_only_itself(capsys, photos, model, tmp_path, monkeypatch):
+    import deepfid.io
+    write = deepfid.io.write_atomically
+    def full(path, *rest):
+        if str(path).endswith('.jpg'): raise OSError(28, 'No space left on device')
+        return write(path, *rest)
+    monkeypatch.setattr(deepfid.io, 'write_atomically', full)
+    status, out, err = run(capsys, 'score', *photos[:2], '--model', model, '--explain', tmp_path/'x', '--csv', tmp_path/'x.csv')
+    assert status==1 and len(error_lines(err))==2 and all('cannot be written' in line for line in error_lines(err)) and len((tmp_path/'x.csv').read_text().splitlines())==3
+
+def test_faces_leaves_alone_what_somebody_changed(capsys, photos, tmp_path):
+    (tmp_path/'set').mkdir()
+    for i in (0, 1): (tmp_path/'set'/f'{i}.jpg').symlink_to(photos[i])
+    command = ['faces', tmp_path/'set', '--out', tmp_path/'out', '--size', 64, '--workers', 1]
+    for _ in range(2): assert run(capsys, *command)[0]==0
+    table = tmp_path/'out'/'faces.csv'
+    table.write_text(table.read_text().replace('dataset', 'dataset,mynote', 1))
+    before = table.read_text()
+    status, out, err = run(capsys, *command)
+    assert status==1 and 'faces.csv: was changed since deepfid wrote it' in err and table.read_text()==before

@@ -381,3 +381,10 @@ def test_text_is_no_number():
     for value in (['.5', '1'], np.array(['1', '2']), [1, '2'], np.array([1, '2'], object)):
         with pytest.raises(DeepfidError, match='^scores: give numbers'): check_array('scores', value, (None,), float)
     assert check_array('scores', np.array([1, 2.5], object), (None,), float).dtype==float
+
+def test_scores_and_faces_are_checked_where_they_enter():
+    from deepfid.inference.hub import load
+    detector = load('lisiam', 'cpu')
+    with pytest.raises(DeepfidError, match='scores'): detector.calibrate_on_scores(['a', 'b'], [0, 1])
+    for ask in (detector.predict, detector.predict_proba):
+        with pytest.raises(DeepfidError, match='faces'): ask(None)

@@ -241,20 +241,37 @@ def test_names_like_those_of_faceforensics(tmp_path):
     "real/000 and fake/METHOD/000_001: the fake is 000 with the face of 001, and both stay in one split"
     n = 24
     names = [f'fake/{m}/{a:03d}_{b:03d}.jpg' for m in ('Deepfakes', 'FaceSwap') for k in range(0, n, 2) for a, b in ((k, k+1), (k+1, k))]
-    touch(tmp_path, *(f'real/{i:03d}.jpg' for i in range(n)), *names, 'fake/Deepfakes/000_999.jpg', 'fake/001_000.jpg')
+    touch(tmp_path, *(f'real/{i:03d}.jpg' for i in range(n)), *names, 'fake/Deepfakes/000_999.jpg', 'fake/001_000.jpg', 'fake/Deepfakes/nobody.jpg')
     clips = clips_from_folder(tmp_path)
     by = {c.video: c for c in clips}
     fake = by['Deepfakes/000_001.jpg']
     assert (fake.identity, fake.donor, fake.source, fake.method)==('000', '001', '000.jpg', 'Deepfakes')
     assert (by['001_000.jpg'].identity, by['001_000.jpg'].donor, by['001_000.jpg'].method)==('001', '000', 'fake')
-    assert (by['Deepfakes/000_999.jpg'].identity, by['Deepfakes/000_999.jpg'].donor)==('Deepfakes', '') # 999 is nobody
+    assert (by['Deepfakes/000_999.jpg'].identity, by['Deepfakes/000_999.jpg'].donor)==('000', '') # 999 is nobody
     assert all(c.split for c in clips) and {c.split for c in clips}=={'train', 'valid', 'test'} and all(len(s)==1 for s in splits_of_people(clips).values())
     text = describe_names(clips)
     assert 'people, by folder or name: 24' in text and "fakes named TARGET_DONOR: 49, such as '001_000.jpg', which is '001' with the face of '000'" in text
-    assert "fakes that match nothing real by name: 1 (people that they count as, by folder or name: 1, such as 'Deepfakes')" in text
+    assert "fakes that match nothing real by name: 1 (people that they count as, by folder or name: 1, such as 'nobody')" in text
     touch(tmp_path/'frames', *(f'{d}/{i}.png' for d in ('real/000', 'real/001', 'fake/NT/000_001') for i in (0, 1)))
     by = {c.video: c for c in clips_from_folder(tmp_path/'frames')}
     assert (by['NT/000_001/1.png'].source, by['NT/000_001/1.png'].donor)==('000/1.png', '001')
+
+@pytest.mark.parametrize('real, fake, donor', [('person{i}', 'swap/Person{i}-person{j}', 'person{j}'), ('person{i}', 'swap/person{i}_fake', ''), ('{i:03d}', 'swap/{i:03d}_{j:03d}_v2', '{j:03d}'),
+    ('id{i}_0000', 'id{i}_id{j}_0000', 'id{j}'), ('person{i}', 'swap/person{i}/1', ''), ('person{i}', 'person{i} swapped', '')])
+def test_a_fake_is_of_the_person_that_its_name_begins_with(tmp_path, real, fake, donor):
+    n = 12
+    touch(tmp_path, *(f'real/{real.format(i=i)}.jpg' for i in range(n)), *(f'fake/{fake.format(i=i, j=(i+1)%n)}.jpg' for i in range(n)))
+    clips = clips_from_folder(tmp_path)
+    people, by = {c.identity for c in clips if c.label}, {c.video: c for c in clips}
+    for i in range(n):
+        c = by[f'{fake.format(i=i, j=(i+1)%n)}.jpg']
+        assert c.identity==real.format(i=i).removesuffix('_0000') and c.donor==donor.format(j=(i+1)%n), c
+    assert len(people)==n and all(len(s)==1 for s in splits_of_people(clips).values())
+
+def test_a_method_is_no_person(tmp_path):
+    touch(tmp_path, *(f'real/p{i}.jpg' for i in range(12)), *(f'fake/{m}/x{i}.jpg' for m in ('swap', 'FaceSwap') for i in range(12)), 'fake/eve/1.jpg', 'fake/p_swap/y.jpg')
+    by = {c.video: c for c in clips_from_folder(tmp_path)}
+    assert (by['swap/x1.jpg'].identity, by['swap/x1.jpg'].method)==('x1', 'swap') and by['eve/1.jpg'].identity=='eve' and by['FaceSwap/x1.jpg'].identity=='x1'
 
 def test_one_person_in_two_spellings(tmp_path):
     touch(tmp_path, 'train/real/Ann/1.jpg', 'test/real/ann/2.jpg', 'train/real/Zoe\u0301/1.jpg', 'test/real/Zo\u00e9/2.jpg', 'train/real/bob/1.jpg')
@@ -334,7 +351,7 @@ def test_degraded_copies_are_written_inside_their_folder(tmp_path):
     for i in range(len(m)):
         np.testing.assert_array_equal(inverted.image(i), 255-m.image(i))
         np.testing.assert_array_equal(inverted.mask(i), m.mask(i))
-    assert map_images(m, lambda im: im//2, tmp_path/'new'/'inverted').key()==inverted.key() # what is there is read again
+    assert map_images(m, lambda im: 255-im, tmp_path/'new'/'inverted').key()==inverted.key() # what is there is read again
     with pytest.raises(ManifestError, match='holds the images themselves'): map_images(m, lambda im: 255-im, m.folder)
     with pytest.raises(ManifestError, match='copies of other rows'): map_images(m.of('test').where(label=0), lambda im: im, tmp_path/'new'/'inverted')
 

@@ -127,12 +127,20 @@ def test_the_printed_program_runs_as_printed(format, packages, saved, photograph
     fidelity, _, decision = done.stdout.strip().partition(' ')
     [want] = deepfid.score(photograph, saved)[0].faces[0].scores
     assert done.returncode==0 and float(fidelity)==pytest.approx(want.fidelity, abs=1e-3) and decision==want.decision and not done.stderr, done.stderr
+    from PIL import Image
+    from test_core import CURVES, PRIMARIES, icc_profile
+    image = Image.open(photograph).convert('RGBA')
+    image.putalpha(Image.linear_gradient('L').resize(image.size).point(lambda v: 255-v//6)) # colours of another space, and partly transparent
+    image.save(tmp_path/'p3.png', icc_profile=icc_profile(PRIMARIES['p3'], CURVES['p3']))
+    done = subprocess.run([sys.executable, 'run.py', 'p3.png'], capture_output=True, text=True, cwd=tmp_path)
+    [want] = deepfid.score(tmp_path/'p3.png', saved)[0].faces[0].scores
+    assert done.returncode==0 and float(done.stdout.split()[0])==pytest.approx(want.fidelity, abs=4e-3), done.stderr
     blank = tmp_path/'blank.png'
     blank.write_bytes(__import__('cv2').imencode('.png', np.full((200, 200, 3), 128, np.uint8))[1].tobytes())
     done = subprocess.run([sys.executable, 'run.py', str(blank)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode==1 and done.stderr.strip()=='no face found'
     done = subprocess.run([sys.executable, 'run.py', 'nowhere.jpg'], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode==1 and done.stderr.strip().endswith('give a photograph that OpenCV can read')
+    assert done.returncode==1 and done.stderr.strip().endswith('give a photograph that Pillow can read')
 
 def test_a_file_says_what_it_is(saved, capsys, tmp_path):
     import hashlib, json

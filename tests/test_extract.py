@@ -189,7 +189,7 @@ def test_faces_without_labels_are_cut_for_scoring_only(people, tmp_path):
         with pytest.raises(DeepfidError, match='clip.mp4: holds clip.json, which was changed'): extract_dataset(album, album/'faces', frames=3, workers=1, progress=False)
     assert notes.read_text()==text
     (tmp_path/'out'/'faces.csv').write_text('notes of mine')
-    with pytest.raises(DeepfidError, match='faces.csv: exists already and was not written by deepfid'): extract_dataset(album, tmp_path/'out', frames=3, workers=1, progress=False)
+    with pytest.raises(DeepfidError, match='faces.csv: was changed since deepfid wrote it'): extract_dataset(album, tmp_path/'out', frames=3, workers=1, progress=False)
     assert (tmp_path/'out'/'faces.csv').read_text()=='notes of mine'
 
 def test_a_folder_that_was_meant_to_have_labels_is_not_taken_for_one_without(tmp_path):

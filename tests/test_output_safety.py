@@ -8,7 +8,7 @@ from deepfid.commands import check_score_outputs
 from deepfid.core import DeepfidError
 from deepfid.evaluate.report import Report
 from deepfid.io import (FILE_MARK, FOLDER_KINDS, MARKER_FILE, InlineImage, atomic_folder, check_replaceable, claim_folder, mark_folder,
-    write_atomically)
+    replace_in_folder, write_atomically)
 from deepfid.testing import tiny_manifest
 
 def content(folder):
@@ -271,15 +271,47 @@ def test_a_changed_result_is_not_replaced(tmp_path, change, words):
     with pytest.raises(DeepfidError, match=words): save(tmp_path/'m', '2')
     assert content(tmp_path)==before
 
-def test_what_earlier_versions_saved_is_replaced(tmp_path, repo):
-    for name in ('deepfidelity', 'lisiam'):
-        shutil.copytree(repo/'deepfid'/'weights'/'detectors'/name, tmp_path/name)
-        check_replaceable(tmp_path/name, 'saved detector')
-        (tmp_path/name/'thesis.txt').write_text('x')
-        with pytest.raises(DeepfidError, match='thesis.txt'): check_replaceable(tmp_path/name, 'saved detector')
-    (tmp_path/'n').mkdir()
-    (tmp_path/'n'/'detector.json').write_text('{"not": "ours"}')
-    with pytest.raises(DeepfidError, match='detector.json'): check_replaceable(tmp_path/'n', 'saved detector')
+def test_a_folder_without_a_marker_may_be_anybodys(tmp_path, repo):
+    "Also one with files that are named as ours are, such as a copy of a bundled detector with notes in its card"
+    shutil.copytree(repo/'deepfid'/'weights'/'detectors'/'lisiam', tmp_path/'copy')
+    with (tmp_path/'copy'/'MODEL_CARD.md').open('a') as f: f.write('my notes')
+    for kind, name, text in (('saved detector', 'detector.json', '{"detector": "smoke"}'), ('demonstration', 'summary.json', '{"auc": 0.93}'), ('training state', 'training.json', '{"seed": 1}'), ('extraction', 'crop_config.json', '{"size": 112}')):
+        (tmp_path/kind).mkdir()
+        (tmp_path/kind/name).write_text(text)
+        for check in (check_replaceable, claim_folder):
+            with pytest.raises(DeepfidError, match=f'{name}, which was not written by deepfid'): check(tmp_path/kind, kind)
+    with pytest.raises(DeepfidError, match='which was not written by deepfid'): check_replaceable(tmp_path/'copy', 'saved detector')
+
+def test_files_of_a_claimed_folder_that_somebody_changed_are_left_alone(tmp_path):
+    folder = claim_folder(tmp_path/'f', 'extraction')
+    for text in ('one', 'two'): replace_in_folder(folder, 'extraction', {'a.csv': text, 'b.csv': text}) # its own it replaces
+    (folder/'b.csv').write_text('checked by hand')
+    with pytest.raises(DeepfidError, match='b.csv: was changed since deepfid wrote it'): replace_in_folder(folder, 'extraction', {'a.csv': 'three', 'b.csv': 'three'})
+    (folder/'c.csv').write_text('mine')
+    with pytest.raises(DeepfidError, match='c.csv: was not written by deepfid'): replace_in_folder(folder, 'extraction', {'c.csv': 'three'})
+    assert {p.name: p.read_text() for p in folder.glob('*.csv')}=={'a.csv': 'two', 'b.csv': 'checked by hand', 'c.csv': 'mine'}
+
+def test_a_manifest_is_saved_over_a_manifest_only(tmp_path):
+    (tmp_path/'thesis.txt').write_text('on the label of faces')
+    with pytest.raises(DeepfidError, match='thesis.txt: exists already'): tiny_manifest().save(tmp_path/'thesis.txt')
+    for _ in range(2): tiny_manifest().save(tmp_path/'m.csv')
+
+def test_checksums_and_records_of_a_training_leave_files_alone(tmp_path):
+    from deepfid.evaluate.training import save_training_record
+    from deepfid.inference.hub import write_checksums
+    for name in ('SHA256SUMS', 'results.csv'): (tmp_path/name).write_text('mine')
+    before = content(tmp_path)
+    for write in (lambda: write_checksums(tmp_path), lambda: save_training_record([dict(epoch=1, train_loss=.5, valid_loss=.4, valid_auc=.6)], tmp_path)):
+        with pytest.raises(DeepfidError): write()
+    assert content(tmp_path)==before
+
+def test_copies_by_another_transform_are_not_read(tmp_path):
+    from deepfid.data.pairs import map_images
+    m = tiny_manifest()
+    def darker(image): return image//2
+    def lighter(image): return 255-image//2
+    assert map_images(m, darker, tmp_path/'copy').key()==map_images(m, darker, tmp_path/'copy').key()
+    with pytest.raises(DeepfidError, match='by another transform'): map_images(m, lighter, tmp_path/'copy')
 
 def test_added_files_belong_to_the_result_only_when_listed(tmp_path):
     save(tmp_path/'m')
@@ -304,9 +336,6 @@ def test_a_claimed_folder_stays_claimed(tmp_path):
         (folder/'result').write_text('x')
         claim_folder(folder, kind)
         with pytest.raises(DeepfidError, match=f'holds a {kind}'): claim_folder(folder, next(k for k in FOLDER_KINDS if k!=kind))
-    (tmp_path/'earlier').mkdir()
-    (tmp_path/'earlier'/'crop_config.json').write_text('{"size": 112}')
-    claim_folder(tmp_path/'earlier', 'extraction')
 
 def test_the_marker_does_not_disturb_loading_or_checksums(tmp_path, detector):
     from deepfid.inference.hub import load, verify_checksums, write_checksums

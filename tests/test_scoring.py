@@ -93,6 +93,33 @@ def test_a_copy_of_a_bundled_detector_is_checked_too(tmp_path):
     change(lambda about: about.update(threshold=1e20))
     with pytest.raises(WeightsError, match='threshold=1e.20 is not what'): load(tmp_path/'copy')
 
+def test_scores_of_other_weights_are_not_given_back(tmp_path):
+    "Two detectors of one name, with the same thresholds: a results file knows them by the digests of their files"
+    from deepfid.models.deepfidelity.detector import DeepFidelity
+    for seed in (1, 2): DeepFidelity(mapping=None, seed=seed).configure('tiny').save(tmp_path/f'd{seed}')
+    settings = []
+    for seed in (1, 1, 2):
+        shutil.rmtree(tmp_path/'det', ignore_errors=True)
+        shutil.copytree(tmp_path/f'd{seed}', tmp_path/'det')
+        settings.append(Scorer(str(tmp_path/'det')).settings())
+    assert settings[0]==settings[1]!=settings[2]
+
+def test_a_file_that_only_begins_like_results_is_left_alone(tmp_path):
+    for text in ('{"deepfid": "my thesis in one line"}', '{"deepfid": {"detector":"lisiam"},"settings":{"a":1}}', '{"deepfid": "0.2.0", "notes": 1}\n', '{"deepf'):
+        (tmp_path/'t.json').write_text(text)
+        if text=='{"deepf': ResultsFile(tmp_path/'t.json', dict(frames=3)).__exit__(None, None, None); continue # what a killed run leaves
+        with pytest.raises(DeepfidError, match='is no results file'): ResultsFile(tmp_path/'t.json', dict(frames=3))
+        assert (tmp_path/'t.json').read_text()==text
+
+def test_a_last_row_without_its_end_of_line_is_kept(tmp_path):
+    with ResultsFile(tmp_path/'r.jsonl', dict(frames=3)) as kept:
+        for i in (1, 2): kept.append(ScoredFile(f'{i}.jpg', error=f'{i}.jpg: no face', sha256=str(i)*64))
+    whole = (tmp_path/'r.jsonl').read_bytes()
+    for cut, rows in ((1, 2), (9, 1)):
+        (tmp_path/'r.jsonl').write_bytes(whole[:-cut])
+        with ResultsFile(tmp_path/'r.jsonl', dict(frames=3)) as kept: assert [f'{i}'*64 in kept for i in (1, 2)]==[True, rows==2]
+        assert len([*read_results(tmp_path/'r.jsonl')])==rows and (tmp_path/'r.jsonl').read_bytes().endswith(b'\n')
+
 def test_names_that_are_no_detector(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, 'BUNDLED_DIR', tmp_path/'none')
     with pytest.raises(WeightsError, match='no trained weights'): load('lisiam')

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import deepfid
 from ..core import DataMissingError, DeepfidError, Face, ManifestError, check_choice, data_dir, raise_as
-from ..io import (IMAGE_SUFFIXES, file_hash, iter_files, iter_media, read_image, read_json,
+from ..io import (IMAGE_SUFFIXES, file_hash, iter_files, iter_media, read_image, read_json, to_json,
     write_json)
 from .faces import align_face, find_face
 from .manifest import Manifest, person_key, split_identities, split_sources
@@ -476,11 +476,12 @@ def dfdcp(
     return _finish(clips, strict)
 
 # %% ../../nbs/lib/data.datasets.ipynb #e085cf54
-def _target_and_donor(part, people)->tuple|None:
-    "(name of the target, name of the donor) of a name like 000_001 where both are known people"
-    for m in re.finditer('_', part):
-        target, donor = people.get(person_key(part[:m.start()])), people.get(person_key(part[m.end():]))
-        if target and donor: return target, donor
+def _people_in_name(part, people)->list:
+    "The known people that a name begins with, in order: 000_001, 000-001_v2, 000_fake; the longest names first"
+    ends = [m.start() for m in re.finditer(r'[\W_]', part)]+[len(part)]
+    for end in reversed(ends):
+        if known := people.get(person_key(part[:end])): return [known, *_people_in_name(part[end+1:], people)]
+    return []
 
 def _fake_clip(path, name, split, real, people)->Clip:
     "A fake as a `Clip`: its source, method and people by its name, the path below `fake`"
@@ -491,10 +492,18 @@ def _fake_clip(path, name, split, real, people)->Clip:
     for start, method in ((0, 'fake'), (1, parts[0]))[:len(parts)]: # with the method as first folder, or without
         if source := real.get('/'.join(parts[start:])): return make(source, method, '')
     for i, part in enumerate(parts):
-        if swapped := _target_and_donor(part, people):
-            method, (target, donor) = parts[0] if i else 'fake', swapped
+        found = _people_in_name(part, people)
+        # a folder may be named face_swap where a person is named face
+        if found and (part==parts[-1] or len(found)>1 or person_key(part)==person_key(found[0])):
+            method, target, donor = parts[0] if i else 'fake', found[0], ''.join(found[1:2])
             return make(real.get('/'.join((*parts[1:i], target, *parts[i+1:]))), method, target, donor)
-    return make(None, 'fake', parts[0])
+    method = parts[0] if len(parts)>1 and parts[0].lower() in _METHOD_NAMES else 'fake'
+    return make(None, method, parts[method!='fake'])
+
+# folders of fakes of these names are manipulation methods, and no people
+_METHOD_NAMES = {k.lower() for d in DATASETS.values() for k in d.expected if k!='real'}|set(
+    'swap reenact resynth mouth selfblend sbi sbi_part poisson reconstruct blend deepfake deepfakes face2face faceswap '
+    'neuraltextures faceshifter deepfacelab simswap inswapper reenactment face_swap face-swap'.split())
 
 def _folder_clips(top, split)->list:
     "List the clips of one pair of folders; paths below `real` and `fake` are their names"
@@ -503,7 +512,8 @@ def _folder_clips(top, split)->list:
         for path, kind in iter_media(top/branch):
             kinds[str(path)] = 'photo' if kind=='image' else 'video'
             yield path, path.relative_to(top/branch)
-    def person(name): return name.parts[0] if len(name.parts)>1 else name.stem
+    def person(name): # of id0_0000, as Celeb-DF names its clips, the first part
+        return name.parts[0] if len(name.parts)>1 else re.sub(r'(id\d+)_\d{4}', r'\1', name.stem)
     clips = [Clip(str(path), 1, person(name), split, name.as_posix()) for path, name in files('real')]
     real = {Path(c.video).with_suffix('').as_posix(): c for c in clips}
     people = {person_key(c.identity): c.identity for c in clips}
@@ -576,7 +586,8 @@ def describe_names(
         f"{copies[0].video!r} of {copies[0].source!r}")
     if swaps: lines.append(f"fakes named TARGET_DONOR: {len(swaps)}, such as {swaps[0].video!r}, which is "
         f"{swaps[0].identity!r} with the face of {swaps[0].donor!r}")
-    unknown = pd.Series([c.identity for c in fakes if not c.source and not c.donor], dtype=object)
+    known = {c.identity for c in real}
+    unknown = pd.Series([c.identity for c in fakes if not c.donor and c.identity not in known], dtype=object)
     if len(unknown): lines.append(f'fakes that match nothing real by name: {len(unknown)} (people that they count as, '
         f'by folder or name: {unknown.nunique()}, such as {unknown.iloc[0]!r})')
     return '; '.join(lines)
@@ -695,7 +706,7 @@ def write_deepfakebench(
     path:str|Path,         # JSON file to write
     compression:str='c23', # name under which the videos are listed
 )->Path:
-    "Write a manifest as DeepfakeBench reads it"
+    "Write a manifest as DeepfakeBench reads it; a file there is replaced if it lists images of the same folder"
     split_names = {v: k for k, v in DEEPFAKEBENCH_SPLITS.items()}
     labels = {v: k for k, v in DEEPFAKEBENCH_METHODS.items()}
     content, columns = {}, ['dataset', 'method', 'split', 'video']
@@ -707,4 +718,4 @@ def write_deepfakebench(
             {s: {compression: {}} for s in ('train', 'val', 'test')})
         splits[split_names[split]][compression][video] = dict(label=label, frames=files(rows['path']),
             masks=files(rows['mask']))
-    return write_json(path, content, b'"frames"')
+    return write_json(path, content, to_json(f'{manifest.folder.absolute().as_posix()}/')[1:-1].encode())

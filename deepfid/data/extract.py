@@ -29,9 +29,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from ..core import DeepfidError, raise_as
-from ..io import (IMAGE_SUFFIXES, atomic_folder, claim_folder, iter_files, read_image, read_json, to_json,
-    write_atomically,
-    write_json)
+from ..io import (IMAGE_SUFFIXES, atomic_folder, claim_folder, iter_files, read_image, read_json,
+    replace_in_folder, to_json, write_json)
 from ..parallel import map_items
 from deepfid.data.datasets import (UNLABELLED, Clip, count_clips, count_phrase, describe_names, labelled_branches,
     read_clips)
@@ -375,7 +374,7 @@ def _write_skipped(clips, rows, skipped, config)->None:
     "Write skipped.csv; raise an error if there are no faces at all"
     out, skipped = Path(config.out), _with_causes(clips, rows, skipped)
     log = pd.DataFrame(skipped, columns=['dataset', 'method', 'video', 'frame', 'path', 'cause', 'reason'])
-    with stop_on_write_error(out): write_atomically(out/'skipped.csv', csv_text(log))
+    with stop_on_write_error(out): replace_in_folder(out, 'extraction', {'skipped.csv': csv_text(log)})
     if rows: return
     causes = describe_causes(log)
     raise DeepfidError(f'{out}: no face in {count_phrase(clips)} ({causes}); skipped.csv there tells why')
@@ -411,7 +410,7 @@ def _write_tables(clips, config)->Manifest:
     rows, skipped = _without_copies(rows, skipped, out)
     _write_skipped(clips, rows, skipped, config)
     manifest = Manifest(_with_pairs(rows), out, out/'manifest.csv').check()
-    with stop_on_write_error(out): manifest.save()
+    with stop_on_write_error(out): replace_in_folder(out, 'extraction', {'manifest.csv': csv_text(manifest.table)})
     return manifest
 
 # %% ../../nbs/lib/data.extract.ipynb #dca42dab
@@ -486,7 +485,8 @@ def extract_unlabelled(
     rows, skipped = collect_rows(clips, config)
     _write_skipped(clips, rows, skipped, config)
     table = csv_text(pd.DataFrame(rows, columns=list(UNLABELLED_COLUMNS)))
-    with stop_on_write_error(out): return write_atomically(Path(out)/'faces.csv', table, b'path,video,frame')
+    with stop_on_write_error(out): replace_in_folder(out, 'extraction', {'faces.csv': table})
+    return Path(out)/'faces.csv'
 
 # %% ../../nbs/lib/data.extract.ipynb #1c20a991
 def _labelled_lines(clips, dataset, manifest)->list:

@@ -236,7 +236,7 @@ def map_images(
     folder, content, masks = Path(folder), [], []
     if os.path.realpath(folder)==os.path.realpath(manifest.folder):
         raise ManifestError(f'{folder}: holds the images themselves; name another folder for the copies')
-    if (folder/'manifest.csv').is_file(): return _read_copy(manifest, folder)
+    if (folder/'manifest.csv').is_file(): return _read_copy(manifest, folder, transform, by_row)
     paths = [f'faces/{i:06d}.png' for i in range(len(manifest))]
     with atomic_folder(folder, 'set of faces') as tmp:
         for sub in ('faces', 'masks'): (tmp/sub).mkdir()
@@ -252,10 +252,14 @@ def map_images(
         Manifest(table, tmp, manifest.name).save(tmp/'manifest.csv')
     return Manifest.read(folder/'manifest.csv')
 
-def _read_copy(manifest, folder)->Manifest:
-    "Read what `map_images` wrote earlier, refuse the copy of another manifest"
+def _read_copy(manifest, folder, transform, by_row)->Manifest:
+    "Read what `map_images` wrote earlier, refuse the copy of another manifest or by another transform"
     copy = Manifest.read(folder/'manifest.csv')
     same = ['label', 'identity', 'split', 'method', 'pair', 'dataset', 'video', 'frame', 'seed', 'donor']
-    if not copy.table[same].equals(manifest.table[same].reset_index(drop=True)):
-        raise ManifestError(f'{folder}: holds copies of other rows than those of {manifest.name}; name another folder')
+    other = '' if copy.table[same].equals(manifest.table[same].reset_index(drop=True)) else \
+        f'of other rows than those of {manifest.name}'
+    for i in () if other else {0, len(manifest)-1}: # rows are all alike: two of them tell
+        if not np.array_equal(copy.image(i), transform(manifest.image(i), *([i] if by_row else []))):
+            other = 'of other images, or by another transform'
+    if other: raise ManifestError(f'{folder}: holds copies {other}; name another folder')
     return copy

@@ -7,7 +7,7 @@ __all__ = ['RESULTS_FILE', 'CURVES_FILE', 'output_fidelity', 'format_duration', 
            'save_training_record', 'StepTimes', 'time_bare_steps', 'training_speed']
 
 # %% ../../nbs/lib/evaluate.training.ipynb #trn00003
-import csv, io, time, warnings
+import csv, io, re, time, warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from fastai.torch_core import rank_distrib
 from .metrics import auc_interval
 from .report import plot_curves
-from ..io import write_atomically
+from ..io import FILE_MARK, write_atomically
 from ..models.callbacks import TypedCallback
 
 # %% ../../nbs/lib/evaluate.training.ipynb #trn00006
@@ -120,8 +120,10 @@ def save_training_record(
 )->list[Path]: # results.csv and curves.png
     "Write what happened in each epoch beside the detector, as a table and as curves"
     figure = plot_curves(rows)
-    return [write_atomically(Path(folder)/RESULTS_FILE, results_csv(rows)),
-        write_atomically(Path(folder)/CURVES_FILE, lambda tmp: figure.savefig(tmp, format='png', dpi=150))]
+    metadata = {'Software': FILE_MARK.decode()}
+    return [write_atomically(Path(folder)/RESULTS_FILE, results_csv(rows), re.compile(rb'\A[a-z_,]*epoch,')),
+        write_atomically(Path(folder)/CURVES_FILE,
+            lambda tmp: figure.savefig(tmp, format='png', dpi=150, metadata=metadata), FILE_MARK)]
 
 # %% ../../nbs/lib/evaluate.training.ipynb #c367930a
 class StepTimes(TypedCallback):

@@ -99,6 +99,8 @@ def decision_rule(
 )->DecisionRule:
     "Choose the thresholds of a detector's decisions by its scores of validation faces"
     scores, given = detector.validation_scores, (false_alarms, misses)
+    if threshold is not None and given!=(None, None):
+        raise DeepfidError('a threshold and error rates: give one or the other, since either decides alone')
     if threshold is not None:
         rule = DecisionRule(float(threshold), float(threshold))
         return _with_rates(rule, scores) if scores else rule

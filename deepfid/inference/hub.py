@@ -29,6 +29,7 @@ def write_checksums(
     folder:str|Path # a saved detector
 )->Path: # the checksum file
     "Write the checksums of a folder's files beside them"
+    read_json(Path(folder)/'detector.json', WeightsError) # of no other folder
     lines = [f'{digest}  {name}\n' for name, digest in _checksums(folder).items()]
     return write_atomically(Path(folder)/CHECKSUM_FILE, ''.join(lines))
 
@@ -157,6 +158,8 @@ def load(
     chosen = dict(false_alarms=false_alarms, misses=misses)
     for name, rate in chosen.items():
         if rate is not None: setattr(detector, name, check_number(name, rate, 0, 1, above=True, below=True))
+    settings = (folder/'detector.json', folder/'regressor'/'regressor.json') # with the digests of the weights
+    detector.fingerprint = ' '.join(file_hash(p)[:16] for p in settings if p.is_file())
     # what was measured with other thresholds says nothing about these
     detector.measured_rates = measured_rates(folder) if set(chosen.values())=={None} else {}
     return detector

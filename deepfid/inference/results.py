@@ -173,13 +173,13 @@ def _parse_row(line, path, number):
     except (DeepfidError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise DeepfidError(f'{path}: line {number} is no row of results; correct or delete it') from None
 
-def _parse_header(line, path):
-    "Read the first line of a results file"
-    ours = b'{"deepfid"'.startswith(line[:10])
-    if ours and not line.endswith(b'\n'): return {} # a run was killed while it began
+def _parse_header(line, path, own=b''):
+    "Read the first line of a results file; {} where a run was killed while it wrote its `own`"
+    if not line.endswith(b'\n') and own.startswith(line): return {}
     try: header = json.loads(line)
     except (ValueError, RecursionError): header = None
-    if ours and isinstance(header, dict) and 'settings' in header: return header
+    if isinstance(header, dict) and isinstance(header.get('settings'), dict) and isinstance(header.get('deepfid'), str):
+        return header
     raise DeepfidError(f'{path}: is no results file of deepfid; name another file')
 
 # %% ../../nbs/lib/inference.results.ipynb #res0013
@@ -217,7 +217,7 @@ class ResultsFile:
             self._file = open(self.path, 'ab+')
         try:
             with file_lock(self.path):
-                if not self._check_header(json.loads(header)['settings']): self._write(header.encode()+b'\n')
+                if not self._check_header(header.encode()): self._write(header.encode()+b'\n')
                 self._read_new()
         except BaseException: self._file.close(); raise
 
@@ -261,29 +261,35 @@ class ResultsFile:
         self._file.seek(offset)
         return _parse_row(self._file.readline(), self.path, f'at byte {offset}')
 
-    def _check_header(self, settings):
+    def _check_header(self, own):
         "Say if there is a header; refuse one of something else, of other settings or of an earlier version"
         self._file.seek(0)
-        line = self._file.readline()
-        header = _parse_header(line, self.path)
+        header = _parse_header(self._file.readline(), self.path, own)
         if not header: self._file.truncate(0); return False
-        if header['settings']!=settings: reason = 'with other detectors or settings'
+        if header['settings']!=json.loads(own)['settings']: reason = 'with other detectors or settings'
         elif header.get('key')!='sha256': reason = 'by an earlier version, which knew files by their names only'
         else: return True
         raise DeepfidError(f'{self.path}: was written {reason}; name another file, or delete it to start again')
+
+    def _finish_row(self, line):
+        "End a last row that lacks but its end of line; cut off one that a killed run left incomplete"
+        try: json.loads(line)
+        except ValueError: self._file.truncate(self._end); return False
+        self._write(b'\n')
+        return True
 
     def _read_new(self):
         "Read what was appended since, by this or another process; cut off what a killed one left incomplete"
         self._file.seek(self._end)
         for line in self._file:
-            if not line.endswith(b'\n'): self._file.truncate(self._end); break
+            if not line.endswith(b'\n') and not self._finish_row(line): break
             self._n_lines += 1
             if self._n_lines>1:
                 row = _parse_row(line, self.path, self._n_lines)
                 name, content = _identity(row)
                 self._latest[name] = content, self._end
                 if row.sha256: self._by_content[row.sha256] = self._end
-            self._end += len(line)
+            self._end += len(line.rstrip(b'\n'))+1
 
 def _identity(file):
     "Return what a row is about (a path; or an array, by name and content), and its content, or its error where unknown"
@@ -296,7 +302,7 @@ def read_results(
     "Yield the finished files, each as it was when last scored; an incomplete last line is skipped"
     def rows():
         with open(path, 'rb') as f:
-            if line := next(f, b''): _parse_header(line, path)
+            if line := next(f, b''): _parse_header(line, path, line if line.startswith(b'{"deepfid"') else b'')
             for number, line in enumerate(f, 2):
                 if line.endswith(b'\n'): yield number, _parse_row(line, path, number)
     last = {_identity(row)[0]: number for number, row in rows()}

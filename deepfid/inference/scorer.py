@@ -375,8 +375,8 @@ class Scorer:
     def settings(self)->dict: # for `ResultsFile`; exact thresholds tell two trainings of one detector from each other
         "Return what the scores depend on"
         more = dict(threshold=self.threshold, rotate=self.rotate, explain=self.explain)
-        return dict(detectors={n: [d.threshold, self.rules[n].low, self.rules[n].high] for n,
-            d in self.detectors.items()}, frames=self.frames,
+        return dict(detectors={n: [d.threshold, self.rules[n].low, self.rules[n].high, getattr(d, 'fingerprint', '')]
+            for n, d in self.detectors.items()}, frames=self.frames,
             **{k: v for k, v in more.items() if v not in (None, 'off', False)})
 
     def run(self,

@@ -352,7 +352,7 @@ class NetworkDetector(Detector, ABC):
         "Turn aligned faces into the network's batches, on its device"
         self.check_trained()
         check_number('batch_size', batch_size, 1, integer=True)
-        faces = list(faces)
+        with raise_as(DeepfidError, 'faces', TypeError, advice='give a list of faces'): faces = list(faces)
         return (faces_to_batch(faces[i:i+batch_size], self.size, self.device) for i in range(0, len(faces), batch_size))
 
     @property
