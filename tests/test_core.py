@@ -388,3 +388,7 @@ def test_scores_and_faces_are_checked_where_they_enter():
     with pytest.raises(DeepfidError, match='scores'): detector.calibrate_on_scores(['a', 'b'], [0, 1])
     for ask in (detector.predict, detector.predict_proba):
         with pytest.raises(DeepfidError, match='faces'): ask(None)
+    from deepfid.evaluate.metrics import boundary_f1
+    assert boundary_f1(np.zeros((0, 0)), np.zeros((0, 0)))==1
+    for bad in (-np.ones((8, 8)), np.ones((2, 8, 8))):
+        with pytest.raises(DeepfidError, match='predicted mask'): boundary_f1(bad, np.ones(bad.shape))

@@ -532,7 +532,8 @@ def boundary_f1(
 )->float: # 0 to 1; 1 where both are empty
     "Compute the harmonic mean of precision and recall of the outline's pixels"
     check_number('tolerance', tolerance, 0, 1)
-    p, t = (_outline(m>threshold) for m in _masks(pred, target))
+    check_array('predicted mask', pred, (None, None), low=0, high=1)
+    p, t = (_outline(m>threshold) if m.size else m for m in _masks(pred, target))
     if not p.any() or not t.any(): return float(p.any()==t.any())
     near = max(1, tolerance*max(p.shape))
     def share(a, b): # of the outline a that lies near the outline b
