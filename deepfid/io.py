@@ -229,6 +229,7 @@ def animation_note(
 )->str: # '' for a single image, and for what is no image
     "Say how many frames an animation has, or pages a TIFF or HEIF file, of which `read_image` reads the first"
     is_file = isinstance(source, (str, os.PathLike))
+    if is_file and not os.path.isfile(source): return '' # a pipe would be waited for
     try: head = _first_bytes(Path(source) if is_file else io.BytesIO(source))
     except OSError: return ''
     paged = head[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
@@ -618,11 +619,14 @@ def replace_in_folder(
 )->None:
     "Write files of a claimed folder; one that was changed since deepfid wrote it is left alone, and named"
     known = _read_json_key(Path(folder)/MARKER_FILE, 'files') or {}
-    for name in texts:
+    for name, text in texts.items():
         path = Path(folder)/name
         if not path.is_file() or not path.stat().st_size: continue
+        # what a run that was killed before it marked its files has written is the same text
+        new = hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()
         what = 'was changed since deepfid wrote it' if name in known else 'was not written by deepfid'
-        if file_hash(path) != known.get(name): raise DeepfidError(f'{path}: {what}; move it, or name another folder')
+        if file_hash(path) not in (known.get(name), new):
+            raise DeepfidError(f'{path}: {what}; move it, or name another folder')
     for name, text in texts.items(): write_atomically(Path(folder)/name, text)
     mark_folder(folder, kind, list(texts))
 

@@ -668,6 +668,12 @@ def test_animations_are_noted_by_every_command(capsys, album, model, tmp_path):
         for name, note in {'waving.gif': 'an animation of 2 frames, of which only the first is read', 'scan.tiff': 'a file of 2 pages, of which only the first is read'}.items():
             assert len([line for line in error_lines(err) if name in line and note in line])==1, (command, err)
 
+def test_no_command_waits_for_a_pipe_or_stumbles_over_a_nul(capsys, tmp_path):
+    os.mkfifo(tmp_path/'pipe.gif')
+    (tmp_path/'t.csv').write_text('path\npipe.gif\nno\0such.png\n')
+    status, out, err = run(capsys, 'quality', tmp_path/'t.csv', tmp_path/'q.csv')
+    assert status==1 and len(error_lines(err))==3 and 'is not a regular file' in err and not (tmp_path/'q.csv').exists()
+
 def test_names_that_no_table_can_hold(capsys, album, model, tmp_path):
     from deepfid.data.manifest import Manifest
     assert run(capsys, 'forge', album, '--out', tmp_path/'g', '--size', 64)[0]==0

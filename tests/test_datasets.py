@@ -269,9 +269,9 @@ def test_a_fake_is_of_the_person_that_its_name_begins_with(tmp_path, real, fake,
     assert len(people)==n and all(len(s)==1 for s in splits_of_people(clips).values())
 
 def test_a_method_is_no_person(tmp_path):
-    touch(tmp_path, *(f'real/p{i}.jpg' for i in range(12)), *(f'fake/{m}/x{i}.jpg' for m in ('swap', 'FaceSwap') for i in range(12)), 'fake/eve/1.jpg', 'fake/p_swap/y.jpg')
+    touch(tmp_path, *(f'real/p{i}.jpg' for i in range(12)), *(f'fake/{m}/x{i}.jpg' for m in ('swap', 'FaceSwap') for i in range(12)), 'fake/eve/1.jpg', 'fake/p_swap/y.jpg', 'real/vid12_00012.jpg')
     by = {c.video: c for c in clips_from_folder(tmp_path)}
-    assert (by['swap/x1.jpg'].identity, by['swap/x1.jpg'].method)==('x1', 'swap') and by['eve/1.jpg'].identity=='eve' and by['FaceSwap/x1.jpg'].identity=='x1'
+    assert (by['swap/x1.jpg'].identity, by['swap/x1.jpg'].method)==('x1', 'swap') and by['eve/1.jpg'].identity=='eve' and by['FaceSwap/x1.jpg'].identity=='x1' and by['vid12_00012.jpg'].identity=='vid12_00012'
 
 def test_one_person_in_two_spellings(tmp_path):
     touch(tmp_path, 'train/real/Ann/1.jpg', 'test/real/ann/2.jpg', 'train/real/Zoe\u0301/1.jpg', 'test/real/Zo\u00e9/2.jpg', 'train/real/bob/1.jpg')

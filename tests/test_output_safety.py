@@ -285,6 +285,8 @@ def test_a_folder_without_a_marker_may_be_anybodys(tmp_path, repo):
 def test_files_of_a_claimed_folder_that_somebody_changed_are_left_alone(tmp_path):
     folder = claim_folder(tmp_path/'f', 'extraction')
     for text in ('one', 'two'): replace_in_folder(folder, 'extraction', {'a.csv': text, 'b.csv': text}) # its own it replaces
+    (folder/MARKER_FILE).write_text(json.dumps(dict(kind='extraction', files={})))
+    replace_in_folder(folder, 'extraction', {'a.csv': 'two', 'b.csv': 'two'}) # so does a run after one that was killed before it marked them
     (folder/'b.csv').write_text('checked by hand')
     with pytest.raises(DeepfidError, match='b.csv: was changed since deepfid wrote it'): replace_in_folder(folder, 'extraction', {'a.csv': 'three', 'b.csv': 'three'})
     (folder/'c.csv').write_text('mine')

@@ -513,7 +513,7 @@ def _folder_clips(top, split)->list:
             kinds[str(path)] = 'photo' if kind=='image' else 'video'
             yield path, path.relative_to(top/branch)
     def person(name): # of id0_0000, as Celeb-DF names its clips, the first part
-        return name.parts[0] if len(name.parts)>1 else re.sub(r'(id\d+)_\d{4}', r'\1', name.stem)
+        return name.parts[0] if len(name.parts)>1 else re.sub(r'^(id\d+)_\d{4}$', r'\1', name.stem)
     clips = [Clip(str(path), 1, person(name), split, name.as_posix()) for path, name in files('real')]
     real = {Path(c.video).with_suffix('').as_posix(): c for c in clips}
     people = {person_key(c.identity): c.identity for c in clips}
