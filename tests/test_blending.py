@@ -121,3 +121,20 @@ def test_a_style_that_leaves_photographs_untouched(faces):
     side = 96/matrix[0, 0]
     assert abs(side-1.3*100)<1e-6 and abs(matrix[:, :2]@[79.5, 79.5]+matrix[:, 2]-48).max()<.6
     assert style.photograph(face.image, matrix, 0, [])==style.photograph(face.image, matrix, 1, [])
+
+@pytest.mark.parametrize('n_sources', [4, 9, 24, 144]) # one less than a multiple of five, and not
+def test_a_face_gets_another_manipulation_in_each_round(n_sources):
+    from deepfid.data.pairs import plan_pairs, synthetic_sources
+    sources, methods = synthetic_sources(n_sources, 1), ('resynth', 'mouth', 'selfblend', 'swap', 'reenact')
+    plans = plan_pairs(sources, 'train', 5*n_sources, methods)
+    for source in sources: assert {p.method for p in plans if p.source is source} == set(methods)
+    for turn in range(5): # and in each round all are in use
+        used = [p.method for p in plans[turn*n_sources:(turn+1)*n_sources]]
+        assert max(map(used.count, methods))-min(map(used.count, methods)) <= 1
+
+def test_a_face_of_nobody_else_cannot_be_put_in():
+    from deepfid.data.pairs import plan_pairs, synthetic_sources
+    with pytest.raises(DeepfidError, match='second person'): plan_pairs(synthetic_sources(1, 2), 'valid', 2, ('swap',))
+    assert {p.method for p in plan_pairs(synthetic_sources(1, 2), 'valid', 6, ('swap', 'mouth'))} == {'mouth'}
+    donors = {p.donor.identity for p in plan_pairs(synthetic_sources(2, 20), 'test', 60, ('swap',))} # many images of one person
+    assert len(donors) == 2

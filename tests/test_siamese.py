@@ -476,6 +476,8 @@ def test_small_maps_have_no_ring_and_pretrained_ones_are_dilated():
     def c(preset='tiny', recipe=None, **settings): return LiSiam(**settings).resolve_config(preset, recipe)
     assert [c(size=n).scu for n in (112, 128, 160)]==['stride1', 'stride1', 'separable'] # 14, 16 and 20 positions a side
     assert c('full').scu==c('full', 'ours').scu=='separable' and c('full', 'released').scu=='dense'
+    lite0 = lambda n: LiSiam(backbone='efficientnet_lite0', size=n).resolve_config('full', 'ours').scu
+    assert [lite0(n) for n in (160, 224, 299, 320)]==['stride1']*3+['separable'] # 10, 14, 19 and 20
     assert c().dilate and c('full').dilate and c(recipe='paper').dilate and not c(recipe='paper', pretrained=False).dilate
     assert c(recipe='paper', pretrained=False, weights='x.safetensors').dilate and not c('full', 'released').dilate
 

@@ -93,14 +93,14 @@ def plan_pairs(
             f"{', '.join(SELF_MANIPULATIONS)} need no consent")
     order, donors, plans = rng.permutation(len(usable)), [s for s in usable if s.consent and s.landmarks], []
     for k in range(n):
-        source = usable[order[k%len(usable)]]
-        allowed, others = allowed_methods(source, methods), []
-        if set(allowed)&set(DONOR_MANIPULATIONS):
-            candidates = rng.choice(np.array(donors, object), min(8, len(donors)), replace=False)
-            others = [d for d in candidates if d.identity!=source.identity]
-        if not others: allowed = [m for m in allowed if m not in DONOR_MANIPULATIONS] or allowed
-        method = allowed[(k+k//len(usable))%len(allowed)]
-        donor = others[0] if method in DONOR_MANIPULATIONS else None
+        turn, i = divmod(k, len(usable))
+        source = usable[order[i]]
+        others = [d for d in donors if d.identity!=source.identity]
+        allowed = [m for m in allowed_methods(source, methods) if others or m not in DONOR_MANIPULATIONS]
+        if not allowed:
+            raise ManifestError(f"{', '.join(methods)} in {split!r} needs a second person who agreed to it")
+        method = allowed[(i+turn)%len(allowed)]
+        donor = others[rng.integers(len(others))] if method in DONOR_MANIPULATIONS else None
         plans.append(PairPlan(f'{split}-{k:05d}', split, source, method, donor, int(rng.integers(2**31))))
     return plans
 

@@ -15,8 +15,8 @@ from ...core import DeepfidError, check_choice, check_number
 from ..backbones import MIN_INPUT_SIZE, load_backbone_weights, load_pretrained
 from ..base import DetectorConfig, NetworkDetector, TrainingPhase, setting
 from .degradation import RELEASED_QUIRKS, DegradeBatch
-from .network import (LISIAM_ABLATIONS, XCEPTION_PRESETS, LiSiamNet,
-    dilated_backbone, feature_map_size)
+from .network import (LISIAM_ABLATIONS, OUTPUT_STRIDE,
+    XCEPTION_PRESETS, LiSiamNet, dilated_backbone, feature_map_size)
 from .transformer import SCU_KINDS
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -117,7 +117,9 @@ class LiSiamConfig(DetectorConfig):
     def check(self)->None:
         if self.dilate is None: self.dilate = bool(self.pretrained or self.weights)
         if self.scu is None:
-            self.scu = 'separable' if feature_map_size(self.size)>=20 else 'stride1'
+            side = (feature_map_size(self.size) if self.backbone in XCEPTION_PRESETS
+                else -(-self.size//OUTPUT_STRIDE)) # timm's networks pad, Xception does not
+            self.scu = 'separable' if side>=20 else 'stride1'
         self.epochs, self.released_quirks = split_epochs(self.epochs), tuple(self.released_quirks)
         self.weights = str(self.weights) if self.weights else None
         for quirk in self.released_quirks: check_choice('released_quirks', quirk, RELEASED_QUIRKS)
