@@ -43,6 +43,8 @@ def _derived_columns(names, metrics=('auc',)): return within_columns([n for n in
 
 _LIVE = dict(bs=16, size=112, lr=1e-3, shift=2, ema=None)
 _STEPS = 200 # of each classifier
+_AGAIN = (' (An older prediction, unchanged: in the first recording each training photograph had one manipulation only; '
+    'the faces have been made anew.)')
 
 def _row(name, detector, measure=None, **settings):
     return Row(name, detector, _LIVE|dict(epochs=8)|settings, 'finetune', measure=measure)
@@ -67,7 +69,7 @@ mirror_condition_table = Table('condition-mirror', 'SSAA on photographs, forged 
         'with a mirrored weight below 0, a comparison of the sides; flipped top to bottom, with as many parameters and '
         'as fast a learning rate, it gains nothing. (Written after seeds 0 and 1 of SSAA and of the plain network; the '
         'control and the other seeds had not been run. With mixing weights as slow as the rest, the mirror stays where '
-        'it begins, at weight 0.)'))
+        'it begins, at weight 0.)'+_AGAIN))
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00010
 def region_manifests(
@@ -132,7 +134,7 @@ codec_condition_table = Table('condition-codec', 'The agreement of LiSiam under 
     _codec_columns, derive_manifests=codec_manifests, seeds=5, train_steps=_STEPS,
     controls={'agreement': 'without agreement'}, prediction=(
         'As trained: the agreement changes the AUC by less than a point. At c40 it gains two points over the same '
-        'network without it, and one over the plain network that was trained on degraded faces.'))
+        'network without it, and one over the plain network that was trained on degraded faces.'+_AGAIN))
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00014
 def quality_condition_manifests(
@@ -155,7 +157,7 @@ quality_condition_table = Table('condition-quality',
     controls={'mapping': 'shuffled quality'}, prediction=(
         'Degraded widely: the mapping gains half a point over the plain network, and as much over shuffled quality. '
         'Degraded alike: it changes nothing. What speaks against it: the regression sees the same features either way, '
-        'and quality separates hard faces from easy ones, not real ones from fakes.'))
+        'and quality separates hard faces from easy ones, not real ones from fakes.'+_AGAIN))
 
 # %% ../../nbs/lib/experiments.designed.ipynb #dsg00015
 CONDITION_TABLES = (mirror_condition_table, quality_condition_table, region_condition_table, codec_condition_table)
