@@ -175,14 +175,15 @@ def default_device()->torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 def supports_bf16(
-    device:torch.device|None=None, # default: `default_device`
-)->bool:
+    device:torch.device|str|None=None, # default: `default_device`
+)->bool: # False of what is neither CUDA nor the CPU
     "Test whether a device computes in bfloat16 itself, rather than emulating it more slowly than 32 bits"
     import torch
-    device = device or default_device()
+    device = torch.device(device or default_device())
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != 'cpu' or bool(torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type == 'cpu':
+        return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False # not known of others
 
 def get_preset(
     name:str|None=None, # 'tiny', 'full', or None to choose by the hardware
@@ -266,6 +267,7 @@ def _face_ellipse(points):
     eyes, mouth = points[:2].mean(0), points[3:].mean(0)
     down, across = mouth - eyes, points[1] - points[0]
     d = max(float(np.hypot(*down)), .8*float(np.hypot(*across)), 1e-3)
+    # in distances from eyes to mouth: how far the centre is below the eyes, and half the width and height
     return eyes + .62*down, (.98*d, 1.15*d), math.degrees(math.atan2(down[1], down[0])) - 90
 
 def face_region(
@@ -386,13 +388,15 @@ class Detector:
     def calibrate_on_scores(self, scores:ArrayLike, labels:ArrayLike, people:Iterable|None=None)->Detector:
         "Set probability, threshold and scores of validation from scores, labels (1 = real) and people, (N,) each"
         scores = check_array('scores', scores, (None,), float)
-        # the scores of one person's faces are alike: the first real and the first fake one of each person are kept
         people = range(len(scores)) if people is None else list(people)
         check_array('labels', labels, (len(people),))
         check_array('scores', scores, (len(people),))
-        rows = list(zip(people, scores.tolist(), np.asarray(labels).tolist()))[::-1]
-        self.validation_scores = {name: sorted({p: float(f'{s:.6g}') for p, s, label in rows if label == k}.values())
-            for name, k in (('real', 1), ('fake', 0))}
+        # the scores of one person's faces are alike: the first real and the first fake one of each person are kept
+        first:dict = {0: {}, 1: {}}
+        for k, (person, score, label) in enumerate(zip(people, scores.tolist(), np.asarray(labels).tolist())):
+            known = k if person in ('', None) else str(person) # nobody named is a person of their own
+            first.setdefault(label, {}).setdefault(known, float(f'{score:.6g}'))
+        self.validation_scores = dict(real=sorted(first[1].values()), fake=sorted(first[0].values()))
         slope, offset = self.calibration = platt_scaling(scores, labels)
         self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
         self.measured_rates = {} # of other thresholds

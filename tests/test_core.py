@@ -392,3 +392,18 @@ def test_scores_and_faces_are_checked_where_they_enter():
     assert boundary_f1(np.zeros((0, 0)), np.zeros((0, 0)))==1
     for bad in (-np.ones((8, 8)), np.ones((2, 8, 8))):
         with pytest.raises(DeepfidError, match='predicted mask'): boundary_f1(bad, np.ones(bad.shape))
+
+def test_devices_are_named_or_given():
+    import torch
+    from deepfid.core import supports_bf16
+    assert supports_bf16('cpu') == supports_bf16(torch.device('cpu')) and supports_bf16('meta') is False
+
+def test_people_without_a_name_are_people_of_their_own():
+    from deepfid.core import Detector
+    class Named(Detector):
+        def fit(self, manifest): return self
+        def predict(self, faces, batch_size=32): return []
+    scores, labels = [.9, .8, .2, .1], [1, 1, 0, 0]
+    kept = lambda people: Named().calibrate_on_scores(scores, labels, people).validation_scores
+    assert kept(['']*4) == kept([None]*4) == kept(None) == dict(real=[.8, .9], fake=[.1, .2])
+    assert kept(list('aabb')) == dict(real=[.9], fake=[.2]) # the first of each person

@@ -423,3 +423,9 @@ def test_congress_on_disk_is_published_or_smaller(data):
 
 def test_portraits_on_disk_are_the_published_files(data):
     for row in published_files('portraits').iloc[::50].itertuples(): assert hashlib.sha256((data/row.file).read_bytes()).hexdigest()==row.sha256
+
+@pytest.mark.parametrize('shares, sizes', [((0, .3, .7), (0, 1, 4)), ((.7, .1, .2), (3, 1, 1)), ((.34, .33, .33), (3, 1, 1)), ((0, 0, 1), (0, 0, 5))])
+def test_what_rounding_leaves_goes_to_the_largest_share(shares, sizes):
+    from deepfid.data.manifest import SPLITS, split_identities
+    found = list(split_identities('abcde', shares).values())
+    assert tuple(map(found.count, SPLITS)) == sizes

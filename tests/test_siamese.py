@@ -290,23 +290,23 @@ def normalised(*images): return torch.stack([planes(i) for i in images])/127.5-1
 X = normalised(image_of(seed=0), image_of(seed=1), image_of(seed=2), image_of(seed=3))
 
 @pytest.mark.parametrize('sigma', [0, .1, .3, .7, 1., 3.])
-def test_blur_is_opencvs(sigma): assert (batches.batch_blur(planes(image_of()), sigma).round()-planes(stills.blur(image_of(), sigma))).abs().max()<=1
+def test_blur_is_opencvs(sigma): assert (batches.tensor_blur(planes(image_of()), sigma).round()-planes(stills.blur(image_of(), sigma))).abs().max()<=1
 
 @pytest.mark.parametrize('down', ['nearest', 'bilinear'])
 @pytest.mark.parametrize('up', ['nearest', 'bilinear'])
 @pytest.mark.parametrize('fraction', [1/3, .5])
 def test_resize_is_opencvs(down, up, fraction):
     want = stills.apply_steps(image_of(), [('resize', dict(fraction=fraction, down=down, up=up))])
-    assert (batches.batch_resize(planes(image_of()), fraction, down, up).round()-planes(want)).abs().max()<=2
+    assert (batches.tensor_resize(planes(image_of()), fraction, down, up).round()-planes(want)).abs().max()<=2
 
 @pytest.mark.parametrize('size', [96, 101, 112, 16, 7])
 @pytest.mark.parametrize('quality', [1, 10, 35, 49, 50, 75, 95, 100])
 def test_jpeg_is_nearly_libjpegs(quality, size):
     image = image_of(size)
-    want, got = planes(stills.jpeg(image, quality)), batches.batch_jpeg(planes(image), quality)
+    want, got = planes(stills.jpeg(image, quality)), batches.tensor_jpeg(planes(image), quality)
     assert got.shape==want.shape and (got-want).abs().mean()<.12*(want-planes(image)).abs().mean()+.35
 
-def test_exact_is_libjpegs(): assert torch.equal(batches.batch_libjpeg(planes(image_of()), 30), planes(stills.jpeg(image_of(), 30)))
+def test_exact_is_libjpegs(): assert torch.equal(batches.tensor_libjpeg(planes(image_of()), 30), planes(stills.jpeg(image_of(), 30)))
 
 @pytest.mark.parametrize('jpeg, close', [('exact', .1), ('torch', .8)])
 def test_batch_is_what_stills_do(jpeg, close):
@@ -344,7 +344,7 @@ def test_geometry_is_shared():
 def test_nearest_quirk_never_downsamples_smoothly():
     d = DegradeBatch(p=1, order=('resize',), seed=0, released_quirks=('nearest',))
     out = d(X)
-    for i, [(_, s)] in enumerate(d.last_recipes): torch.testing.assert_close((out[i]+1)*127.5, batches.batch_resize(((X[i]+1)*127.5).round(), s['fraction'], 'nearest', 'bilinear').round().clamp(0, 255), atol=1e-3, rtol=0)
+    for i, [(_, s)] in enumerate(d.last_recipes): torch.testing.assert_close((out[i]+1)*127.5, batches.tensor_resize(((X[i]+1)*127.5).round(), s['fraction'], 'nearest', 'bilinear').round().clamp(0, 255), atol=1e-3, rtol=0)
 
 @pytest.mark.parametrize('jpeg', ['exact', 'torch'])
 def test_bgr_quirk_takes_red_for_blue(jpeg):

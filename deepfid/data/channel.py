@@ -14,7 +14,7 @@ from ..core import check_array, check_image, check_number
 from .degrade import jpeg
 
 # %% auto #0
-__all__ = ['CHANNEL_STEPS', 'encode_frame', 'Channel']
+__all__ = ['CHANNEL_STEPS', 'encode_frame', 'Channel', 'apply_steps']
 
 # %% ../../nbs/lib/data.channel.ipynb #c187bb2d
 def encode_frame(
@@ -120,11 +120,11 @@ class Channel:
         else: steps += [compressed() for _ in range(int(rng.choice((0, 1, 1, 2))))]
         return steps
 
-    def apply(self,
-        image:np.ndarray, # uint8 RGB (H,W,3)
-        steps:list        # of `sample_steps`
-    )->np.ndarray: # uint8 RGB (h,w,3): smaller where the history shrinks it
-        "Apply a history"
-        x = check_image('image', image).astype(np.float32)
-        for name, settings in steps: x = CHANNEL_STEPS[name](x, settings)
-        return _bytes(x)
+def apply_steps(
+    image:np.ndarray, # uint8 RGB (H,W,3)
+    steps:list        # of `Channel.sample_steps`
+)->np.ndarray: # uint8 RGB (h,w,3): smaller where the history shrinks it
+    "Apply the history that a channel has drawn"
+    x = check_image('image', image).astype(np.float32)
+    for name, settings in steps: x = CHANNEL_STEPS[name](x, settings)
+    return _bytes(x)

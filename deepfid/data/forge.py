@@ -38,7 +38,7 @@ def check_consent(
         if not f.consent:
             name = f.identity or f.source or 'this face'
             raise ConsentError(f"{name}: no consent to altered forms, so {method!r} is refused; "
-                "only 'selfblend' is offered")
+                "only manipulations into the same person are offered, such as 'selfblend'")
 
 def check_landmarks(
     method:str, # key of `FORGERS`

@@ -380,10 +380,7 @@ def split_identities(
     if len(people)<wanted.sum():
         raise ManifestError(f'{len(people)} people cannot fill {wanted.sum()} splits; bring more people')
     sizes = np.maximum(np.floor(shares*len(people)+1e-9).astype(int), wanted)
-    sizes[0] += len(people)-sizes.sum()
-    if sizes[0]<wanted[0]:
-        sizes[np.argmax(sizes)] -= 1
-        sizes[0] += 1
+    sizes[np.argmax(shares)] += len(people)-sizes.sum() # what rounding leaves, or took
     order = np.random.default_rng(seed).permutation(len(people))
     split_of = {people[i]: s for i, s in zip(order, np.repeat(SPLITS, sizes))}
     return {name: split_of[names[0]] for names in spellings.values() for name in names}

@@ -43,8 +43,8 @@ def _derived_columns(names, metrics=('auc',)): return within_columns([n for n in
 
 _LIVE = dict(bs=16, size=112, lr=1e-3, shift=2, ema=None)
 _STEPS = 200 # of each classifier
-_AGAIN = (' (An older prediction, unchanged: in the first recording each training photograph had one manipulation only; '
-    'the faces have been made anew.)')
+_AGAIN = (' (An older prediction, unchanged: in the first recording each training photograph had one manipulation '
+    'only; the faces have been made anew.)')
 
 def _row(name, detector, measure=None, **settings):
     return Row(name, detector, _LIVE|dict(epochs=8)|settings, 'finetune', measure=measure)

@@ -140,7 +140,7 @@ def verdict_sentences(
     cells = {(r['row'], r['column']): r['difference'] for r in record['results']
         if r['metric']==record['metric'] and r['difference']}
     def points(d):
-        value, low, high = (round(100*d[k], 1)+0. for k in ('value', 'low', 'high')) # +0.: no -0.0
+        value, low, high = (100*d[k]+0. for k in ('value', 'low', 'high')) # -0.0 is a little below 0, 0 itself is +0.0
         return f'{value:+.1f} [{low:+.1f}, {high:+.1f}]'
     def sentence(idea, control, column):
         d, beside = cells[idea, column], cells[control, column]

@@ -130,7 +130,8 @@ def calibrated_rule(
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0n08
 def error_rates_sentence(
     rule:DecisionRule,
-    measured:Mapping[str, float]={} # of `deepfid.inference.hub.measured_rates`, where the rule is the detector's own
+    measured:Mapping[str, float]={}, # of `deepfid.inference.hub.measured_rates`, where the rule is the detector's own
+    video:bool=False # a mean over frames was decided
 )->str:
     "Say how often decisions were wrong where that was measured: on test people, else in validation"
     tested = {'false_alarms', 'misses'}<=set(measured)
@@ -142,6 +143,7 @@ def error_rates_sentence(
     elif measured: text = 'On people that it was not trained on, it was wrong for '+', '.join(
         f'{100*rate:.0f} % of {name} faces' for name, rate in measured.items())+'.'
     else: text = 'How often it is wrong was not measured.'
+    if video: text += " That was on single photographs; for the mean of a video's frames it is not known."
     return text+(f' {rule.note[0].upper()}{rule.note[1:]}.' if rule.note else '')
 
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0n10

@@ -313,7 +313,7 @@ class Scorer:
         return FaceScore(name, fidelity, self.thresholds()[name], warnings, reliability_sentence(warnings, ranges),
             fidelities if face.times else None, mask, rule.low, rule.high, self.probability(detector, fidelity),
             measured.get('false_alarms', rule.false_alarms), measured.get('misses', rule.misses),
-            error_rates_sentence(rule, measured))
+            error_rates_sentence(rule, measured, video=bool(face.times)))
 
     @staticmethod
     def probability(
