@@ -355,7 +355,7 @@ class NetworkDetector(Detector, ABC):
 
     @property
     def folds_norms(self)->bool:
-        "Whether predictions fold the network's norms into its convolutions: where they are timm's, with an activation inside"
+        "Whether predictions fold the network's norms into its convolutions: those of timm, with an activation inside"
         return any(isinstance(m, nn.BatchNorm2d) and hasattr(m, 'act') for m in self.model.modules())
 
     def optimized_model(self)->Any: # `nn.Module` in evaluation mode; the network itself where nothing is folded
