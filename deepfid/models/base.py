@@ -417,7 +417,8 @@ class NetworkDetector(Detector, ABC):
             weights = self.model.state_dict()
             weights = {k: v.half() if half and v.is_floating_point() else v for k, v in weights.items()}
             weights = {k: v.contiguous().cpu() for k, v in weights.items()}
-            for k, v in weights.items(): check_number(f'largest number in {k}', float(v.abs().max()) if v.numel() else 0.)
+            for k, v in weights.items():
+                if v.numel(): check_number(f'the largest number in {k}', float(v.abs().max()))
             sha256 = save_safetensors(tmp/'network.safetensors', weights)
             self.save_extra(tmp)
             config = self.config.to_dict()
