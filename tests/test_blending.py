@@ -4,7 +4,7 @@ import numpy as np, pytest
 from deepfid.core import ConsentError, DeepfidError, face_region
 from deepfid.data.blending import (BLEND_REGIONS, MANIPULATIONS, SELF_MANIPULATIONS, blend_images, blend_landmarks, manipulate, sample_region_mask,
     sbi, soften_mask)
-from deepfid.data.channel import CHANNEL_STEPS, Channel, apply_steps, encode_frame
+from deepfid.data.channel import CHANNEL_STEPS, Channel, apply_history, encode_frame
 from deepfid.data.forge import global_statistics, shortcut_probe
 from deepfid.data.london import london_faces
 from deepfid.data.pairs import CropJitter, PairStyle, allowed_methods, build_pairs
@@ -93,7 +93,7 @@ def test_a_channel_treats_real_and_fake_alike_and_sees_all_sizes():
     image = london_faces(size=128)[0].image
     for seed in range(20):
         steps = channel.sample_steps(np.random.default_rng(seed), 80)
-        assert (apply_steps(image, steps)==apply_steps(image.copy(), steps)).all()
+        assert (apply_history(image, steps)==apply_history(image.copy(), steps)).all()
 
 class Sources:
     def __init__(self, face): self.face, self.identity, self.dataset, self.consent, self.landmarks = face, face.identity, 'london', True, True

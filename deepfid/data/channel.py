@@ -14,7 +14,7 @@ from ..core import check_array, check_image, check_number
 from .degrade import jpeg
 
 # %% auto #0
-__all__ = ['CHANNEL_STEPS', 'encode_frame', 'Channel', 'apply_steps']
+__all__ = ['CHANNEL_STEPS', 'encode_frame', 'Channel', 'apply_history']
 
 # %% ../../nbs/lib/data.channel.ipynb #c187bb2d
 def encode_frame(
@@ -120,7 +120,7 @@ class Channel:
         else: steps += [compressed() for _ in range(int(rng.choice((0, 1, 1, 2))))]
         return steps
 
-def apply_steps(
+def apply_history(
     image:np.ndarray, # uint8 RGB (H,W,3)
     steps:list        # of `Channel.sample_steps`
 )->np.ndarray: # uint8 RGB (h,w,3): smaller where the history shrinks it

@@ -153,11 +153,11 @@ class PairStyle:
 
     def photograph(self, image:np.ndarray, matrix:np.ndarray, seed:int, steps:list)->bytes: # JPEG file
         "Pass an image through the channel and crop it, or crop it and pass it through the camera"
-        from deepfid.data.channel import apply_steps
+        from deepfid.data.channel import apply_history
         from deepfid.data.faces import warp_crop
         from deepfid.data.synth import camera_jpeg
         if self.channel is None and not self.untouched: return camera_jpeg(warp_crop(image, matrix, self.size), seed)
-        sent = image if self.untouched else apply_steps(image, steps)
+        sent = image if self.untouched else apply_history(image, steps)
         factor, half = np.array(image.shape[1::-1])/sent.shape[1::-1], np.array([.5, .5])
         moved = np.c_[matrix[:, :2]*factor, matrix[:, 2]+matrix[:, :2]@(half*factor-half)] # pixel centres
         crop = warp_crop(sent, moved, self.size)
