@@ -2143,6 +2143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'deepfid.models.base.NetworkDetector.train_phase': ( 'lib/models.base.html#networkdetector.train_phase',
                                                                                           'deepfid/models/base.py'),
                                      'deepfid.models.base.TrainingPhase': ('lib/models.base.html#trainingphase', 'deepfid/models/base.py'),
+                                     'deepfid.models.base._as_list': ('lib/models.base.html#_as_list', 'deepfid/models/base.py'),
                                      'deepfid.models.base._is_number': ('lib/models.base.html#_is_number', 'deepfid/models/base.py'),
                                      'deepfid.models.base._is_pair': ('lib/models.base.html#_is_pair', 'deepfid/models/base.py'),
                                      'deepfid.models.base._is_ranges': ('lib/models.base.html#_is_ranges', 'deepfid/models/base.py'),

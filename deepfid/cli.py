@@ -444,9 +444,14 @@ def _print_result(result, as_json):
     if not set(result)-{'status'}: return
     from deepfid.core import printable
     from deepfid.io import to_json
-    if as_json: print(to_json({k: v for k, v in result.items() if k not in ('text', 'status')}))
-    else: print(*map(printable, str(result.get('text') or result.get('report') or result.get('saved')).split('\n')),
-        sep='\n')
+    if as_json: text = to_json({k: v for k, v in result.items() if k not in ('text', 'status')})
+    else:
+        lines = str(result.get('text') or result.get('report') or result.get('saved')).split('\n')
+        text = '\n'.join(map(printable, lines))
+    try: print(text, flush=True)
+    except OSError as e:
+        e.filename = 'standard output'
+        raise
 
 # %% ../nbs/lib/cli.ipynb #cli0016
 if __name__=='__main__': sys.exit(main())

@@ -208,8 +208,9 @@ def data_dir()->Path|None: # the folder, or None where the variable is not set
     value = os.environ.get('DEEPFID_DATA', '').strip()
     if not value: return None
     path = Path(value).expanduser()
-    if path.is_dir(): return path
-    raise DataMissingError(f'DEEPFID_DATA={value}: no such folder; correct the variable or unset it')
+    if path.is_dir() and os.access(path, os.R_OK|os.X_OK): return path
+    problem = 'may not be listed (permission denied)' if path.is_dir() else 'no such folder'
+    raise DataMissingError(f'DEEPFID_DATA={value}: {problem}; correct the variable or unset it')
 
 # %% ../nbs/lib/core.ipynb #inst0002
 def install_hint(

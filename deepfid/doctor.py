@@ -102,12 +102,12 @@ def check_data()->list[Finding]:
     from deepfid.core import DeepfidError, data_dir
     from deepfid.data import datasets
     try: root = data_dir()
-    except DeepfidError as e: return [Finding('data', 'DEEPFID_DATA', 'missing', str(e))]
+    except (DeepfidError, OSError) as e: return [Finding('data', 'DEEPFID_DATA', 'missing', str(e))]
     if root is None: return [Finding('data', 'DEEPFID_DATA', 'optional', 'not set; synthetic faces need no data')]
     findings = [Finding('data', 'DEEPFID_DATA', 'ok', str(root))]
     for name in datasets.REPOSITORIES:
         try: findings.append(Finding('data', name, 'ok', f'{len(getattr(datasets, name)())} photographs'))
-        except DeepfidError: findings.append(Finding('data', name, 'optional', 'not found'))
+        except (DeepfidError, OSError): findings.append(Finding('data', name, 'optional', 'not found'))
     return findings
 
 def run_checks()->dict: # findings as dicts, their text, and status 1 if something required is missing

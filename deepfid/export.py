@@ -7,7 +7,7 @@ __all__ = ['EXPORT_FORMATS', 'METADATA_FILE', 'DetectorGraph', 'detector_graph',
            'check_export_format', 'export_graph', 'quiet_export', 'runtime_snippet']
 
 # %% ../nbs/lib/export.ipynb #ex000002
-import logging, re, tempfile, warnings
+import io, logging, re, tempfile, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,11 +131,11 @@ def quiet_export()->Iterator[None]:
     finally: logging.disable(level)
 
 def _torch_writer(program, output_names, about):
-    "What is written: a function of the path, whatever the file is called"
+    "The content of a file of torch.export"
     extra = {FILE_MARK.decode(): '', METADATA_FILE: to_json(about, None)}
-    def write(path):
-        with open(path, 'wb') as file: torch.export.save(program, file, extra_files=extra)
-    return [write]
+    content = io.BytesIO() # not the file itself: torch ends the process when its disk is full
+    torch.export.save(program, content, extra_files=extra)
+    return [content.getvalue()]
 
 def _onnx_writer(program, output_names, about):
     "The content of an ONNX file: all in one, its free axis called `batch`"
@@ -193,9 +193,12 @@ def runtime_snippet(
         f'MODEL, YUNET = {str(path)!a}, {str(yunet_path())!a}; cv2.utils.logging.setLogLevel(2); {read}',
         'try: image = ImageOps.exif_transpose(Image.open(sys.argv[1]))',
         "except (IndexError, OSError): sys.exit('give a photograph that Pillow can read')",
-        "profile = image.info.get('icc_profile', b''); image = image.convert('RGBA')", # colours in sRGB, on white
-        "if profile[16:20]==b'RGB ': image = ImageCms.profileToProfile(image, io.BytesIO(profile), "
-            "ImageCms.createProfile('sRGB'), 1)",
+        "if image.mode[0] in 'IF': sys.exit('give a photograph with 8 bits a channel')",
+        "profile, image = image.info.get('icc_profile', b''), image.convert('L' if image.mode=='L' else 'RGBA')",
+        'try: image = ImageCms.profileToProfile(image, io.BytesIO(profile), ' # colours in sRGB
+            "ImageCms.createProfile('sRGB'), 1, image.mode if image.mode=='RGBA' else 'RGB')",
+        'except (ImageCms.PyCMSError, OSError): pass # no profile, or one that cannot be read',
+        "image = image.convert('RGBA'); "
         "image = np.array(Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image))[..., 2::-1].copy()",
         f"size, low, high, {number} = ({value} for k in ('size', 'low', 'high', {number!r}))",
         'k = min(1, 640/max(image.shape)); small = cv2.resize(image, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)',

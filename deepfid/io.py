@@ -91,7 +91,10 @@ def missing_file_problem(
 )->str:
     "Say that there is no such file, and what is odd about its path"
     text, stripped = str(path), Path(*(part.strip() for part in Path(path).parts))
-    causes = {'is an address; download the file and give its path': re.search(r'(^|/)[A-Za-z][A-Za-z0-9+.-]+:/', text),
+    parents = reversed(Path(path).absolute().parents)
+    closed = next((p for p in parents if p.is_dir() and not os.access(p, os.X_OK)), None)
+    causes = {f'the folder {closed} may not be entered (permission denied)': closed,
+        'is an address; download the file and give its path': re.search(r'(^|/)[A-Za-z][A-Za-z0-9+.-]+:/', text),
         'no such file: its path has backslashes; write / instead': '\\' in text,
         'no such file: its name has spaces around it; remove them': stripped!=Path(path) and stripped.exists()}
     return next((problem for problem, found in causes.items() if found), 'no such file; check the path')
@@ -100,7 +103,9 @@ def _file_problem(path):
     "Say why a path cannot be opened as a regular, non-empty file; None if it can"
     if path.is_symlink() and not path.exists(): return 'is a link that leads nowhere, or round in a circle'
     if not path.exists():  return missing_file_problem(path)
-    if path.is_dir():      return 'is a folder; give the path of one image'
+    if path.is_dir():
+        if os.access(path, os.R_OK|os.X_OK): return 'is a folder; give the path of one image'
+        return 'is a folder that may not be listed (permission denied)'
     if not path.is_file(): return 'is not a regular file; give the path of an image'
     if not path.stat().st_size: return 'is empty (0 bytes); copy or download it again'
 
@@ -436,6 +441,9 @@ def write_atomically(
         tmp.chmod(mode & 0o777) # a function may have replaced the file by one with permissions of its own
         with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as e:
+        e.filename = str(path) # not the temporary one; of a full disk the system names none
+        raise
     finally: tmp.unlink(missing_ok=True)
     return path
 

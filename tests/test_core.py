@@ -407,3 +407,15 @@ def test_people_without_a_name_are_people_of_their_own():
     kept = lambda people: Named().calibrate_on_scores(scores, labels, people).validation_scores
     assert kept(['']*4) == kept([None]*4) == kept(None) == dict(real=[.8, .9], fake=[.1, .2])
     assert kept(list('aabb')) == dict(real=[.9], fake=[.2]) # the first of each person
+
+def test_a_folder_that_may_not_be_entered_is_the_cause(tmp_path, monkeypatch):
+    from deepfid.core import DataMissingError, data_dir
+    from deepfid.io import missing_file_problem, read_image
+    (tmp_path/'closed').mkdir()
+    real = os.access
+    monkeypatch.setattr(os, 'access', lambda path, mode: 'closed' not in str(path) and real(path, mode))
+    assert missing_file_problem(tmp_path/'closed'/'a.jpg') == f'the folder {tmp_path}/closed may not be entered (permission denied)'
+    assert missing_file_problem(tmp_path/'a.jpg') == 'no such file; check the path'
+    with pytest.raises(DeepfidError, match='may not be listed'): read_image(tmp_path/'closed')
+    monkeypatch.setenv('DEEPFID_DATA', str(tmp_path/'closed'))
+    with pytest.raises(DataMissingError, match='may not be listed'): data_dir()

@@ -296,12 +296,46 @@ def test_files_of_a_claimed_folder_that_somebody_changed_are_left_alone(tmp_path
 def test_a_manifest_is_saved_over_a_manifest_only(tmp_path):
     (tmp_path/'thesis.txt').write_text('on the label of faces')
     with pytest.raises(DeepfidError, match='thesis.txt: exists already'): tiny_manifest().save(tmp_path/'thesis.txt')
+    typed = 'path,label,identity,split\nphoto.jpg,1,anna,train\n' # by hand: what is saved has all columns
+    (tmp_path/'typed.csv').write_text(typed)
+    with pytest.raises(DeepfidError, match='typed.csv: exists already'): tiny_manifest().save(tmp_path/'typed.csv')
+    assert (tmp_path/'typed.csv').read_text()==typed
     for _ in range(2): tiny_manifest().save(tmp_path/'m.csv')
+
+@pytest.mark.parametrize('name, text', [('scores.csv', 'source,kind,face,mine\n1,2,3,4\n'), ('results.csv', 'epoch,time,train/box_loss\n1,2,3\n'),
+    ('quality.csv', 'file,note\na.jpg,the quality_measure that I like\n'), ('london.zip', 'a thesis')])
+def test_tables_of_others_that_resemble_ours_are_left_alone(capsys, tmp_path, monkeypatch, name, text):
+    from deepfid.evaluate.training import save_training_record
+    from deepfid.inference.results import write_csv
+    (tmp_path/name).write_text(text)
+    photo(tmp_path/'photos'/'a.png')
+    if name=='quality.csv': refused(capsys, ['quality', tmp_path/'photos', tmp_path/name], 'quality.csv: exists already')
+    else:
+        from deepfid.data import datasets, london
+        monkeypatch.setattr(datasets, 'london', lambda root: [])
+        monkeypatch.setattr(datasets, 'london_info', lambda root: {})
+        monkeypatch.setattr(london, '_mean_aligned_shape', lambda faces: [])
+        write = {'scores.csv': lambda p: write_csv(p, []), 'london.zip': london.build_london_archive,
+            'results.csv': lambda p: save_training_record([dict(epoch=1, train_loss=.5, valid_loss=.4, valid_auc=.6)], tmp_path)}[name]
+        with pytest.raises(DeepfidError, match=f'{name}: exists already'): write(tmp_path/name)
+        assert (tmp_path/name).read_text()==text
+        (tmp_path/name).unlink()
+        for _ in range(2): write(tmp_path/name) # one of ours is replaced
+        return
+    assert (tmp_path/name).read_text()==text
+
+def test_an_error_of_writing_names_the_file(tmp_path, monkeypatch):
+    import errno
+    def full(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError) as e: write_atomically(tmp_path/'page.html', 'text')
+    assert e.value.filename==str(tmp_path/'page.html') and not list(tmp_path.iterdir())
 
 def test_checksums_and_records_of_a_training_leave_files_alone(tmp_path):
     from deepfid.evaluate.training import save_training_record
     from deepfid.inference.hub import write_checksums
     for name in ('SHA256SUMS', 'results.csv'): (tmp_path/name).write_text('mine')
+    (tmp_path/'detector.json').write_text('{}') # or else the folder is none of a detector
     before = content(tmp_path)
     for write in (lambda: write_checksums(tmp_path), lambda: save_training_record([dict(epoch=1, train_loss=.5, valid_loss=.4, valid_auc=.6)], tmp_path)):
         with pytest.raises(DeepfidError): write()

@@ -369,7 +369,7 @@ def ffpp_splits(
     split_of = {}
     for name, split in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
         pairs = read_json(lists/f'{name}.json', ManifestError)
-        if not (isinstance(pairs, list) and all(isinstance(p, list) and all(isinstance(v, str) for v in p)
+        if not (isinstance(pairs, list) and all(isinstance(p, list) and len(p)==2 and all(isinstance(v, str) for v in p)
                 for p in pairs)): raise _wrong_form(lists/f'{name}.json')
         for video in (v for pair in pairs for v in pair):
             if split_of.setdefault(video, split)!=split:
@@ -424,6 +424,8 @@ def celebdf_test_videos(
         if label!=str(int('synthesis' not in name)):
             raise ManifestError(f'{path}: {line!r} gives {label} for that folder; in this file 1 is real and 0 is fake')
         tests.add(name.strip())
+    _require(any((folder/name).is_file() for name in tests), f'{path}: names no video that is there; get it again: '
+        f'{SPLIT_FILES["celebdf"]}')
     return tests
 
 def celebdf(

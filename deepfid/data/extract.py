@@ -419,7 +419,8 @@ def _check_job(clips, config)->list:
     used = [c for c in clips if c.split]
     path, n = next(iter(Counter(map(clip_folder, used)).most_common(1)), ('', 0))
     if n!=1: raise DeepfidError(f'two clips would be written to {path}; give each a `video` of its own' if n else
-        'no clips to crop faces from; look at what the reader found')
+        f'{config.out}: no faces to put there: no clip or photograph was found in the source (what lies in this folder '
+        'itself does not count), or each was left out')
     unlabelled = used[0].label==UNLABELLED
     if not unlabelled:
         table = typed_table(pd.DataFrame([dict(asdict(c), path=clip_folder(c)) for c in used]), 'the clips')

@@ -219,4 +219,4 @@ def build_london_archive(
             member = zipfile.ZipInfo(name, (2017, 5, 30, 0, 0, 0))
             member.create_system, member.external_attr = 3, 0o644<<16
             z.writestr(member, content)
-    return write_atomically(path, out.getvalue())
+    return write_atomically(path, out.getvalue(), b'faces.json')

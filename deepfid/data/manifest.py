@@ -32,7 +32,7 @@ REQUIRED_COLUMNS = ('path', 'label', 'identity', 'split')
 OPTIONAL_COLUMNS = dict(method='', pair='', mask='', dataset='', consent=False, video='', frame=-1, quality=np.nan,
     seed=-1, donor='')
 TEXT_COLUMNS = ('path', 'identity', 'split', 'method', 'pair', 'mask', 'dataset', 'video', 'donor')
-SAVED_MANIFEST = re.compile((r'\A'+','.join(REQUIRED_COLUMNS)+r'\b').encode()) # how one begins
+SAVED_MANIFEST = re.compile((r'\A'+','.join((*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS))+r'\b').encode()) # how one begins
 BOOLEAN_WORDS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False, '': False}
 
 # %% ../../nbs/lib/data.manifest.ipynb #fd6e12ee

@@ -258,7 +258,10 @@ def _read_index(container, stream, path, max_pixels)->_PacketIndex|_DecodedIndex
         float((stream.duration or 0)*(stream.time_base or 0)))
     if container.format.name=='avi' and stream.average_rate:
         promised = max(promised, float(stream.frames/stream.average_rate))
-    short = end<promised-max(1, .05*promised)
+    # seconds: Matroska's header says how long it is, that of other containers may be an estimate
+    exact = container.format.name.startswith('matroska')
+    allowed = min(1, max(.2, .05*promised)) if exact else max(1, .05*promised)
+    short = end<promised-allowed
     truncated = f'ends after {end:.1f} of {promised:.1f} seconds' if short or broken else ''
     stamps, starts, seeks = map(np.array, zip(*found)) if found else [np.zeros(0, int)]*3
     if (container.format.name.split(',')[0] in _INDEXED_CONTAINERS and len(stamps)

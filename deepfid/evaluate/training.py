@@ -120,8 +120,10 @@ def save_training_record(
 )->list[Path]: # results.csv and curves.png
     "Write what happened in each epoch beside the detector, as a table and as curves"
     figure = plot_curves(rows)
-    metadata = {'Software': FILE_MARK.decode()}
-    return [write_atomically(Path(folder)/RESULTS_FILE, results_csv(rows), re.compile(rb'\A[a-z_,]*epoch,')),
+    metadata, text = {'Software': FILE_MARK.decode()}, results_csv(rows)
+    header = re.escape(text.partition('\n')[0])
+    earlier = re.compile(rf'\A({header}|(phase,)?epoch,auc,auc_low,auc_high,.*)\n'.encode())
+    return [write_atomically(Path(folder)/RESULTS_FILE, text, earlier),
         write_atomically(Path(folder)/CURVES_FILE,
             lambda tmp: figure.savefig(tmp, format='png', dpi=150, metadata=metadata), FILE_MARK)]
 

@@ -8,6 +8,7 @@ __all__ = ['BUNDLED_DIR', 'CHECKSUM_FILE', 'DEFAULT_DETECTOR', 'TRAINED_BY_DEFAU
            'measured_rates', 'is_insensitive', 'list_offered', 'load', 'resolve_device', 'load_detectors']
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0004
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def write_checksums(
     "Write the checksums of a folder's files beside them"
     read_json(Path(folder)/'detector.json', WeightsError) # of no other folder
     lines = [f'{digest}  {name}\n' for name, digest in _checksums(folder).items()]
-    return write_atomically(Path(folder)/CHECKSUM_FILE, ''.join(lines))
+    earlier = re.compile(rb'\A(?:[0-9a-f]{64}  [^\n]+\n)*[0-9a-f]{64}  detector\.json\n')
+    return write_atomically(Path(folder)/CHECKSUM_FILE, ''.join(lines), earlier)
 
 def verify_checksums(
     folder:str|Path, # files and their checksum file
@@ -45,8 +47,8 @@ def verify_checksums(
         expected = {name: digest for digest, _, name in (line.partition('  ') for line in lines)}
     found = _checksums(folder)
     wrong = sorted(name for name in expected|found if expected.get(name)!=found.get(name))
-    if wrong: raise WeightsError(f'{Path(folder)/wrong[0]}: is missing or was changed after the weights were released; '
-        f'{advice}')
+    if wrong: raise WeightsError(f'{Path(folder)/wrong[0]}: is missing, new or changed since the weights were '
+        f'released; {advice}')
 
 # %% ../../nbs/lib/inference.hub.ipynb #hub0010
 DEFAULT_DETECTOR = 'local_similarity' # the best on validation people, and it shows where
@@ -69,7 +71,7 @@ def find_detector(
         verify_checksums(folder)
         return folder
     if Path(str(name)).is_dir() and name not in list_detectors():
-        if Path(name, CHECKSUM_FILE).is_file(): # a copy of a bundled one
+        if Path(name, CHECKSUM_FILE).exists(): # a copy of a bundled one
             verify_checksums(name, f'copy the folder again, or delete {CHECKSUM_FILE} if the change is yours')
         return Path(name)
     known = list_detectors()

@@ -7,7 +7,7 @@ __all__ = ['CSV_COLUMNS', 'CSV_HEADER', 'FaceScore', 'score_details', 'ScoredFac
            'read_results', 'csv_rows', 'write_csv']
 
 # %% ../../nbs/lib/inference.results.ipynb #res0004
-import csv, json, os, sys
+import csv, json, os, re, sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -312,7 +312,8 @@ def read_results(
 CSV_COLUMNS = tuple(
     'source kind face x y width height quality detector decision fidelity probability threshold low high '
     'flagged_frames false_alarms misses warnings reliability error_rates error note'.split())
-CSV_HEADER = b'source,kind,face,' # how a table begins that may be replaced, also one of an earlier version
+# how a table begins that may be replaced, also one of an earlier version
+CSV_HEADER = re.compile(rf"\Asource,kind,face(,({'|'.join(CSV_COLUMNS)})){{5,}}\r?\n".encode())
 
 def csv_rows(
     files:Iterable[ScoredFile]

@@ -150,6 +150,9 @@ class TrainingPhase:
     modules:tuple|None = None # names of the network's children that are trained; None: all
     terms:tuple = ()         # names of the loss terms that are used
 
+def _as_list(faces)->list:
+    with raise_as(DeepfidError, 'faces', TypeError, advice='give a list of faces'): return list(faces)
+
 def _weights_state(net):
     "An alias of each tensor, which keeps its address taken, and its autograd version (-1: it has none)"
     return [(w.detach(), -1 if w.is_inference() else w._version) for w in (*net.parameters(), *net.buffers())]
@@ -350,7 +353,7 @@ class NetworkDetector(Detector, ABC):
         "Turn aligned faces into the network's batches, on its device"
         self.check_trained()
         check_number('batch_size', batch_size, 1, integer=True)
-        with raise_as(DeepfidError, 'faces', TypeError, advice='give a list of faces'): faces = list(faces)
+        faces = _as_list(faces)
         return (faces_to_batch(faces[i:i+batch_size], self.size, self.device) for i in range(0, len(faces), batch_size))
 
     @property
@@ -395,7 +398,7 @@ class NetworkDetector(Detector, ABC):
         batch_size:int=32,
     )->np.ndarray: # float32 (N,D)
         "Compute the features behind the score"
-        if not (faces := list(faces)): return self.features([np.zeros((self.size, self.size, 3), np.uint8)])[:0]
+        if not (faces := _as_list(faces)): return self.features([np.zeros((self.size, self.size, 3), np.uint8)])[:0]
         return self.run_batches(self.batches(faces, batch_size), self.embed)
 
     def predict(self,

@@ -81,7 +81,8 @@ def folder_table(
     return pd.DataFrame([row[:len(columns)] for row in rows], columns=pd.Index(columns))
 
 # %% ../../nbs/lib/quality.measures.ipynb #qme00009
-QUALITY_MARK = b'quality_measure' # a column of every table that is written here: by it the file is known
+# how every table begins that is written here: with the name of this column, by which the file is known
+QUALITY_MARK = re.compile(rb'\A[^\n]*\bquality_measure\b')
 
 def known_quality(
     table:'pd.DataFrame', # text cells, at least one row
