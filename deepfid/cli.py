@@ -84,8 +84,9 @@ def _score_options(p):
     p.add_argument('--results', type=Path, metavar='FILE.jsonl',
         help='keep a line for each finished file; an interrupted run resumes from there')
     p.add_argument('--report', type=Path, metavar='FILE.html',
-        help='write a page with faces, scores and warnings')
-    p.add_argument('--csv', type=Path, metavar='FILE.csv', help='write a table, one line a face and detector')
+        help='write a page with faces, scores and warnings, in place of an earlier one')
+    p.add_argument('--csv', type=Path, metavar='FILE.csv',
+        help='write a table, one line a face and detector, in place of an earlier one')
     p.add_argument('--explain', type=Path, metavar='FOLDER',
         help='save each face beside its mask, or its Grad-CAM where the detector predicts no mask, as '
              'NAME-SHA256-faceN-DETECTOR.jpg (the first eight digits of the file\'s SHA-256)')
@@ -156,7 +157,8 @@ def _train_options(p):
     p.add_argument('--batch-size', type=number_type(2, 4096, even=True),
         help='faces a batch, an even number: as many real as fake ones, 2 to 4096 (default: the recipe\'s)')
     p.add_argument('--size', type=number_type(16, 2048),
-        help='side of the faces that the network sees, pixels, 16 to 2048 (default: the preset\'s)')
+        help='side of the faces that the network sees, pixels, 16 to 2048, within the detector\'s own limits (default: '
+        'the preset\'s)')
     p.add_argument('--weights', metavar='FILE', help='pretrained weights to begin with, of detectors that take a file')
     p.add_argument('--quality', choices=tuple(QUALITY_MEASURES),
         help='measure image quality by this, of detectors that use it (default: the manifest\'s column, else niqe)')
@@ -178,8 +180,10 @@ def _evaluate_options(p):
     p.add_argument('--all', action='store_true',
         help='all thirteen metrics, also those at the threshold 0.5 and by video')
     p.add_argument('--html', type=Path, metavar='FILE.html',
-        help='write a page with the metrics, confusion matrix, ROC curve and reliability diagram')
-    p.add_argument('--png', type=Path, metavar='FILE.png', help='write the three plots as an image')
+        help='write a page with the metrics, confusion matrix, ROC curve and reliability diagram, in place of an '
+            'earlier one')
+    p.add_argument('--png', type=Path, metavar='FILE.png',
+        help='write the three plots as an image, in place of an earlier one')
     p.add_argument('--device', help='on which to compute: cpu, cuda, cuda:1 ... (default: a GPU where there is one)')
 
 # %% ../nbs/lib/cli.ipynb #cli0q10
