@@ -1972,6 +1972,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'deepfid.io.media_kind': ('lib/io.html#media_kind', 'deepfid/io.py'),
                             'deepfid.io.missing_file_problem': ('lib/io.html#missing_file_problem', 'deepfid/io.py'),
                             'deepfid.io.montage': ('lib/io.html#montage', 'deepfid/io.py'),
+                            'deepfid.io.name_write_errors': ('lib/io.html#name_write_errors', 'deepfid/io.py'),
                             'deepfid.io.read_image': ('lib/io.html#read_image', 'deepfid/io.py'),
                             'deepfid.io.read_json': ('lib/io.html#read_json', 'deepfid/io.py'),
                             'deepfid.io.read_safetensors': ('lib/io.html#read_safetensors', 'deepfid/io.py'),

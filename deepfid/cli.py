@@ -430,9 +430,8 @@ def _run(argv):
         _print_result(result, args.json)
         return result.get('status', 0)
     except DeepfidError as e: return commands.print_error(e)
-    except BrokenPipeError: raise
     except OSError as e: # a full disk, a folder taken away: not of our making, so without a traceback
-        if not e.strerror: raise
+        if isinstance(e, BrokenPipeError) or not e.strerror: raise
         where = e.filename or getattr(args, 'out', None) or 'output' # of a full disk the system names no file
         return commands.print_error(': '.join(str(part) for part in (where, e.strerror) if part))
 
@@ -447,15 +446,12 @@ def _print_result(result, as_json):
     "Print what a command returned, unless it is only a status"
     if not set(result)-{'status'}: return
     from deepfid.core import printable
-    from deepfid.io import to_json
+    from deepfid.io import name_write_errors, to_json
     if as_json: text = to_json({k: v for k, v in result.items() if k not in ('text', 'status')})
     else:
         lines = str(result.get('text') or result.get('report') or result.get('saved')).split('\n')
         text = '\n'.join(map(printable, lines))
-    try: print(text, flush=True)
-    except OSError as e:
-        e.filename = 'standard output'
-        raise
+    with name_write_errors('standard output'): print(text, flush=True)
 
 # %% ../nbs/lib/cli.ipynb #cli0016
 if __name__=='__main__': sys.exit(main())

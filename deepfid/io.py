@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'FILE_MARK', 'MARKER_FILE', 'FOLDER_KINDS', 'to_uint8',
            'missing_file_problem', 'read_image', 'animation_note', 'montage', 'InlineImage', 'iter_files', 'media_kind',
-           'iter_media', 'report_mark', 'check_overwrite', 'write_atomically', 'report_write_errors', 'to_json',
-           'write_json', 'read_json', 'file_hash', 'check_digest', 'escape_formula', 'unescape_formula',
-           'header_problem', 'read_table_paths', 'check_replaceable', 'mark_folder', 'replace_in_folder',
-           'claim_folder', 'atomic_folder', 'fetch_model_file', 'save_safetensors', 'read_safetensors']
+           'iter_media', 'report_mark', 'check_overwrite', 'name_write_errors', 'write_atomically',
+           'report_write_errors', 'to_json', 'write_json', 'read_json', 'file_hash', 'check_digest', 'escape_formula',
+           'unescape_formula', 'header_problem', 'read_table_paths', 'check_replaceable', 'mark_folder',
+           'replace_in_folder', 'claim_folder', 'atomic_folder', 'fetch_model_file', 'save_safetensors',
+           'read_safetensors']
 
 # %% ../nbs/lib/io.ipynb #io000002
 import base64
@@ -421,6 +422,17 @@ def check_overwrite(
         problem = '' if known else f'exists already and {what}'
     if problem: raise DeepfidError(f'{path}: {problem}; name another file')
 
+# %% ../nbs/lib/io.ipynb #io00027b
+@contextmanager
+def name_write_errors(
+    path:str|os.PathLike, # what is written inside the block
+)->Iterator[None]:
+    "Let an operating system's error name what was written: of a full disk it names nothing"
+    try: yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
+
 def write_atomically(
     path:str|os.PathLike, # final name; its folder is made if missing
     content:bytes|str|Callable[[Path], Any], # bytes, str, or a function that writes to the path it is given
@@ -433,17 +445,15 @@ def write_atomically(
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = _temporary_name(path)
     try:
-        tmp.touch()
-        mode = (path if path.is_file() else tmp).stat().st_mode
-        if callable(content): content(tmp)
-        # names of files may hold bytes that are no UTF-8: as an escape sequence they can be written
-        else: tmp.write_bytes(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
-        tmp.chmod(mode & 0o777) # a function may have replaced the file by one with permissions of its own
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except OSError as e:
-        e.filename = str(path) # not the temporary one; of a full disk the system names none
-        raise
+        with name_write_errors(path):
+            tmp.touch()
+            mode = (path if path.is_file() else tmp).stat().st_mode
+            if callable(content): content(tmp)
+            # names of files may hold bytes that are no UTF-8: as an escape sequence they can be written
+            else: tmp.write_bytes(content.encode(errors='backslashreplace') if isinstance(content, str) else content)
+            tmp.chmod(mode & 0o777) # a function may have replaced the file by one with permissions of its own
+            with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+            os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
 

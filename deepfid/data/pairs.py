@@ -86,19 +86,21 @@ def plan_pairs(
 )->list: # of `PairPlan`
     "Plan pairs by going round the sources, and with each round to the next manipulation method"
     rng = np.random.default_rng([seed, SPLITS.index(split)])
-    usable = [s for s in sources if allowed_methods(s, methods)]
+    donors = [s for s in sources if s.consent and s.landmarks]
+    def others_than(source): return [d for d in donors if d.identity!=source.identity]
+    def possible(source):
+        found = allowed_methods(source, methods)
+        return found if others_than(source) else [m for m in found if m not in DONOR_MANIPULATIONS]
+    usable = [s for s in sources if possible(s)]
     if not usable:
         raise ManifestError(
-            f"no face in {split!r} may be forged by {', '.join(methods)}; only "
-            f"{', '.join(SELF_MANIPULATIONS)} need no consent")
-    order, donors, plans = rng.permutation(len(usable)), [s for s in usable if s.consent and s.landmarks], []
+            f"no face in {split!r} may be forged by {', '.join(methods)}; only {', '.join(SELF_MANIPULATIONS)} need no "
+            f"consent, and {', '.join(DONOR_MANIPULATIONS)} need a second person who agreed to it")
+    order, plans = rng.permutation(len(usable)), []
     for k in range(n):
         turn, i = divmod(k, len(usable))
         source = usable[order[i]]
-        others = [d for d in donors if d.identity!=source.identity]
-        allowed = [m for m in allowed_methods(source, methods) if others or m not in DONOR_MANIPULATIONS]
-        if not allowed:
-            raise ManifestError(f"{', '.join(methods)} in {split!r} needs a second person who agreed to it")
+        allowed, others = possible(source), others_than(source)
         method = allowed[(i+turn)%len(allowed)]
         donor = others[rng.integers(len(others))] if method in DONOR_MANIPULATIONS else None
         plans.append(PairPlan(f'{split}-{k:05d}', split, source, method, donor, int(rng.integers(2**31))))
