@@ -419,3 +419,11 @@ def test_a_folder_that_may_not_be_entered_is_the_cause(tmp_path, monkeypatch):
     with pytest.raises(DeepfidError, match='may not be listed'): read_image(tmp_path/'closed')
     monkeypatch.setenv('DEEPFID_DATA', str(tmp_path/'closed'))
     with pytest.raises(DataMissingError, match='may not be listed'): data_dir()
+
+@pytest.mark.parametrize('mask', [None, [0, 1], np.zeros(5), np.zeros((8, 9, 3)), np.zeros((0, 0)), np.full((8, 9), 255, np.uint8), np.full((8, 9), np.inf)])
+def test_what_is_no_mask_is_refused(mask):
+    from deepfid.evaluate.metrics import mask_f1, mask_iou, score_face_mask
+    with pytest.raises(DeepfidError): score_face_mask(mask, np.ones((8, 9)))
+    if np.size(mask): # two empty masks agree
+        for measure in (mask_iou, mask_f1):
+            with pytest.raises(DeepfidError): measure(mask, np.ones((8, 9)) if mask is None else mask)

@@ -429,3 +429,31 @@ def test_what_rounding_leaves_goes_to_the_largest_share(shares, sizes):
     from deepfid.data.manifest import SPLITS, split_identities
     found = list(split_identities('abcde', shares).values())
     assert tuple(map(found.count, SPLITS)) == sizes
+
+def test_a_copy_that_was_edited_is_not_used_again(tmp_path):
+    from deepfid.testing import tiny_manifest
+    m = tiny_manifest()
+    copy = map_images(m, lambda image: 255-image, tmp_path/'copy')
+    assert map_images(m, lambda image: 255-image, tmp_path/'copy').table.equals(copy.table)
+    middle = tmp_path/'copy'/copy.table['path'][len(copy)//2]
+    middle.write_bytes((tmp_path/'copy'/copy.table['path'][0]).read_bytes())
+    with pytest.raises(DeepfidError, match='was changed since|copy of'): map_images(m, lambda image: 255-image, tmp_path/'copy')
+
+def test_one_image_is_not_both_real_and_fake(tmp_path):
+    from deepfid.data.manifest import Manifest
+    from deepfid.testing import tiny_manifest
+    m = tiny_manifest()
+    train = m.table.index[m.table['split']=='train']
+    a, b = (next(i for i in train if m.table['label'][i]==k) for k in (1, 0))
+    map_images(m, lambda image: image, tmp_path/'copy')
+    table = Manifest.read(tmp_path/'copy'/'manifest.csv').table
+    (tmp_path/'copy'/table['path'][b]).write_bytes((tmp_path/'copy'/table['path'][a]).read_bytes())
+    with pytest.raises(DeepfidError, match='cannot be both real and fake'): Manifest.read(tmp_path/'copy'/'manifest.csv')
+    table.loc[0, 'quality'] = np.inf
+    with pytest.raises(DeepfidError, match='quality'): Manifest(table, tmp_path/'copy')
+
+def test_a_list_of_test_videos_that_are_not_there(tmp_path):
+    from deepfid.data.datasets import celebdf_test_videos
+    for text in ('', '1 Celeb-real/id0_0000.mp4\n'):
+        (tmp_path/'List_of_testing_videos.txt').write_text(text)
+        with pytest.raises(DeepfidError, match='names no video that is there'): celebdf_test_videos(tmp_path)

@@ -397,7 +397,7 @@ def _with_pairs(rows)->pd.DataFrame:
 def _without_copies(rows, skipped, out)->tuple:
     "Move rows that are copies of a face in another split to the skipped ones"
     if not rows: return rows, skipped
-    across, _ = copies_between_splits(pd.DataFrame(rows), out)
+    across, *_ = copies_between_splits(pd.DataFrame(rows), out)
     for i, original in across.items():
         skipped.append({k: rows[i][k] for k in ('dataset', 'method', 'video', 'frame', 'path')}|dict(
             reason=f"the same image as {rows[original]['path']} in the {rows[original]['split']} split"))

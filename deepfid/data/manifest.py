@@ -62,7 +62,7 @@ def numeric_column(
     # float is exact, to_numeric is not in every pandas
     numbers = pd.Series(cells.astype(object).where(is_number, np.nan)).map(float)
     is_empty = cells.isna() | cells.astype(str).str.strip().str.lower().isin(['', 'nan', '<na>', 'none'])
-    refuse_rows(table, numbers.isna() & ~is_empty, name, column, hint)
+    refuse_rows(table, numbers.isna() & ~is_empty | numbers.isin([np.inf, -np.inf]), name, column, hint)
     return numbers.astype(float)
 
 # %% ../../nbs/lib/data.manifest.ipynb #bb826b6f
@@ -238,18 +238,21 @@ def equal_files(
     return groups
 
 def copies_between_splits(
-    table:pd.DataFrame, # has the columns `path` and `split`
+    table:pd.DataFrame, # has the columns `path`, `label` and `split`
     folder:str|Path,    # folder that the paths are relative to; all images are there
-)->tuple: # {row: row of the image that it is a copy of, in a split that goes before}, number of copies within splits
+)->tuple: # {row: row of the image that it is a copy of, in a split that goes before}, number of copies within splits,
+    # {row: row of a copy with the other label}
     "Find images of which another split has a copy; test goes before valid, valid before train"
     with _read_errors(): groups = equal_files(Path(folder)/p for p in table['path'])
-    across, within, rank = {}, 0, table['split'].map(SPLITS.index).to_numpy()
+    across, within, mixed = {}, 0, {}
+    rank, label = table['split'].map(SPLITS.index).to_numpy(), table['label'].to_numpy()
     for group in groups:
+        mixed |= {i: group[0] for i in group if label[i]!=label[group[0]]}
         first = max(group, key=lambda i: rank[i])
         others = [i for i in group if rank[i]!=rank[first]]
         across |= dict.fromkeys(others, first)
         within += len(group)-len(others)-1
-    return across, within
+    return across, within, mixed
 
 def check_copies(
     table:pd.DataFrame, # as `typed_table` returns it
@@ -257,11 +260,13 @@ def check_copies(
     name:str,           # what errors call the table
 )->list: # one line about copies within splits, or none
     "Refuse an image of which another split has a copy; report copies within a split"
-    across, within = copies_between_splits(table, folder)
-    if across:
-        copy, original = (table.iloc[i] for i in next(iter(across.items())))
-        refuse_rows(table, np.isin(np.arange(len(table)), list(across)), name, 'path', f"{copy['path']!r} in "
-            f"{copy['split']!r} is a copy of {original['path']!r} in {original['split']!r}; keep one of them")
+    across, within, mixed = copies_between_splits(table, folder)
+    for found, column, advice in ((across, 'split', 'keep one of them'),
+            (mixed, 'label', 'one image cannot be both real and fake')):
+        if not found: continue
+        copy, original = (table.iloc[i] for i in next(iter(found.items())))
+        refuse_rows(table, np.isin(np.arange(len(table)), list(found)), name, 'path', f"{copy['path']!r} with {column} "
+            f"{copy[column]} is a copy of {original['path']!r} with {original[column]}; {advice}")
     return [f'images that are copies of another one in the same split: {within}'] if within else []
 
 # %% ../../nbs/lib/data.manifest.ipynb #67b86762

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from ..core import Face, ManifestError, check_choice
-from ..io import atomic_folder, read_image, write_json
+from ..io import atomic_folder, file_hash, read_image, write_json
 from deepfid.data.blending import (DONOR_MANIPULATIONS, LANDMARK_MANIPULATIONS, MANIPULATIONS, SELF_MANIPULATIONS,
     manipulate)
 from .faces import CROP_FILE
@@ -260,6 +260,10 @@ def _read_copy(manifest, folder, transform, by_row)->Manifest:
     same = ['label', 'identity', 'split', 'method', 'pair', 'dataset', 'video', 'frame', 'seed', 'donor']
     other = '' if copy.table[same].equals(manifest.table[same].reset_index(drop=True)) else \
         f'of other rows than those of {manifest.name}'
+    if not other and 'content' in copy.table:
+        digests = zip(copy.table['path'], copy.table['content'])
+        changed = [path for path, digest in digests if file_hash(folder/path)[:16]!=digest]
+        if changed: other = f'of which {changed[0]} was changed since'
     for i in () if other else {0, len(manifest)-1}: # rows are all alike: two of them tell
         if not np.array_equal(copy.image(i), transform(manifest.image(i), *([i] if by_row else []))):
             other = 'of other images, or by another transform'

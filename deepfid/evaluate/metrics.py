@@ -484,6 +484,8 @@ def auc_per_method(
 def _masks(pred, target):
     "Both as finite float arrays of one shape (..., H, W)"
     p = check_array('predicted mask', pred, dtype=float)
+    channels = p.ndim==3 and p.shape[2] in (1, 3, 4) and p.shape[1]!=p.shape[2]
+    if p.ndim<2 or channels: check_array('predicted mask', p, (None, None))
     return p, check_array('true mask', target, p.shape, float, 0, 1)
 
 def mask_iou(
@@ -553,9 +555,11 @@ def score_face_mask(
     mean_mask:np.ndarray|None=None, # float, of the training fakes: the baseline
 )->dict: # of each `MASK_RULES`; of a fake also iou, f1, boundary_f1, iou_gain (None: no baseline)
     "Score the mask of one face"
+    target = check_array('true mask', target, (None, None), float, 0, 1)
     def fit(m):
-        m, size = np.asarray(m, np.float32), target.shape[::-1]
-        return np.clip(cv2.resize(m, size, interpolation=cv2.INTER_LINEAR), 0, 1)
+        m = check_array('predicted mask', m, (None, None), np.float32, 0, 1)
+        check_number('pixels of a mask', min(m.size, target.size), 1)
+        return cv2.resize(m, target.shape[::-1], interpolation=cv2.INTER_LINEAR)
     pred, found = fit(pred), {}
     if 0<(target>.5).mean()<1: # else there is nothing to localise
         iou = float(mask_iou(pred, target))

@@ -94,7 +94,7 @@ def _is_ranges(value): return isinstance(value, dict) and all(map(_is_pair, valu
 
 # what the values of detector.json must be
 _SAVED_TYPES = dict(config=lambda v: isinstance(v, dict), threshold=lambda v: _is_number(v) and abs(v)<1e3,
-    sha256=lambda v: isinstance(v, str),
+    sha256=lambda v: isinstance(v, str), version=lambda v: isinstance(v, str),
     calibration=lambda v: v is None or _is_pair(v), validated_ranges=_is_ranges, trust=_is_ranges,
     validation_scores=lambda v: v is None or _is_scores(v),
     decision_rates=lambda v: _is_pair(v) and all(0<rate<1 for rate in v),

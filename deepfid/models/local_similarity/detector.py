@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import torch
-from ...core import DeepfidError, Prediction, check_number
+from ...core import DeepfidError, Prediction, check_choice, check_number
 from ...data.degrade import Degrade
 from ...io import montage
 from ..backbones import (MIN_INPUT_SIZE, XCEPTION_STAGES, create_backbone, create_head,
@@ -70,6 +70,8 @@ class LocalSimilarityConfig(DetectorConfig):
     def check(self)->None:
         check_number('epochs', self.epochs, 1, integer=True) # there is one phase
         if self.weights is not None: self.weights = str(self.weights)
+        if self.backbone!='xception': # of others, what is compared is the map of stride 16
+            check_choice(f'tap of {self.backbone!r}', self.tap, ('block7',))
         if self.cls_from is None:
             self.cls_from = 'decoder' if self.backbone=='xception' else 'encoder'
 
