@@ -1841,6 +1841,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepfid/inference/results.py'),
                                            'deepfid.inference.results._identity': ( 'lib/inference.results.html#_identity',
                                                                                     'deepfid/inference/results.py'),
+                                           'deepfid.inference.results._is_fidelity': ( 'lib/inference.results.html#_is_fidelity',
+                                                                                       'deepfid/inference/results.py'),
                                            'deepfid.inference.results._is_list': ( 'lib/inference.results.html#_is_list',
                                                                                    'deepfid/inference/results.py'),
                                            'deepfid.inference.results._is_number': ( 'lib/inference.results.html#_is_number',

@@ -94,7 +94,8 @@ def missing_file_problem(
     text, stripped = str(path), Path(*(part.strip() for part in Path(path).parts))
     parents = reversed(Path(path).absolute().parents)
     closed = next((p for p in parents if p.is_dir() and not os.access(p, os.X_OK)), None)
-    causes = {f'the folder {closed} may not be entered (permission denied)': closed,
+    causes = {'an empty name; give the path of a file': not text,
+        f'the folder {closed} may not be entered (permission denied)': closed,
         'is an address; download the file and give its path': re.search(r'(^|/)[A-Za-z][A-Za-z0-9+.-]+:/', text),
         'no such file: its path has backslashes; write / instead': '\\' in text,
         'no such file: its name has spaces around it; remove them': stripped!=Path(path) and stripped.exists()}

@@ -457,3 +457,14 @@ def test_a_list_of_test_videos_that_are_not_there(tmp_path):
     for text in ('', '1 Celeb-real/id0_0000.mp4\n'):
         (tmp_path/'List_of_testing_videos.txt').write_text(text)
         with pytest.raises(DeepfidError, match='names no video that is there'): celebdf_test_videos(tmp_path)
+
+def test_a_video_is_in_one_split(tmp_path):
+    from deepfid.data.manifest import check_identities
+    from deepfid.testing import tiny_manifest
+    table = tiny_manifest().table.copy()
+    real = table.index[table['label']==1]
+    a, b = (next(i for i in real if table['split'][i]==s) for s in ('train', 'test'))
+    table.loc[[a, b], 'video'] = 'clip-1'
+    with pytest.raises(DeepfidError, match="video 'clip-1'; but .*another split"): check_identities(table, 'the table')
+    table.loc[b, 'video'] = 'clip-2'
+    check_identities(table, 'the table')

@@ -142,5 +142,5 @@ def train_autoencoder(
     save_safetensors(path, {k: (v.half() if v.is_floating_point() else v).contiguous()
         for k, v in net.state_dict().items()})
     write_json(Path(path).with_suffix('.json'), dict(steps=steps, bs=bs, lr=lr, seed=seed, faces=len(faces),
-        loss_first=float(np.mean(losses[:50])), loss_last=float(np.mean(losses[-50:]))))
+        loss_first=float(np.mean(losses[:50])), loss_last=float(np.mean(losses[-50:]))), b'"loss_first"')
     return net

@@ -720,4 +720,6 @@ def write_deepfakebench(
             {s: {compression: {}} for s in ('train', 'val', 'test')})
         splits[split_names[split]][compression][video] = dict(label=label, frames=files(rows['path']),
             masks=files(rows['mask']))
-    return write_json(path, content, to_json(f'{manifest.folder.absolute().as_posix()}/')[1:-1].encode())
+    here = re.escape(to_json(f'{manifest.folder.absolute().as_posix()}/')[1:-1].encode())
+    earlier = re.compile(rb'\A\{\s*"[^"]*": \{\s*"[^"]*": \{\s*"train": .*'+here, re.S)
+    return write_json(path, content, earlier)

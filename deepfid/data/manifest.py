@@ -152,7 +152,10 @@ def check_identities(
     table:pd.DataFrame, # as `typed_table` returns it
     name:str,           # what errors call it
 )->None:
-    "Refuse a person who is in two splits, be it as the face shown or as the donor of a swapped one"
+    "Refuse a person who is in two splits, be it as the face shown or as the donor of a swapped one; and such a video"
+    clips = table.loc[table['video']!='']
+    torn = np.asarray(clips.groupby(['dataset', 'method', 'video'])['split'].transform('nunique'))>1
+    refuse_rows(clips, torn, name, 'video', 'but some of its frames are in another split; keep them together')
     donors = table.loc[table['donor']!=''].assign(identity=lambda t: t['donor'])
     people = pd.concat([table, donors])
     key = people['identity'].map(person_key)

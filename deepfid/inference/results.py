@@ -143,6 +143,7 @@ def _is_number(value, low=None, high=None):
     try: return check_number('', value, low, high) is not None
     except DeepfidError: return False
 def _is_rate(value): return _is_number(value, 0, 1)
+def _is_fidelity(value): return _is_number(value, -1, 2) # raw: a regression may leave 0 to 1, not by that much
 def _or_none(is_kind): return lambda value: value is None or is_kind(value)
 
 # what the values of a results row must be, by the class that they restore
@@ -153,8 +154,9 @@ _ROW_TYPES = {
         flags=_is_list(_is_text), times=_or_none(_is_list(_is_number)),
         images=lambda v: isinstance(v, dict) and all(map(_is_text, v.values())),
         conditions=lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))),
-    FaceScore: dict(detector=_is_text, fidelity=_or_none(_is_number), threshold=_is_number, warnings=_is_list(_is_text),
-        reliability=_is_text, frame_fidelities=_or_none(_is_list(_or_none(_is_number))), error_rates=_is_text,
+    FaceScore: dict(detector=_is_text, fidelity=_or_none(_is_fidelity), threshold=_is_number,
+        warnings=_is_list(_is_text), reliability=_is_text,
+        frame_fidelities=_or_none(_is_list(_or_none(_is_fidelity))), error_rates=_is_text,
         **dict.fromkeys(('low', 'high'), _or_none(_is_number)),
         **dict.fromkeys(('probability', 'false_alarms', 'misses'), _or_none(_is_rate)))}
 
