@@ -264,12 +264,13 @@ def check_copies(
 )->list: # one line about copies within splits, or none
     "Refuse an image of which another split has a copy; report copies within a split"
     across, within, mixed = copies_between_splits(table, folder)
-    for found, column, advice in ((across, 'split', 'keep one of them'),
-            (mixed, 'label', 'one image cannot be both real and fake')):
+    for found, column, word, advice in ((across, 'split', 'in', 'keep one of them'),
+            (mixed, 'label', 'labelled', 'one image cannot be both real and fake')):
         if not found: continue
         copy, original = (table.iloc[i] for i in next(iter(found.items())))
-        refuse_rows(table, np.isin(np.arange(len(table)), list(found)), name, 'path', f"{copy['path']!r} with {column} "
-            f"{copy[column]} is a copy of {original['path']!r} with {original[column]}; {advice}")
+        said = [f"{row['path']!r} {word} {str(row[column])!r}" for row in (copy, original)]
+        refuse_rows(table, np.isin(np.arange(len(table)), list(found)), name, 'path',
+            f'{said[0]} is a copy of {said[1]}; {advice}')
     return [f'images that are copies of another one in the same split: {within}'] if within else []
 
 # %% ../../nbs/lib/data.manifest.ipynb #67b86762
