@@ -175,7 +175,7 @@ def typed_sentences():
     lost = 100*(codec['as trained']['value']-codec['at c40']['value'])
     return [('32_local_similarity', f'two of five trainings learned to mark the forgery, one a little, and two marked nothing: {gained} on average'),
         ('32_local_similarity', f"never gets beyond {np.ceil(100*max(wrong['seeds'])-.5):.0f}"), ('tutorials/what_helps', f'two of five trainings learned it, one a little and two not at all: {gained} of IoU'),
-        ('20_ssaa', f"by {mirror['value']:.1f} points [{mirror['low']:.1f}, {abs(mirror['high']):.1f}], where the control has {flipped['value']:.1f}"),
+        ('20_ssaa', f"by {mirror['value']:+.1f} points [{mirror['low']:+.1f}, {mirror['high']:+.1f}], where the control has {flipped['value']:+.1f}"),
         ('23_deepfidelity', f'degraded alike by {min(worse):.1f} to {max(worse):.1f} points'),
         ('41_lisiam', f"lose the same at CRF 40, some {round(lost):.0f} points: no difference could be seen, and one of {codec['at c40']['visible']:.1f} points would have been")]
 
