@@ -98,10 +98,10 @@ def plan_pairs(
             f"consent, and {', '.join(DONOR_MANIPULATIONS)} need a second person who agreed to it")
     order, plans = rng.permutation(len(usable)), []
     for k in range(n):
-        turn, i = divmod(k, len(usable))
+        cycle, i = divmod(k, len(usable))
         source = usable[order[i]]
         allowed, others = possible(source), others_than(source)
-        method = allowed[(i+turn)%len(allowed)]
+        method = allowed[(i+cycle)%len(allowed)]
         donor = others[rng.integers(len(others))] if method in DONOR_MANIPULATIONS else None
         plans.append(PairPlan(f'{split}-{k:05d}', split, source, method, donor, int(rng.integers(2**31))))
     return plans
