@@ -194,12 +194,15 @@ def runtime_snippet(
         'try: image = ImageOps.exif_transpose(Image.open(sys.argv[1]))',
         "except (IndexError, OSError): sys.exit('give a photograph that Pillow can read')",
         "if image.mode[0] in 'IF': sys.exit('give a photograph with 8 bits a channel')",
-        "profile, image = image.info.get('icc_profile', b''), image.convert('L' if image.mode=='L' else 'RGBA')",
+        "info, image = image.info, image.convert('L' if image.mode=='L' else 'RGBA')",
+        "profile = info.get('icc_profile', b''); g = 0 if profile or 'srgb' in info else info.get('gamma', 0)",
         'try: image = ImageCms.profileToProfile(image, io.BytesIO(profile), ' # colours in sRGB
             "ImageCms.createProfile('sRGB'), 1, image.mode if image.mode=='RGBA' else 'RGB')",
         'except (ImageCms.PyCMSError, OSError): pass # no profile, or one that cannot be read',
         "image = image.convert('RGBA'); "
         "image = np.array(Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image))[..., 2::-1].copy()",
+        't = (np.arange(256)/255)**(1/(g or 1)); t = 255*np.where(t<=.0031308, 12.92*t, 1.055*t**(1/2.4) - .055)',
+        'image = np.rint(t).astype(np.uint8)[image] if .1<g<2 and abs(2.2*g - 1)>=.05 else image', # a PNG's gamma
         f"size, low, high, {number} = ({value} for k in ('size', 'low', 'high', {number!r}))",
         'k = min(1, 640/max(image.shape)); small = cv2.resize(image, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)',
         "faces = cv2.FaceDetectorYN.create(YUNET, '', small.shape[1::-1], .7).detect(small)[1]",

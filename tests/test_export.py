@@ -127,14 +127,24 @@ def test_the_printed_program_runs_as_printed(format, packages, saved, photograph
     fidelity, _, decision = done.stdout.strip().partition(' ')
     [want] = deepfid.score(photograph, saved)[0].faces[0].scores
     assert done.returncode==0 and float(fidelity)==pytest.approx(want.fidelity, abs=1e-3) and decision==want.decision and not done.stderr, done.stderr
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
     from test_core import CURVES, PRIMARIES, icc_profile
     image = Image.open(photograph).convert('RGBA')
     image.putalpha(Image.linear_gradient('L').resize(image.size).point(lambda v: 255-v//6)) # colours of another space, and partly transparent
     image.save(tmp_path/'p3.png', icc_profile=icc_profile(PRIMARIES['p3'], CURVES['p3']))
-    done = subprocess.run([sys.executable, 'run.py', 'p3.png'], capture_output=True, text=True, cwd=tmp_path)
-    [want] = deepfid.score(tmp_path/'p3.png', saved)[0].faces[0].scores
-    assert done.returncode==0 and float(done.stdout.split()[0])==pytest.approx(want.fidelity, abs=4e-3), done.stderr
+    plain, gamma = Image.open(photograph).convert('RGB'), PngImagePlugin.PngInfo()
+    gamma.add(b'gAMA', (100_000).to_bytes(4, 'big')) # light as it is: far from sRGB
+    plain.save(tmp_path/'gamma.png', pnginfo=gamma)
+    plain.save(tmp_path/'broken.jpg', quality=95, icc_profile=b'no profile')
+    plain.convert('L').save(tmp_path/'grey.png')
+    for name in ('p3.png', 'gamma.png', 'broken.jpg', 'grey.png') if format=='onnx' else ('p3.png',):
+        done = subprocess.run([sys.executable, 'run.py', name], capture_output=True, text=True, cwd=tmp_path)
+        [want] = deepfid.score(tmp_path/name, saved)[0].faces[0].scores
+        assert done.returncode==0 and float(done.stdout.split()[0])==pytest.approx(want.fidelity, abs=4e-3), (name, done.stderr)
+    if format=='onnx':
+        Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path/'deep.png')
+        done = subprocess.run([sys.executable, 'run.py', 'deep.png'], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode==1 and done.stderr.strip()=='give a photograph with 8 bits a channel'
     blank = tmp_path/'blank.png'
     blank.write_bytes(__import__('cv2').imencode('.png', np.full((200, 200, 3), 128, np.uint8))[1].tobytes())
     done = subprocess.run([sys.executable, 'run.py', str(blank)], capture_output=True, text=True, cwd=tmp_path)
