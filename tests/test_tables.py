@@ -170,14 +170,16 @@ def typed_sentences():
     assert sum(100*s>20 for s in decoder['seeds'])==2 and sum(s==0 for s in decoder['seeds'])==2
     wrong = recorded('regions', 'decoder, masks of others', 'small regions', 'iou_gain')
     mirror, flipped = (recorded('mirror', row, 'two-sided')['points'] for row in ('SSAA', 'flipped top to bottom'))
-    worse = [-recorded('quality', row, 'degraded alike')['points']['value'] for row in ('mapping', 'shuffled quality', 'label SVR')]
+    worse = {c: [-recorded('quality', row, c)['points']['value'] for row in ('mapping', 'shuffled quality', 'label SVR')]
+        for c in ('degraded alike', 'degraded widely')}
+    by = {c: f'{c} by {min(w):.1f} to {max(w):.1f}' for c, w in worse.items()}
     codec = {row: [recorded('codec', row, c) for c in ('as trained', 'at c40')] for row in ('plain, degraded', 'agreement', 'without agreement')}
     lost = [f"{100*(before['value']-after['value']):.0f}" for before, after in codec.values()]
     visible = codec['plain, degraded'][1]['visible']
     return [('32_local_similarity', f'two of five trainings learned to mark the forgery, one a little, and two marked nothing: {gained} on average'),
         ('32_local_similarity', f"never gets beyond {np.ceil(100*max(wrong['seeds'])-.5):.0f}"), ('tutorials/what_helps', f'two of five trainings learned it, one a little and two not at all: {gained} of IoU'),
         ('20_ssaa', f"by {mirror['value']:+.1f} points [{mirror['low']:+.1f}, {mirror['high']:+.1f}], where the control has {flipped['value']:+.1f}"),
-        ('23_deepfidelity', f'degraded alike by {min(worse):.1f} to {max(worse):.1f} points'),
+        ('23_deepfidelity', f"{by['degraded alike']} points, {by['degraded widely']}"),
         ('41_lisiam', f'the plain network some {lost[0]} points, the other two {lost[1]} and {lost[2]}: no difference could be seen, and one of {visible:.1f} points would have been'),
         ('57_experiments_lisiam', f'only a gain of {visible:.1f} points would have been seen')]
 
