@@ -75,7 +75,7 @@ def test_bundled_detectors_come_from_the_package_only(saved, tmp_path, monkeypat
         shutil.copytree(saved, package/'deepfidelity')
         write_checksums(package/'deepfidelity')
         change(package/'deepfidelity')
-        with pytest.raises(WeightsError, match='is missing or was changed'): load('deepfidelity')
+        with pytest.raises(WeightsError, match='is missing, new or changed'): load('deepfidelity')
 
 def test_a_copy_of_a_bundled_detector_is_checked_too(tmp_path):
     "By its checksums where it has them, and for settings that are gone, which would not be those it was trained with"
@@ -86,7 +86,7 @@ def test_a_copy_of_a_bundled_detector_is_checked_too(tmp_path):
     shutil.copytree(hub.BUNDLED_DIR/'lisiam', tmp_path/'copy')
     assert load(tmp_path/'copy').size==load('lisiam').size
     change(lambda about: about['config'].pop('size'))
-    with pytest.raises(WeightsError, match='was changed .* copy the folder again'): load(tmp_path/'copy')
+    with pytest.raises(WeightsError, match='changed .* copy the folder again'): load(tmp_path/'copy')
     (tmp_path/'copy'/'SHA256SUMS').unlink()
     with pytest.raises(WeightsError, match="has no setting 'size'"): load(tmp_path/'copy')
     change(lambda about: about['config'].update(size=224))

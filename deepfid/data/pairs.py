@@ -262,8 +262,8 @@ def _read_copy(manifest, folder, transform, by_row)->Manifest:
         f'of other rows than those of {manifest.name}'
     if not other and 'content' in copy.table:
         digests = zip(copy.table['path'], copy.table['content'])
-        changed = [path for path, digest in digests if file_hash(folder/path)[:16]!=digest]
-        if changed: other = f'of which {changed[0]} was changed since'
+        edited = [path for path, digest in digests if file_hash(folder/path)[:16]!=digest]
+        if edited: other = f'of which {edited[0]} was changed since'
     for i in () if other else {0, len(manifest)-1}: # rows are all alike: two of them tell
         if not np.array_equal(copy.image(i), transform(manifest.image(i), *([i] if by_row else []))):
             other = 'of other images, or by another transform'
