@@ -804,3 +804,10 @@ def test_tampered_checksums_and_training_states_are_refused_in_one_line(request,
     for _ in range(n):
         (tmp_path/'training.json').write_text(mutate(config, rng))
         assert not attempt(read_checkpoint, tmp_path/'training.pt', config)
+
+def test_rates_of_photographs_beside_a_video_say_so():
+    from deepfid.inference.decisions import DecisionRule, error_rates_sentence
+    known, unknown = DecisionRule(.3, .6, .05, .2), DecisionRule(.5, .5)
+    said = 'single photographs'
+    assert said in error_rates_sentence(known, video=True) and said not in error_rates_sentence(known)
+    assert said in error_rates_sentence(known, dict(london=.1), video=True) and said not in error_rates_sentence(unknown, video=True)

@@ -143,7 +143,8 @@ def error_rates_sentence(
     elif measured: text = 'On people that it was not trained on, it was wrong for '+', '.join(
         f'{100*rate:.0f} % of {name} faces' for name, rate in measured.items())+'.'
     else: text = 'How often it is wrong was not measured.'
-    if video: text += " That was on single photographs; for the mean of a video's frames it is not known."
+    if video and (measured or None not in (alarms, misses)):
+        text += " That was on single photographs; for the mean of a video's frames it is not known."
     return text+(f' {rule.note[0].upper()}{rule.note[1:]}.' if rule.note else '')
 
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0n10
