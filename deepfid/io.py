@@ -163,13 +163,43 @@ def _profile_to_srgb(image):
         return converted or image
     except Exception: return image # of a profile that cannot be used: the numbers are taken as sRGB, as if it had none
 
+def _srgb_levels(light):
+    "8-bit sRGB of linear light in [0, 1]"
+    light = np.clip(light, 0, 1)
+    return np.rint(255*np.where(light <= .0031308, 12.92*light, 1.055*light**(1/2.4)-.055)).astype(np.uint8)
+
 def _gamma_to_srgb(pixels, info):
     "Convert the pixels of a PNG that names a gamma of its own and no colour space to sRGB, as browsers do"
     gamma = info.get('gamma', 0)
     if not .1 < gamma < 2 or 'srgb' in info or info.get('icc_profile') or abs(2.2*gamma-1) < .05: return pixels
-    light = (np.arange(256)/255)**(1/gamma)
-    levels = np.where(light <= .0031308, 12.92*light, 1.055*light**(1/2.4)-.055)
-    return np.rint(255*levels).astype(np.uint8)[pixels]
+    return _srgb_levels((np.arange(256)/255)**(1/gamma))[pixels]
+
+# ITU-T H.273: colour primaries -> their linear RGB in that of sRGB; transfer functions of ordinary images and of light
+_PRIMARIES = {1: np.eye(3), 2: np.eye(3),
+    9: [[1.6605, -.5876, -.0728], [-.1246, 1.1329, -.0083], [-.0182, -.1006, 1.1187]], # BT.2020
+    12: [[1.2249, -.2249, 0], [-.0421, 1.0421, 0], [-.0196, -.0786, 1.0983]]} # Display P3
+_SDR_TRANSFERS, _LINEAR = (1, 2, 4, 6, 13, 14, 15), 8
+
+def _png_coding(image):
+    "Colour primaries and transfer function (ITU-T H.273) of a PNG with a cICP chunk, which Pillow passes over; or None"
+    if image.format != 'PNG': return None
+    file, start, coding = image.fp, image.fp.tell(), None
+    file.seek(8)
+    while coding is None and len(head := file.read(8)) == 8 and head[4:] != b'IDAT':
+        if head[4:] == b'cICP': coding = tuple(file.read(2))
+        else: file.seek(int.from_bytes(head[:4], 'big')+4, os.SEEK_CUR)
+    file.seek(start)
+    return coding
+
+def _coding_to_srgb(pixels, primaries, transfer):
+    "Convert pixels to sRGB from the colours that a cICP chunk names"
+    if primaries not in _PRIMARIES or transfer not in (*_SDR_TRANSFERS, _LINEAR):
+        raise ImageError(f'its colours are those of HDR or of film (cICP {primaries}, {transfer}); '
+            'save it as an ordinary JPEG or PNG')
+    if primaries in (1, 2) and transfer != _LINEAR: return pixels
+    levels = np.arange(256, dtype=np.float32)/255
+    if transfer != _LINEAR: levels = np.where(levels <= .04045, levels/12.92, ((levels+.055)/1.055)**2.4)
+    return _srgb_levels(levels[pixels]@np.transpose(_PRIMARIES[primaries]))
 
 # %% ../nbs/lib/io.ipynb #io000015
 # of tags and sizes that are odd: an image is read, or its error says why it was not
@@ -199,12 +229,14 @@ def _decode(file, name, max_pixels, background):
     if image is None or image.width*image.height > max_pixels:
         raise ImageError(f'{name}: {size} pixels, more than max_pixels={max_pixels:,}; refused before decoding. '
             'Shrink it, or pass a larger max_pixels if you trust it')
+    coding = _png_coding(image)
     if image.format == 'TIFF': _silence_libtiff()
     with image:
         image.load()
         try: orientation = image.getexif().get(0x0112, 1)
         except Exception: orientation = 1            # a broken EXIF block does not make the pixels unreadable
-        pixels = _gamma_to_srgb(to_uint8(_profile_to_srgb(image), background), image.info)
+        pixels = to_uint8(image if coding else _profile_to_srgb(image), background)
+        pixels = _coding_to_srgb(pixels, *coding) if coding else _gamma_to_srgb(pixels, image.info)
         return np.ascontiguousarray(_EXIF_TRANSFORMS.get(orientation, lambda a: a)(pixels))
 
 def _read_error(e, name):

@@ -215,6 +215,28 @@ def test_the_gamma_of_a_png_is_heard(gamma):
     info.add(b'sRGB', b'\0')
     np.testing.assert_array_equal(with_profile(Image.fromarray(a), None, pnginfo=info), a)
 
+def with_coding(a, primaries, transfer, **options):
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add(b'cICP', bytes([primaries, transfer, 0, 1]))
+    info.add_text('comment', 'before and after')
+    Image.fromarray(a).save(file, 'PNG', pnginfo=info, **options)
+    return file.getvalue()
+
+def test_the_colours_that_a_png_codes_are_heard():
+    "A cICP chunk counts before an ICC profile; P3 of a telephone comes out as with its profile, HDR is refused in one line"
+    a, p3 = ramp(), icc_profile(PRIMARIES['p3'], CURVES['p3'])
+    expected = with_profile(Image.fromarray(a), p3).astype(int)
+    assert np.abs(expected-a).max()>4 and np.abs(read_image(with_coding(a, 12, 13))-expected).max()<=1
+    np.testing.assert_array_equal(read_image(with_coding(a, 1, 13, icc_profile=p3)), a)
+    linear = np.rint(255*srgb_encode(a/255))
+    assert np.abs(read_image(with_coding(a, 1, 8))-linear).max()<=1
+    for coding in ((9, 16), (9, 18), (12, 99), (250, 13)):
+        with pytest.raises(ImageError, match=f'image of .* bytes: .*cICP {coding[0]}, {coding[1]}') as e: read_image(with_coding(a, *coding))
+        assert '\n' not in str(e.value)
+    cut = with_coding(a, 12, 13)
+    for n in range(30, 90): # in and around the chunk
+        with pytest.raises(ImageError): read_image(cut[:n])
+
 def test_grey_transparent_palette_and_cmyk_images_with_profiles():
     a, grey = ramp(), icc_profile(None, CURVES['grey'], b'GRAY')
     p3, expected = icc_profile(PRIMARIES['p3'], CURVES['p3']), None

@@ -143,8 +143,12 @@ def test_the_printed_program_runs_as_printed(format, packages, saved, photograph
         assert done.returncode==0 and float(done.stdout.split()[0])==pytest.approx(want.fidelity, abs=4e-3), (name, done.stderr)
     if format=='onnx':
         Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path/'deep.png')
-        done = subprocess.run([sys.executable, 'run.py', 'deep.png'], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode==1 and done.stderr.strip()=='give a photograph with 8 bits a channel'
+        coded = PngImagePlugin.PngInfo()
+        coded.add(b'cICP', bytes([9, 16, 0, 1]))
+        plain.save(tmp_path/'hdr.png', pnginfo=coded)
+        for name in ('deep.png', 'hdr.png'):
+            done = subprocess.run([sys.executable, 'run.py', name], capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode==1 and done.stderr.strip()=='give a photograph with 8 bits a channel and colours in sRGB'
     blank = tmp_path/'blank.png'
     blank.write_bytes(__import__('cv2').imencode('.png', np.full((200, 200, 3), 128, np.uint8))[1].tobytes())
     done = subprocess.run([sys.executable, 'run.py', str(blank)], capture_output=True, text=True, cwd=tmp_path)
