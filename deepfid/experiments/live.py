@@ -45,7 +45,7 @@ def live_pairs(
         split_seed=0, **settings)
 
 # %% ../../nbs/lib/experiments.live.ipynb #liv00009
-LIVE_SETTINGS:dict[str, Any] = dict(size=112, bs=16, steps=25, lr=1e-3, shift=2, ema=None, seed=0, # of any detector
+LIVE_SETTINGS:dict[str, Any] = dict(size=96, bs=16, steps=20, lr=2e-3, shift=2, ema=None, seed=0, # of any detector
     crop_align=FACE_CROP['align'], crop_margin=FACE_CROP['margin'])
 
 class LiveCurve(EpochTable):
