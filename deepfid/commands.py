@@ -332,6 +332,7 @@ def _is_main_process():
 # %% ../nbs/lib/commands.ipynb #com0r18
 def _quality_source(source):
     "The rows of a table or of a folder's images, and the folder of their paths"
+    from deepfid.core import DeepfidError
     from deepfid.data.manifest import read_manifest_csv
     from deepfid.io import media_kind
     from deepfid.quality.measures import folder_table
@@ -342,7 +343,9 @@ def _quality_source(source):
         for path in unnamed: print_error(f'{path}: its name is not UTF-8, which no table can hold; rename it')
         print_passed_over([p for p in passed_over if p not in unnamed], 'no image')
         return table, Path(source)
-    return read_manifest_csv(source), Path(source).parent
+    table = read_manifest_csv(source)
+    if not len(table): raise DeepfidError(f'{source}: no rows; a table needs at least one image')
+    return table, Path(source).parent
 
 def _measured(table, folder, measure, report, name):
     "Measure the images of a table, with a bar where somebody looks"
@@ -351,8 +354,7 @@ def _measured(table, folder, measure, report, name):
     from deepfid.data.manifest import refuse_rows
     from deepfid.io import header_problem
     from deepfid.quality.measures import measure_files
-    problem = header_problem(list(table), ('path',)) or ('' if len(table) else 'no images; give at least one')
-    if problem: raise DeepfidError(f'{name}: {problem}')
+    if problem := header_problem(list(table), ('path',)): raise DeepfidError(f'{name}: {problem}')
     refuse_rows(table, table['path']=='', str(name), 'path', 'every row needs an image')
     for path in table['path']: print_animation_note(folder/path)
     with tqdm(total=len(table), unit='face', disable=not sys.stderr.isatty()) as bar:

@@ -174,6 +174,7 @@ def _gamma_to_srgb(pixels, info):
     if not .1 < gamma < 2 or 'srgb' in info or info.get('icc_profile') or abs(2.2*gamma-1) < .05: return pixels
     return _srgb_levels((np.arange(256)/255)**(1/gamma))[pixels]
 
+# %% ../nbs/lib/io.ipynb #io000074
 # ITU-T H.273: colour primaries -> their linear RGB in that of sRGB; transfer functions of ordinary images and of light
 _PRIMARIES = {1: np.eye(3), 2: np.eye(3),
     9: [[1.6605, -.5876, -.0728], [-.1246, 1.1329, -.0083], [-.0182, -.1006, 1.1187]], # BT.2020

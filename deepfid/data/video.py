@@ -111,8 +111,8 @@ def write_video(
     "Write images as an H.264 video, atomically"
     check_number('fps', fps, 0, 1000, above=True)
     pixels = (np.ascontiguousarray(getattr(i, 'image', i)) for i in images)
-    first, rate = next(pixels, None), Fraction(fps).limit_denominator(1001)
-    if first is None: raise VideoError(f'{path}: no images to write')
+    rate = Fraction(fps).limit_denominator(1001)
+    first = check_image(f'{path}: the first of its images', next(pixels, None))
     def frames():
         for k, image in enumerate(itertools.chain([first], pixels)):
             if check_image(f'{path}: image {k}', image).shape!=first.shape:
