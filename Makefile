@@ -6,8 +6,8 @@ DATA ?=
 DEMO_FLAGS ?=
 # A Python >= 3.11 to build the environment with; empty = look for one
 PYTHON ?=
-# How many processes run pytest
-PY_WORKERS ?= 2
+# How many processes run pytest: one more than two cores, since some tests wait for a command, a page or a signal
+PY_WORKERS ?= 3
 # How many notebooks are tested at a time, and which (a notebook or a folder)
 NB_WORKERS ?= 2
 NB ?= nbs
@@ -22,8 +22,9 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # The environment is up to date if this file exists: its name is a checksum of all that decides what is installed, and where.
 READY := $(VENV)/.ready-$(firstword $(shell (cat settings.ini setup.py constraints.txt; pwd) | cksum))
-# One thread to each process, or two workers fight over two cores; `agg` draws without a screen.
-NBENV := PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 MPLBACKEND=agg
+# One thread to each process, or two workers fight over two cores; `agg` draws without a screen; what a step of training has freed
+# is kept for the next one (glibc gives it back and asks for it anew: a twentieth of the time).
+NBENV := PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 MPLBACKEND=agg MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
 .PHONY: help setup demo bundle check test test-notebooks test-python lab export docs site run clean
 .DEFAULT_GOAL := help

@@ -620,7 +620,7 @@ def test_what_a_folder_has_besides_images_is_counted(tmp_path, capsys):
 
 def test_a_result_is_not_resumed_from_its_own_folder(tmp_path, capsys):
     from deepfid.testing import tiny_manifest
-    manifest = tiny_manifest().folder/'manifest.csv'
+    manifest = tiny_manifest((4, 2, 2), 64).folder/'manifest.csv'
     one_line(run(capsys, 'train', manifest, '--out', tmp_path/'m', '--resume', tmp_path/'m'), 'is the folder of the result too')
     assert not (tmp_path/'m').exists()
 

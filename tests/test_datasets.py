@@ -432,7 +432,7 @@ def test_what_rounding_leaves_goes_to_the_largest_share(shares, sizes):
 
 def test_a_copy_that_was_edited_is_not_used_again(tmp_path):
     from deepfid.testing import tiny_manifest
-    m = tiny_manifest()
+    m = tiny_manifest((8, 4, 4), 64)
     copy = map_images(m, lambda image: 255-image, tmp_path/'copy')
     assert map_images(m, lambda image: 255-image, tmp_path/'copy').table.equals(copy.table)
     middle = tmp_path/'copy'/copy.table['path'][len(copy)//2]
@@ -442,7 +442,7 @@ def test_a_copy_that_was_edited_is_not_used_again(tmp_path):
 def test_one_image_is_not_both_real_and_fake(tmp_path):
     from deepfid.data.manifest import Manifest
     from deepfid.testing import tiny_manifest
-    m = tiny_manifest()
+    m = tiny_manifest((8, 4, 4), 64)
     train = m.table.index[m.table['split']=='train']
     a, b = (next(i for i in train if m.table['label'][i]==k) for k in (1, 0))
     map_images(m, lambda image: image, tmp_path/'copy')
@@ -461,7 +461,7 @@ def test_a_list_of_test_videos_that_are_not_there(tmp_path):
 def test_a_video_is_in_one_split(tmp_path):
     from deepfid.data.manifest import check_identities
     from deepfid.testing import tiny_manifest
-    table = tiny_manifest().table.copy()
+    table = tiny_manifest((8, 4, 4), 64).table.copy()
     real = table.index[table['label']==1]
     a, b = (next(i for i in real if table['split'][i]==s) for s in ('train', 'test'))
     table.loc[[a, b], 'video'] = 'clip-1'

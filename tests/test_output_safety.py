@@ -136,7 +136,7 @@ def test_a_report_is_replaced_by_one_of_its_kind_only(tmp_path):
         with pytest.raises(DeepfidError, match='was not written by deepfid'): check_score_outputs(**{option: file})
 
 def test_a_folder_is_no_file(tmp_path):
-    for write in (lambda: write_atomically(tmp_path, b'x'), lambda: tiny_manifest().save(tmp_path)):
+    for write in (lambda: write_atomically(tmp_path, b'x'), lambda: tiny_manifest((8, 4, 4), 64).save(tmp_path)):
         with pytest.raises(DeepfidError, match='is a folder; name a file'): write()
 
 def test_the_second_file_of_openvino_is_left_alone(capsys, tmp_path):
@@ -295,12 +295,12 @@ def test_files_of_a_claimed_folder_that_somebody_changed_are_left_alone(tmp_path
 
 def test_a_manifest_is_saved_over_a_manifest_only(tmp_path):
     (tmp_path/'thesis.txt').write_text('on the label of faces')
-    with pytest.raises(DeepfidError, match='thesis.txt: exists already'): tiny_manifest().save(tmp_path/'thesis.txt')
+    with pytest.raises(DeepfidError, match='thesis.txt: exists already'): tiny_manifest((8, 4, 4), 64).save(tmp_path/'thesis.txt')
     typed = 'path,label,identity,split\nphoto.jpg,1,anna,train\n' # by hand: what is saved has all columns
     (tmp_path/'typed.csv').write_text(typed)
-    with pytest.raises(DeepfidError, match='typed.csv: exists already'): tiny_manifest().save(tmp_path/'typed.csv')
+    with pytest.raises(DeepfidError, match='typed.csv: exists already'): tiny_manifest((8, 4, 4), 64).save(tmp_path/'typed.csv')
     assert (tmp_path/'typed.csv').read_text()==typed
-    for _ in range(2): tiny_manifest().save(tmp_path/'m.csv')
+    for _ in range(2): tiny_manifest((8, 4, 4), 64).save(tmp_path/'m.csv')
 
 @pytest.mark.parametrize('name, text', [('scores.csv', 'source,kind,face,mine\n1,2,3,4\n'), ('results.csv', 'epoch,time,train/box_loss\n1,2,3\n'),
     ('quality.csv', 'file,note\na.jpg,the quality_measure that I like\n'), ('london.zip', 'a thesis')])
@@ -343,7 +343,7 @@ def test_checksums_and_records_of_a_training_leave_files_alone(tmp_path):
 
 def test_copies_by_another_transform_are_not_read(tmp_path):
     from deepfid.data.pairs import map_images
-    m = tiny_manifest()
+    m = tiny_manifest((8, 4, 4), 64)
     def darker(image): return image//2
     def lighter(image): return 255-image//2
     assert map_images(m, darker, tmp_path/'copy').key()==map_images(m, darker, tmp_path/'copy').key()
