@@ -20,6 +20,8 @@ def __getattr__(name):
     from importlib import import_module
     return getattr(import_module(f'{__name__}.{_LAZY[name]}'), name)
 
+def __dir__()->list[str]: return sorted({*globals(), *_LAZY})
+
 def run_command()->int:
     "Run the `deepfid` command, as its script does: Ctrl-C is one line also while the modules of `cli` are imported"
     try:

@@ -365,10 +365,11 @@ def _measured(table, folder, measure, report, name):
 def _save_quality(table, folder, out, labels):
     "Write a table with its new columns, and say what is in them"
     from deepfid.data.manifest import csv_text
-    from deepfid.io import report_write_errors, write_atomically
+    from deepfid.io import header_mark, report_write_errors, write_atomically
     from deepfid.quality.measures import QUALITY_MARK, moved_paths
     for column in {'path', 'mask'}&set(table): table[column] = moved_paths(table[column], folder, out.parent)
-    with report_write_errors(out): write_atomically(out, csv_text(table), QUALITY_MARK)
+    mark = header_mark(list(table), QUALITY_MARK)
+    with report_write_errors(out): write_atomically(out, csv_text(table), mark)
     def span(values): return f'{values.min():.3f} to {values.max():.3f}'
     known = table[table['quality'].notna()]
     lines = [f"{out}: quality of {len(known)} of {len(table)} faces ({known['quality_measure'].iloc[0]}), "
@@ -385,8 +386,11 @@ def quality_command(args:Namespace)->dict:
     check_output_file(args.out, ('.csv',), [args.source], QUALITY_MARK)
     check_input(args.source)
     from deepfid.core import DeepfidError
+    from deepfid.io import check_overwrite, header_mark
     import numpy as np
     table, folder = _quality_source(args.source)
+    new = ['quality', 'quality_measure', *(['fidelity'] if args.map else [])]
+    check_overwrite(args.out, header_mark([*table, *new], QUALITY_MARK)) # before anything is measured
     quality = np.full(len(table), np.nan) if args.measure else known_quality(table, args.source)
     labels = known_labels(table, args.source) if args.map else None
     given = bool(np.isfinite(quality).any())
@@ -565,10 +569,10 @@ def score_command(args:Namespace)->dict:
     from deepfid.inference.hub import (DEFAULT_DETECTOR, find_detector, list_offered, measured_accuracy,
         measured_rates, saved_detector_name)
     from deepfid.inference.results import ResultsFile, ScoredFile, write_csv
-    from deepfid.io import missing_file_problem
+    from deepfid.io import claim_folder, missing_file_problem
     sources, names = expand_sources(args.sources), args.detector or [DEFAULT_DETECTOR]
     check_score_outputs(args.results, args.csv, args.report, sources)
-    if args.explain: check_output_folder(args.explain)
+    if args.explain: claim_folder(args.explain, 'explanations')
     offered, left_out = list_offered() if 'all' in names else ([], [])
     for line in left_out: print_error(line)
     folders = {n: find_detector(n) for name in names for n in (name=='all' and offered or [name])}
@@ -751,20 +755,25 @@ def _manifest(name, folder, pairs=None, size=112):
 
 def _short_name(manifest): return Path(manifest).resolve().parent.name if manifest.endswith('.csv') else manifest
 
-def _manifests(names, folder, pairs=None, size=112):
-    "Read manifests, by short name: that of generated faces, or the folder of the file"
+def _manifests(names, folder, pairs=None, size=112, kind=None):
+    "Read manifests, by short name: of generated faces, or the folder of the file; then claim the folder of results"
     from deepfid.core import DeepfidError
+    from deepfid.io import claim_folder
     for n in names:
         if n.endswith('.csv'): check_input(n)
     short_names = [_short_name(n) for n in names]
     if len(set(short_names))<len(names):
         raise DeepfidError(
             'two manifests lie in folders of the same name: rename one, since columns are named after them')
-    return {short: _manifest(n, folder, pairs, size) for short, n in zip(short_names, names)}
+    read = {n: _manifest(n, folder, pairs, size) for n in names if n.endswith('.csv')} # nothing is made if one is wrong
+    if kind: claim_folder(folder, kind)
+    made = {n: _manifest(n, folder, pairs, size) for n in names if n not in read}
+    return {short: (read|made)[n] for short, n in zip(short_names, names)}
 
 # %% ../nbs/lib/commands.ipynb #com0n27
 # what earlier files of a table hold
-TABLE_MARKS = {'.json': b'"versions"', '.md': b'Trained and tested on', '.svg': b'written by deepfid'}
+TABLE_MARKS = {'.json': b'"versions"', '.md': re.compile(rb'\A\*\*[^\n]+\*\*\n.*Trained and tested on', re.S),
+    '.svg': b'written by deepfid'}
 
 def save_table(
     run:Any,      # `TableRun` that has been run
@@ -795,7 +804,7 @@ def table_command(args:Namespace)->dict:
     from deepfid.experiments.runner import TableRun, run_tables
     def log(line): print(line, file=sys.stderr, flush=True)
     overrides = dict(args.set or [])|(dict(epochs=args.epochs) if args.epochs else {})
-    manifests = _manifests(args.manifest, args.out, args.pairs, args.size)
+    manifests = _manifests(args.manifest, args.out, args.pairs, args.size, 'tables')
     runs = [TableRun(t, manifests, args.seeds, args.preset, args.out, log, **overrides) for t in tables]
     done = [save_table(run, args.out) for run in run_tables(runs, args.jobs, args.engine)]
     if len(done)==1: return done[0]
@@ -824,14 +833,16 @@ def save_image(
 def figure_command(args:Namespace)->dict:
     "Make a figure of the papers from a manifest, with a trained detector where it needs one"
     check_output_file(args.out, FIGURE_SUFFIXES)
-    from deepfid.core import DeepfidError
+    from deepfid.core import DeepfidError, check_choice
     from deepfid.experiments.registry import get_figure
     from deepfid.inference.hub import find_detector, load, saved_detector_name
     figure = get_figure(args.name)
     if figure.max_detectors and not args.detector:
         raise DeepfidError(f'figure {args.name!r} needs a trained detector: give --detector')
     given = [d for d in (args.detector, args.baseline)[:figure.max_detectors] if d]
-    for d in given: saved_detector_name(find_detector(d))
+    for d in given:
+        name = saved_detector_name(find_detector(d))
+        if figure.detectors: check_choice(f'figure {args.name}: detector', name, figure.detectors)
     [manifest] = _manifests([args.manifest], args.out.parent).values()
     made = figure(manifest, *map(load, given))
     if hasattr(made, 'dtype'): save_image(made, args.out)
@@ -873,12 +884,9 @@ def open_command(
     return f'{install}{python} -m {package} {shlex.quote(str(folder))}'
 
 def notebooks_command(args:Namespace)->dict:
-    "Copy the tutorial notebooks to a folder, without replacing any"
-    from deepfid.core import DeepfidError
+    "Copy the tutorial notebooks to a new folder"
     from deepfid.io import report_write_errors, write_atomically
-    found, folder = list_tutorials(), Path(args.folder)
-    existing = [p.name for p in found if (folder/p.name).exists()]
-    if existing: raise DeepfidError(f'{folder/existing[0]}: exists already and may hold your work; name another folder')
+    found, folder = list_tutorials(), check_new_folder(args.folder)
     with report_write_errors(folder, 'name another folder'):
         saved = [str(write_atomically(folder/p.name, p.read_bytes())) for p in found]
     return dict(saved=str(folder), files=saved, text='\n'.join([*saved, f'open them with: {open_command(folder)}']))

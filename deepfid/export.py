@@ -193,7 +193,7 @@ def runtime_snippet(
         f'MODEL, YUNET = {str(path)!a}, {str(yunet_path())!a}; cv2.utils.logging.setLogLevel(2); {read}',
         'try: image = ImageOps.exif_transpose(Image.open(sys.argv[1]))',
         "except (IndexError, OSError): sys.exit('give a photograph that Pillow can read')",
-        "coded = b'cICP' in open(sys.argv[1], 'rb').read(9999).partition(b'IDAT')[0]", # a PNG's colours, of HDR mostly
+        "coded = b'cICP' in open(sys.argv[1], 'rb').read().partition(b'IDAT')[0]", # a PNG's colours, of HDR mostly
         "if image.mode[0] in 'IF' or coded: sys.exit('give a photograph with 8 bits a channel and colours in sRGB')",
         "info, image = image.info, image.convert('L' if image.mode=='L' else 'RGBA')",
         "profile = info.get('icc_profile', b''); g = 0 if profile or 'srgb' in info else info.get('gamma', 0)",

@@ -242,7 +242,7 @@ def test_options_of_score(capsys, photos, model, tmp_path, monkeypatch):
     (tmp_path/'notes.txt').write_text('no')
     status, out, err = run(capsys, 'score', tmp_path, '--model', model, '--explain', tmp_path/'why', '--threshold', '.01', '--device', 'cpu')
     assert status==0 and out.count('(threshold 0.010)')==2 and out.count('  no manipulation found  ')==2 and '1 file that is neither image nor video was passed over' in err
-    assert [p.name[2:10]!='' and p.name.endswith('-face1-deepfidelity.jpg') for p in sorted((tmp_path/'why').iterdir())]==[True]*2
+    assert [p.name[2:10]!='' and p.name.endswith('-face1-deepfidelity.jpg') for p in sorted((tmp_path/'why').glob('*.jpg'))]==[True]*2
     status, out, _ = run(capsys, 'score', tmp_path/'*.j*', '--model', model, '--json')    # a pattern that the shell left
     assert status==0 and [os.path.basename(json.loads(line)['source']) for line in out.splitlines()]==['0.jfif', '1.jpg']
     expected = json.loads(out.splitlines()[0])['faces']
@@ -618,6 +618,26 @@ def test_what_a_folder_has_besides_images_is_counted(tmp_path, capsys):
     (mixed/'named.otherwise').write_bytes(content[:300])
     assert run(capsys, 'forge', mixed, '--out', tmp_path/'none')[0]==1 and not (tmp_path/'none').exists()
 
+def test_maps_of_the_bundled_detector(capsys, photos, tmp_path):
+    "As its help has it"
+    status, out, err = run(capsys, 'maps', '--detector', 'deepfidelity', photos[0], '--out', tmp_path/'m.jpg')
+    assert status==0 and (tmp_path/'m.jpg').is_file() and not error_lines(err)
+
+def test_a_figure_of_another_detector_is_refused_before_any_face_is_made(capsys, tmp_path):
+    one_line(run(capsys, 'figure', 'blocks', '--detector', 'lisiam', '--manifest', 'gone.csv', '--out', tmp_path/'f.png'), "detector='lisiam'", 'deepfidelity')
+
+def test_no_name_is_no_detector(capsys, photos):
+    one_line(run(capsys, 'score', photos[0], '--detector', ''), "'': neither a detector")
+
+@pytest.mark.parametrize('closed, status, words', [(0, 1, 'standard input: is empty'), (1, 0, ''), (2, 0, 'fidelity')])
+def test_streams_that_whoever_started_us_has_closed(photos, model, closed, status, words):
+    source = '-' if closed==0 else str(photos[0])
+    code = f'import os, sys; os.close({closed}); os.execv(sys.executable, [sys.executable, "-m", "deepfid", "score", {source!r}, "--model", {str(model)!r}])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode==status and 'Traceback' not in done.stderr, done.stderr
+    if closed==0: assert words in done.stderr
+    if closed==2: assert str(photos[0]) in done.stdout and not done.stderr
+
 def test_a_result_is_not_resumed_from_its_own_folder(tmp_path, capsys):
     from deepfid.testing import tiny_manifest
     manifest = tiny_manifest((4, 2, 2), 64).folder/'manifest.csv'
@@ -709,11 +729,11 @@ def test_exports_of_two_detectors_of_one_kind_are_two_files(capsys, model, tmp_p
 def test_an_explanation_that_cannot_be_written_costs_only_itself(capsys, photos, model, tmp_path):
     options = ['--model', model, '--explain', tmp_path/'out']
     assert run(capsys, 'score', photos[0], *options)[0]==0
-    [own] = (tmp_path/'out').iterdir()
+    [own] = (tmp_path/'out').glob('*.jpg')
     own.write_text('notes')
     status, out, err = run(capsys, 'score', *photos[:2], *options)
     assert status==1 and len(error_lines(err))==1 and own.name in err and str(photos[1]) in out
-    assert own.read_text()=='notes' and len([*(tmp_path/'out').iterdir()])==2
+    assert own.read_text()=='notes' and len([*(tmp_path/'out').glob('*.jpg')])==2
 
 def test_a_threshold_and_error_rates_are_not_given_together(capsys, photos, model):
     one_line(run(capsys, 'score', photos[0], '--model', model, '--threshold', .5, '--false-alarms', .1), 'give one or the other')

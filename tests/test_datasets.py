@@ -316,6 +316,13 @@ def test_deepfakebench_in_and_out(tmp_path):
     same = ['label', 'identity', 'donor', 'split', 'method', 'video', 'frame']
     assert sorted(map(tuple, again.table[same].to_numpy()))==sorted(map(tuple, m.table[same].to_numpy()))
 
+def test_photographs_are_listed_for_deepfakebench_as_videos_of_one_frame(tmp_path):
+    from deepfid.testing import tiny_manifest
+    m = tiny_manifest((8, 4, 4), 64)
+    again = read_deepfakebench(write_deepfakebench(m, tmp_path/'list.json'))
+    assert len(again)==len(m) and again.table['label'].sum()==m.table['label'].sum()
+    assert {os.path.basename(p) for p in again.table['path']}=={os.path.basename(p) for p in m.table['path']}
+
 def test_deepfakebench_lists_test_videos_in_training_too(tmp_path):
     for name in 'ab': write_image(tmp_path/f'{name}.png')
     entry = lambda f: dict(label='', frames=[f])

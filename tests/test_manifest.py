@@ -4,7 +4,7 @@ import cv2, numpy as np, pandas as pd, pytest, torch
 from deepfid.core import DeepfidError, ManifestError
 from deepfid.data.loaders import FaceDataset, dataloaders
 from deepfid.data import manifest
-from deepfid.data.manifest import Manifest, equal_files, split_identities
+from deepfid.data.manifest import Manifest, csv_text, equal_files, person_key, read_manifest_csv, split_identities
 from deepfid.data.pairs import build_pairs, synthetic_sources
 
 @pytest.fixture(scope='module')
@@ -157,6 +157,15 @@ def test_masks_show_where_real_and_fake_differ(built):
         d = np.abs(built.image(i).astype(int)-built.image(j)).mean(-1)
         m = built.mask(j)
         assert built.mask(i).max()==0 and d[m>.5].mean()>3*d[cv2.dilate(m, np.ones((17, 17)))==0].mean()
+
+def test_names_with_a_carriage_return_are_read_back(tmp_path):
+    table = pd.DataFrame(dict(path=['a\r.png', 'b.png', 'c\r\n.png', 'd"\r.png'], note=['', 'x\ry', 'z', '1,2']))
+    (tmp_path/'t.csv').write_bytes(csv_text(table).encode())
+    read = read_manifest_csv(tmp_path/'t.csv')
+    assert read['path'].tolist()==table['path'].tolist() and read['note'].tolist()==table['note'].tolist()
+
+def test_a_number_of_a_person_is_one_name_however_a_spreadsheet_writes_it():
+    assert person_key('10')==person_key('10.0')==person_key(' 10.00') and len({person_key(n) for n in ('10', '1', 'v1.0', '10.5', '100')})==5
 
 def test_the_same_whatever_the_number_of_workers(tmp_path):
     a, b = (build_pairs(synthetic_sources(15, 2, seed=5), tmp_path/str(w), pairs=(8, 2, 2), size=64, workers=w) for w in (1, 2))

@@ -6,6 +6,7 @@ from PIL import Image
 from deepfid.cli import COMMANDS, build_parser, main
 from deepfid.commands import check_score_outputs
 from deepfid.core import DeepfidError
+from deepfid.data.manifest import Manifest
 from deepfid.evaluate.report import Report
 from deepfid.io import (FILE_MARK, FOLDER_KINDS, MARKER_FILE, InlineImage, atomic_folder, check_replaceable, claim_folder, mark_folder,
     replace_in_folder, write_atomically)
@@ -103,8 +104,46 @@ def test_table_and_notebooks_leave_files_alone(capsys, tmp_path):
         folder.mkdir()
         (folder/name).write_text('{"my": "own"}')
         if name.startswith('table'): refused(capsys, ['table', 'ablation', '--manifest', 'gone.csv', '--out', folder], name, 'not written by deepfid')
-        else: refused(capsys, ['notebooks', folder], name)
+        else: refused(capsys, ['notebooks', folder], 'exists already')
         assert content(folder)=={name: b'{"my": "own"}'}
+
+@pytest.mark.parametrize('argv', [['notebooks', '{}'], ['table', 'ablation', '--manifest', 'synthetic', '--out', '{}'], ['score', '{}/thesis.png', '--explain', '{}']])
+def test_files_of_somebody_are_not_mixed_with_ours(capsys, tmp_path, argv):
+    photo(tmp_path/'papers'/'thesis.png')
+    before = content(tmp_path)
+    refused(capsys, [a.format(tmp_path/'papers') for a in argv], 'papers', 'folder')
+    assert content(tmp_path)==before
+
+def test_explanations_are_added_to_earlier_ones(capsys, tmp_path):
+    from deepfid.data.london import london_faces
+    face = photo(tmp_path/'a.png')
+    Image.fromarray(london_faces(expressions='neutral')[0].image).save(face)
+    for _ in range(2): assert main(['score', str(face), '--explain', str(tmp_path/'out'/'ex')])==0
+    assert len(list((tmp_path/'out'/'ex').glob('*.jpg')))==1
+
+def test_a_page_that_was_edited_is_not_replaced(tmp_path):
+    page = tmp_path/'p.html'
+    for _ in range(2): Report('one \udce9', kind='scores').save(page)
+    ours = page.read_bytes()
+    for edited in (ours+b'<p>mine', ours.replace(b'one', b'two'), ours.replace(b'<!-- sha256', b'<p>mine</p><!-- sha256')):
+        page.write_bytes(edited)
+        with pytest.raises(DeepfidError, match='p.html: exists already and was changed since deepfid wrote it'): Report('three', kind='scores').save(page)
+        assert page.read_bytes()==edited
+
+def test_columns_that_somebody_added_are_kept(capsys, tmp_path):
+    m, path = tiny_manifest((8, 4, 4), 64), tmp_path/'m.csv'
+    for _ in range(2): m.save(path)
+    larger = Manifest(m.table.assign(score=.5), m.folder)
+    for _ in range(2): larger.save(path) # has all columns of the one before
+    with pytest.raises(DeepfidError, match='m.csv: exists already'): m.save(path)
+    for i in range(3): photo(tmp_path/'crops'/f'{i}.png', i)
+    argv = ['quality', tmp_path/'crops', tmp_path/'q.csv']
+    assert main([str(a) for a in argv])==0
+    text = (tmp_path/'q.csv').read_text()
+    (tmp_path/'q.csv').write_text(''.join(f'{line},my note\n' for line in text.splitlines()))
+    before = content(tmp_path)
+    refused(capsys, argv, 'q.csv', 'exists already')
+    assert content(tmp_path)==before
 
 def test_quality_leaves_files_alone(capsys, tmp_path):
     for i in range(3): photo(tmp_path/'crops'/f'{i}.png', i)

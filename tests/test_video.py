@@ -575,3 +575,29 @@ def test_people_who_change_places_keep_their_tracks(data, leaves):
 def test_one_face_is_never_embedded(clip):
     def embed(*a): raise AssertionError
     assert len(track_shots([clip[0].image], embed=embed))==1
+
+@pytest.mark.parametrize('transfer', [16, 18])
+def test_hdr_of_telephones_becomes_srgb(tmp_path, transfer):
+    "BT.2020 with PQ or HLG, ten bits: an ordinary white stays white, and the copies that we compress have these colours too"
+    from test_core import in_hdr
+    a = np.zeros((96, 128, 3), np.uint8)
+    a[...] = np.mgrid[:96, :128].transpose(1, 2, 0)[..., [0, 1, 1]]*[2, 2, 1]
+    levels = np.clip(in_hdr(a, transfer), 0, 1)
+    y = levels@[.2627, .678, .0593]
+    planes = 64+876*y, 512+896*(levels[..., 2]-y)[::2, ::2]/1.8814, 512+896*(levels[..., 0]-y)[::2, ::2]/1.4746
+    frame = av.VideoFrame(128, 96, 'yuv420p10le')
+    for plane, values in zip(frame.planes, planes):
+        rows = np.zeros((plane.height, plane.line_size//2), '<u2')
+        rows[:, :plane.width] = np.rint(values)
+        plane.update(rows.tobytes())
+    with av.open(str(tmp_path/'hdr.mp4'), 'w') as out:
+        stream = out.add_stream('libx264', rate=25, options={'crf': '4'})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, 'yuv420p10le'
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace = 9, transfer, 9
+        frame.pts = 0
+        for packet in [*stream.encode(frame), *stream.encode()]: out.mux(packet)
+    [seen] = sample_frames(tmp_path/'hdr.mp4', 1)
+    assert np.abs(seen.image.astype(int)-a).mean()<4
+    [copy] = sample_frames(compress_video(tmp_path/'hdr.mp4', tmp_path/'copy.mp4', 4), 1)
+    assert np.abs(copy.image.astype(int)-a).mean()<6

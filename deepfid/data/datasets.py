@@ -712,8 +712,10 @@ def write_deepfakebench(
     split_names = {v: k for k, v in DEEPFAKEBENCH_SPLITS.items()}
     labels = {v: k for k, v in DEEPFAKEBENCH_METHODS.items()}
     content, columns = {}, ['dataset', 'method', 'split', 'video']
+    stems = manifest.table['path'].map(lambda path: Path(path).stem) # a photograph stands as a video of one frame
+    table = manifest.table.assign(video=manifest.table['video'].where(manifest.table['video']!='', stems))
     def files(names): return [(manifest.folder/p).absolute().as_posix() for p in names if p]
-    for key, rows in manifest.table.groupby(columns, sort=False):
+    for key, rows in table.groupby(columns, sort=False):
         name, method, split, video = map(str, key if isinstance(key, tuple) else (key,))
         label = f'{name}_real' if method=='real' else labels.get(method, method)
         splits = content.setdefault(name, {}).setdefault(label,

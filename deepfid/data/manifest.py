@@ -9,6 +9,7 @@ __all__ = ['SPLITS', 'REQUIRED_COLUMNS', 'OPTIONAL_COLUMNS', 'TEXT_COLUMNS', 'SA
            'Manifest', 'split_identities', 'split_sources']
 
 # %% ../../nbs/lib/data.manifest.ipynb #d7ed0f6e
+import csv
 import hashlib
 import os
 import re
@@ -24,7 +25,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from ..core import Face, ManifestError, check_array, check_choice, check_number
-from ..io import escape_formula, file_hash, header_problem, read_image, unescape_formula, write_atomically
+from ..io import (escape_formula, file_hash, header_mark, header_problem, read_image, unescape_formula,
+    write_atomically)
 
 # %% ../../nbs/lib/data.manifest.ipynb #32a8f603
 SPLITS = ('train', 'valid', 'test')
@@ -121,7 +123,11 @@ def csv_text(
     table:pd.DataFrame, # any
 )->str:
     "Format a table as CSV, in which no text is taken for a formula"
-    return table.map(escape_formula).to_csv(index=False, lineterminator='\n')
+    escaped = table.map(escape_formula)
+    options:dict[str, Any] = dict(index=False, lineterminator='\n')
+    lone = escaped.map(lambda cell: isinstance(cell, str) and '\r' in cell).to_numpy().any() # pandas does not quote it
+    if not lone: return escaped.to_csv(**options)
+    return escaped.iloc[:0].to_csv(**options)+escaped.to_csv(header=False, quoting=csv.QUOTE_ALL, **options)
 
 # %% ../../nbs/lib/data.manifest.ipynb #e42f6c4d
 def person_key(
@@ -129,7 +135,8 @@ def person_key(
 )->str: # the same for 'P010', 'p010 ', full-width and invisible characters, and for both ways to write an accent
     "Reduce the name of a person to what names are compared by"
     visible = (c for c in unicodedata.normalize('NFKC', str(name)) if unicodedata.category(c)!='Cf')
-    return ' '.join(''.join(visible).casefold().split())
+    words = ' '.join(''.join(visible).casefold().split())
+    return re.sub(r'^(\d+)\.0+$', r'\1', words) # of a column of numbers with a gap, spreadsheets make 10.0 of 10
 
 def check_rows(
     table:pd.DataFrame, # as `typed_table` returns it
@@ -308,9 +315,9 @@ class Manifest:
     def save(self,
         csv:str|Path|None=None, # path; default: manifest.csv in its folder
     )->Path:
-        "Write the table atomically; a file there is replaced if it begins as a manifest that was saved"
+        "Write the table atomically; a manifest that is there is replaced if all its columns are in this one"
         csv = Path(csv or self.folder/'manifest.csv')
-        write_atomically(csv, csv_text(self.table), SAVED_MANIFEST)
+        write_atomically(csv, csv_text(self.table), header_mark(list(self.table), SAVED_MANIFEST))
         return csv
 
     def where(self,

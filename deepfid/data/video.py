@@ -29,7 +29,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from deepfid.core import (DeepfidError, Face, NoFaceError, check_choice, check_image, check_number,
     raise_as)
-from ..io import _EXIF_TRANSFORMS, FILE_MARK, missing_file_problem, write_atomically
+from ..io import (_EXIF_TRANSFORMS, FILE_MARK, HDR_TRANSFERS, IMAGE_FORMATS, coding_to_srgb,
+    missing_file_problem, write_atomically)
 from .faces import (CROP_MARGIN, FaceDetection, box_distance, crop_face,
     default_face_finder)
 from .mask import ssim_map
@@ -111,8 +112,8 @@ def write_video(
     "Write images as an H.264 video, atomically"
     check_number('fps', fps, 0, 1000, above=True)
     pixels = (np.ascontiguousarray(getattr(i, 'image', i)) for i in images)
-    rate = Fraction(fps).limit_denominator(1001)
-    first = check_image(f'{path}: the first of its images', next(pixels, None))
+    first, rate = next(pixels, None), Fraction(fps).limit_denominator(1001)
+    if first is None: raise VideoError(f'{path}: no images to write')
     def frames():
         for k, image in enumerate(itertools.chain([first], pixels)):
             if check_image(f'{path}: image {k}', image).shape!=first.shape:
@@ -150,7 +151,7 @@ def _file_problem(path)->str|None:
 def _format_problem(path)->str:
     "Why FFmpeg could not open a file"
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return f'is an image ({image.format}), not a video; read it with read_image'
     except Exception: # whatever Pillow makes of a file that is no image
         return ('is no video in a known format (MP4, MOV, MKV, WebM, AVI, MPEG, FLV, WMV, Ogg), or '
@@ -160,7 +161,8 @@ def _format_problem(path)->str:
 def _stream_problem(container, streams, max_pixels)->str|None:
     "Why the video stream of an open file is not decoded"
     if not streams:
-        return f"has no video stream; it holds {', '.join({s.type for s in container.streams})}"
+        held = ', '.join(sorted({s.type for s in container.streams})) or 'nothing'
+        return f'has no video stream; it holds {held}'
     context = streams[0].codec_context
     if context is None: return 'its codec is unknown here; convert it to H.264'
     if context.width*context.height*max(1, _pixel_aspect(streams[0]))>max_pixels:
@@ -315,8 +317,11 @@ def upright_image(
     "Convert a decoded frame to an upright image with square pixels"
     check_number('aspect', float(aspect), 0, above=True)
     untagged = frame.colorspace==_UNTAGGED
-    image = frame.to_ndarray(format='rgb24', width=max(1, round(frame.width*aspect)),
+    hdr = frame.color_primaries==9 and frame.color_trc in HDR_TRANSFERS
+    image = frame.to_ndarray(format='rgb48le' if hdr else 'rgb24',
+        width=max(1, round(frame.width*aspect)),
         src_colorspace=_colorspace(frame.width, frame.height) if untagged else None)
+    image = coding_to_srgb(image, frame.color_primaries, frame.color_trc) # HDR, and wide colours
     return np.ascontiguousarray(_EXIF_TRANSFORMS.get(_orientation(frame), lambda a: a)(image))
 
 # %% ../../nbs/06_video.ipynb #1a4a07d4
@@ -690,7 +695,9 @@ def _keeps_pixels(frame, aspect)->bool:
     "Is a frame upright, its pixels square, its colours those of an untagged file of its size?"
     matrix = (1,) if _colorspace(frame.width, frame.height) else (5, 6) # BT.709, or BT.601's two
     full_range = frame.color_range==ColorRange.JPEG or frame.format.name.startswith('yuvj')
-    return (_orientation(frame)==1 and aspect==1 and not full_range
+    probe = np.zeros((1, 1, 3), np.uint8)
+    ordinary = coding_to_srgb(probe, frame.color_primaries, frame.color_trc) is probe
+    return (_orientation(frame)==1 and aspect==1 and not full_range and ordinary
         and frame.colorspace in (*matrix, _UNTAGGED))
 
 # %% ../../nbs/06_video.ipynb #5d3c1ex1

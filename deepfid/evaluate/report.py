@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from .metrics import confusion_matrix, reliability_curve, roc_curve
-from ..io import FILE_MARK, InlineImage, report_mark, write_atomically
+from ..io import FILE_MARK, InlineImage, report_mark, sign_page, write_atomically
 from ..plotting import FAKE, GRID, INK, REAL, figure_svg, new_figure
 if TYPE_CHECKING: from numpy.typing import ArrayLike
 
@@ -254,7 +254,7 @@ class Report:
 
     def save(self, path:str|Path)->str|Path: # the path
         "Write the page atomically"
-        write_atomically(path, self.html(), report_mark(self.kind))
+        write_atomically(path, sign_page(self.html()), report_mark(self.kind))
         return path
 
     def _add(self, part):

@@ -320,17 +320,18 @@ ranges_table = Table('ranges', 'Accuracy by image quality (Table 6)',
 
 # %% ../../nbs/55_experiments_deepfidelity.ipynb #28110cdc
 def block_maps(
-    model:Any,      # `SSAAFormer`
+    model:Any,      # `SSAAFormer` or `SSAALite0`
     x:torch.Tensor, # (1,3,H,W)
     n:int=15,       # number of blocks, from the first
 )->list[np.ndarray]:# (h,w) each, 0 to 1
     "Compute the first blocks' outputs: mean absolute value over channels, min-max scaled"
-    blocks = [b for i in range(1, 5) for b in getattr(model, f'blocks{i}')][:n]
+    stages = getattr(model, 'blocks', None) or [getattr(model, f'blocks{i}') for i in range(1, 5)]
+    blocks = [b for stage in stages for b in stage][:n]
     maps, hooks = [], []
     def keep(_, __, out): maps.append(out[0].abs().mean(0).float().cpu().numpy())
     for b in blocks: hooks.append(b.register_forward_hook(keep))
     try:
-        with torch.no_grad(): model.eval().stage_maps(x)
+        with torch.no_grad(): model.eval()(x)
     finally:
         for h in hooks: h.remove()
     return [(m-m.min())/max(np.ptp(m), 1e-9) for m in maps]
@@ -354,7 +355,6 @@ def block_maps_figure(
 )->np.ndarray:    # uint8 RGB
     "Show the maps of a real and of a fake test face in the first blocks"
     check_choice('figure blocks: detector', detector.name, (DeepFidelity.name,))
-    check_choice('figure blocks: arch', detector.config.arch, tuple(SSAAFORMER_CONFIGS))
     rows, _, test = example_faces(manifest)
     return np.concatenate([block_maps_image(detector, test.image(i)) for i in rows[:2]])
 

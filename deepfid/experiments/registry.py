@@ -74,6 +74,7 @@ class FigureSpec:
     title:str
     function:Callable|str  # (manifest, *detectors) -> uint8 RGB image or matplotlib Figure; or 'module:attribute'
     max_detectors:int = 1  # that it takes; 0: needs none
+    detectors:tuple[str, ...] = () # of which it can be made; default: any
 
     def __call__(self,
         manifest,   # `Manifest`: its test faces are shown
@@ -84,7 +85,8 @@ class FigureSpec:
         return function(manifest, *detectors)
 
 _FIGURES:dict[str, FigureSpec] = {f.name: f for f in (
-    FigureSpec('blocks', 'Feature maps of the first blocks (DeepFidelity, Figure 4)', _D+'block_maps_figure'),
+    FigureSpec('blocks', 'Feature maps of the first blocks (DeepFidelity, Figure 4)', _D+'block_maps_figure',
+        detectors=('deepfidelity',)),
     FigureSpec('masks', 'DIFF mask, SSIM map and SSIM mask beside the exact mask (LiSiam, Figure 3)',
         _F+'masks_figure', 0),
     FigureSpec('degradations', 'Combinations of resizing, compression and blur (LiSiam, Figure 4)',

@@ -67,10 +67,10 @@ def find_detector(
 )->Path: # folder; a bundled one was verified
     "Return the folder of a trained detector"
     folder = Path(root or BUNDLED_DIR)/str(name)
-    if isinstance(name, str) and Path(name).name==name and folder.is_dir():
+    if isinstance(name, str) and Path(name).name==name!='' and folder.is_dir():
         verify_checksums(folder)
         return folder
-    if Path(str(name)).is_dir() and name not in list_detectors():
+    if name!='' and Path(str(name)).is_dir() and name not in list_detectors():
         if Path(name, CHECKSUM_FILE).exists(): # a copy of a bundled one
             verify_checksums(name, f'copy the folder again, or delete {CHECKSUM_FILE} if the change is yours')
         return Path(name)
@@ -78,7 +78,7 @@ def find_detector(
     raise WeightsError(
         f'{name}: no trained weights of that name are installed; train a detector (deepfid demo, deepfid train) '
         f'and give its folder' if name in [*known, 'all'] else
-        f"{name}: neither a detector ({', '.join(known)}) nor a folder that one was saved to")
+        f"{name or repr(name)}: neither a detector ({', '.join(known)}) nor a folder that one was saved to")
 
 def _read_saved(path):
     "Read a JSON file of a saved detector; {} where it holds anything but named values"

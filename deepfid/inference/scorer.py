@@ -229,8 +229,8 @@ class Scorer:
             if path and _file_state(path)!=state:
                 file.sha256 = ''
                 raise ImageError(f'{name}: was changed while it was read; score it again')
-            if not crops: file.error = (f'{name}: no face found; is there an upright face, large enough? '
-                '--rotate auto tries all turns')
+            if not crops: file.error = f'{name}: no face found; is there an upright face, large enough?'
+            if not crops and file.kind=='image' and self.rotate=='off': file.error += ' --rotate auto tries all turns'
         except (DataMissingError, WeightsError): raise # not the file's fault: without a face finder no file can be read
         except Exception as e: # decoders of broken files raise anything
             crops, file.error = [], _error_line(name, path, e)
