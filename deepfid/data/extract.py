@@ -542,7 +542,8 @@ def extract_dataset(
     causes = {cause: int(k) for cause, k in log['cause'].dropna().value_counts().items()}
     gave_none = f'; no face of {failed+left_out} ({describe_causes(log)})' if failed+left_out else ''
     reasons = f"; each with its reason: {Path(out)/'skipped.csv'}" if len(log) else ''
-    counts = f'{count_phrase(clips)} found: {len(table)} faces of {n-failed-left_out}{gave_none}{reasons}'
+    faces = f'{len(table)} face' + 's'*(len(table)!=1)
+    counts = f'{count_phrase(clips)} found: {faces} of {n-failed-left_out}{gave_none}{reasons}'
     return dict(saved=str(saved), log=str(Path(out)/'skipped.csv'), text='\n'.join([*lines[:-1], counts, lines[-1]]),
         clips=n, faces=len(table), failed=failed, causes=causes, skipped=len(log),
         seconds=round(time.perf_counter()-started, 1), status=3 if failed else 0)
