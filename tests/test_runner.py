@@ -311,3 +311,8 @@ def test_command_refuses_in_one_line(argv, message, capsys, tmp_path):
 def test_command_wrong_usage(options, capsys):
     with pytest.raises(SystemExit) as e: cli.main(['table', 'intra', '--manifest', 'synthetic', *options])
     assert e.value.code==2 and 'error:' in capsys.readouterr().err
+
+def test_a_control_that_lacks_quality_is_refused_before_any_training(manifests, tmp_path):
+    bare = Manifest(manifests['x'].table.assign(quality=np.nan), manifests['x'].folder)
+    with pytest.raises(DeepfidError, match='no quality to shuffle'): TableRun(get_table('ablation'), {'x': bare}, 1, 'tiny', tmp_path, lambda line: None)
+    assert not (tmp_path/'cells').exists()

@@ -21,7 +21,8 @@ from ..core import DeepfidError, check_choice, get_preset
 from ..data.manifest import Manifest
 from ..evaluate.metrics import average_over_seeds, localisation_report, score_face_mask, video_scores
 from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, premise_lines,
-    margin_of_mean, row_verdict, shuffle_labels, smallest_difference, starting_weights, training_length, validation_auc)
+    margin_of_mean, row_verdict, shuffle_labels, shuffle_quality, smallest_difference, starting_weights,
+    training_length, validation_auc)
 from .provenance import describe_code, describe_machine, describe_run, source_hash
 from ..io import file_hash, mark_folder, read_json, to_json, write_json
 from ..parallel import limit_threads, map_processes, map_ray
@@ -540,6 +541,8 @@ class TableRun(TableScores):
         self._refuse(self._unequal_trainings())
         for row in self.table.rows:
             if row.check: row.check()
+            if row.change is shuffle_quality:
+                for c in self.columns: shuffle_quality(self.manifests[c.train])
 
     def _refuse(self, problems):
         if problem := next(problems, None): raise DeepfidError(f'table {self.table.name!r}: {problem}')
