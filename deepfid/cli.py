@@ -406,8 +406,12 @@ def main(
     argv:Sequence[str]|None=None # arguments; None: those of the process
 )->int: # exit status: 0 done, 1 an input was wrong, 2 wrong usage, 3 some clips gave no face, 130 interrupted
     "Run the `deepfid` command"
-    for name in ('stdin', 'stdout', 'stderr'): # closed by whoever started the process
-        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'r' if name=='stdin' else 'w'))
+    # closed by whoever started the process
+    if sys.stdin is None: sys.stdin = open(os.devnull)
+    if sys.stderr is None: sys.stderr = open(os.devnull, 'w')
+    if sys.stdout is None:
+        print('deepfid: standard output is closed; send it to a file, or to /dev/null', file=sys.stderr, flush=True)
+        return 1
     for stream in (sys.stdout, sys.stderr): # cp1252 or ASCII: what it has no character for is escaped
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='backslashreplace')
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -322,6 +322,11 @@ def test_photographs_are_listed_for_deepfakebench_as_videos_of_one_frame(tmp_pat
     again = read_deepfakebench(write_deepfakebench(m, tmp_path/'list.json'))
     assert len(again)==len(m) and again.table['label'].sum()==m.table['label'].sum()
     assert {os.path.basename(p) for p in again.table['path']}=={os.path.basename(p) for p in m.table['path']}
+    rows = [dict(path=f'{person}/{kind}/001.png', label=int(kind=='real'), identity=person, split=split, method='real' if kind=='real' else 'swap')
+        for person, split in zip('xyz', ('train', 'valid', 'test')) for kind in ('real', 'fake')]
+    for row in rows: (tmp_path/row['path']).parent.mkdir(parents=True, exist_ok=True); (tmp_path/row['path']).write_bytes(os.urandom(40))
+    again = read_deepfakebench(write_deepfakebench(Manifest(pd.DataFrame(rows), tmp_path), tmp_path/'alike.json'))
+    assert len(again)==6 and sorted(again.table['split'])==sorted(r['split'] for r in rows) # files of one name in several folders
 
 def test_deepfakebench_lists_test_videos_in_training_too(tmp_path):
     for name in 'ab': write_image(tmp_path/f'{name}.png')

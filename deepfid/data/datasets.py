@@ -712,8 +712,9 @@ def write_deepfakebench(
     split_names = {v: k for k, v in DEEPFAKEBENCH_SPLITS.items()}
     labels = {v: k for k, v in DEEPFAKEBENCH_METHODS.items()}
     content, columns = {}, ['dataset', 'method', 'split', 'video']
-    stems = manifest.table['path'].map(lambda path: Path(path).stem) # a photograph stands as a video of one frame
-    table = manifest.table.assign(video=manifest.table['video'].where(manifest.table['video']!='', stems))
+    def video_name(path): return Path(path).with_suffix('').as_posix().replace('/', '-')
+    names = manifest.table['path'].map(video_name) # a photograph stands as a video of one frame
+    table = manifest.table.assign(video=manifest.table['video'].where(manifest.table['video']!='', names))
     def files(names): return [(manifest.folder/p).absolute().as_posix() for p in names if p]
     for key, rows in table.groupby(columns, sort=False):
         name, method, split, video = map(str, key if isinstance(key, tuple) else (key,))
