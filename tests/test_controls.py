@@ -213,8 +213,8 @@ def test_table_over_all_at_toy_size(tmp_path):
         'SSAA, mirror off', 'mapping', 'shuffled quality', 'agreement', 'without agreement') # each kind of row once
     table = replace(whole, rows=[r for r in whole.rows if r.name in kinds], controls={k: v for k, v in whole.controls.items() if k in kinds})
     m = demo_pairs('synthetic', tmp_path/'faces', 16, size=64, workers=1)
-    def make(steps, **epochs): return TableRun(table, {'synthetic': m}, 1, 'tiny', tmp_path/'cache', lambda line: None, train_steps=steps, size=64, bs=4, **epochs)
-    for steps, run in ((8, make(8)), (6, make(6, epochs=3))): # the second one is run: fewer epochs, of more steps each
+    def make(table, steps, **epochs): return TableRun(table, {'synthetic': m}, 1, 'tiny', tmp_path/'cache', lambda line: None, train_steps=steps, size=64, bs=4, **epochs)
+    for steps, run in ((8, make(whole, 8)), (6, make(whole, 6, epochs=3)), (6, make(table, 6, epochs=3))): # the last one is run: fewer epochs, of more steps each
         assert {run.training_length(r, run.columns[0].train)['steps'] for r in run.table.rows if r.detector}=={steps}
     record = run.run().record()
     assert set(record['start'].values())=={'ImageNet'} and not set(record['steps'].values())-{0, 6}

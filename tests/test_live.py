@@ -30,12 +30,12 @@ def test_nobody_is_in_two_splits():
     assert set(pairs.table['method']) == {'real', *LIVE_METHODS} and pairs is live_pairs((12, 4, 4))
 
 def test_short_training_says_what_it_learned(capsys):
-    settings = LIVE_SETTINGS|dict(size=64, steps=4, epochs=2) # what a longer one learns is tested in the lessons
+    settings = LIVE_SETTINGS|dict(size=80, steps=20, epochs=2)
     live = train_live(LocalSimilarity(backbone='efficientnet_lite0', use_llsm=False, use_flm=False, **settings),
-        live_pairs((60, 10, 20)))
+        live_pairs((160, 10, 40)))
     printed = capsys.readouterr().out
     assert printed == f'{live}\n' and LINE.fullmatch(printed.strip()) # no bar, no curve, where nobody looks
-    assert 0 <= live.auc.low <= live.auc.value and len(live.rows) == 2 and len(live.fidelity) == 40
+    assert live.auc.low > .5 and len(live.rows) == 2 and len(live.fidelity) == 80
     assert live.compare(live)['difference'] == dict(value=0, low=0, high=0)
     assert live.test.table['method'].iloc[live.examples()].iloc[0] == 'real'
 
