@@ -10,6 +10,7 @@ __all__ = ['EXPORT_FORMATS', 'METADATA_FILE', 'DetectorGraph', 'detector_graph',
 import io, logging, re, tempfile, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import torch
@@ -115,6 +116,9 @@ def _traced(graph, detector, batch):
     "The graph as a program of torch.export"
     example = torch.zeros(2 if batch=='dynamic' else int(batch), 3, detector.size, detector.size)
     shapes = ({0: torch.export.Dim('batch', min=1)},) if batch=='dynamic' else None
+    graph = deepcopy(graph)
+    for module in graph.modules(): # ONNX has no writing in place: to resolve it takes as long as all the rest
+        if getattr(module, 'inplace', False): module.inplace = False
     with raise_as(DeepfidError, f'{detector.name}: its network cannot be exported'), torch.no_grad():
         return torch.export.export(graph, (example,), dynamic_shapes=shapes)
 

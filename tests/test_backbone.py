@@ -172,8 +172,10 @@ def test_other_networks_come_from_the_hub(timm, monkeypatch):
     with pytest.raises(WeightsError, match='resnet18: its pretrained weights could not be fetched'): create_backbone('resnet18', pretrained=True)
     with pytest.raises(TypeError): create_backbone('resnet18', pretrained=True, no_such_option=1)
     with pytest.raises(WeightsError, match='there are no pretrained weights'): create_backbone('ssaaformer_tiny', pretrained=True)
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **k: (name, pretrained, k))
-    assert create_backbone('resnet18', pretrained=True)==('resnet18', True, dict(features_only=True))
+    asked, network = [], made('resnet18', features_only=True)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **k: asked.append((name, pretrained, k)) or network)
+    assert create_backbone('resnet18', pretrained=True) is network
+    assert asked[-1]==('resnet18', True, dict(features_only=True))
 
 @pytest.mark.parametrize('make, message', [(lambda: Xception(last='fc'), "last='fc'"), (lambda: Xception(destride=('block4',)), "destride='block4'"),
     (lambda: xception('huge'), "'tiny'"), (lambda: create_backbone('resnet5000'), "no backbone 'resnet5000'"), (lambda: create_backbone('xception_tiny', stages=('block13',)), "stage='block13'")])

@@ -1,4 +1,5 @@
 "Detectors as one graph: torch.export and ONNX files, with and without masks"
+from pathlib import Path
 import numpy as np, pytest, torch
 
 from deepfid.core import DeepfidError
@@ -127,34 +128,38 @@ def test_the_printed_program_runs_as_printed(format, packages, saved, photograph
     fidelity, _, decision = done.stdout.strip().partition(' ')
     [want] = deepfid.score(photograph, saved)[0].faces[0].scores
     assert done.returncode==0 and float(fidelity)==pytest.approx(want.fidelity, abs=1e-3) and decision==want.decision and not done.stderr, done.stderr
+
+def test_the_printed_program_reads_what_deepfid_reads(saved, photograph, capsys, tmp_path, monkeypatch):
+    "How a photograph is read is the same text in every format, and for every crop rule"
+    import subprocess, sys, cv2, deepfid
+    if 'box' in str(DeepFidelity.load(saved).crop_rule): pytest.skip('one crop rule shows it')
     from PIL import Image, PngImagePlugin
     from test_core import CURVES, PRIMARIES, icc_profile
+    for p in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(p)
+    monkeypatch.chdir(tmp_path)
+    Path('run.py').write_text(export(capsys, saved, '--format', 'onnx')[1])
+    def run(name): return subprocess.run([sys.executable, 'run.py', name], capture_output=True, text=True)
     image = Image.open(photograph).convert('RGBA')
     image.putalpha(Image.linear_gradient('L').resize(image.size).point(lambda v: 255-v//6)) # colours of another space, and partly transparent
-    image.save(tmp_path/'p3.png', icc_profile=icc_profile(PRIMARIES['p3'], CURVES['p3']))
-    plain, gamma = Image.open(photograph).convert('RGB'), PngImagePlugin.PngInfo()
+    image.save('p3.png', icc_profile=icc_profile(PRIMARIES['p3'], CURVES['p3']))
+    plain, gamma, coded = Image.open(photograph).convert('RGB'), PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
     gamma.add(b'gAMA', (100_000).to_bytes(4, 'big')) # light as it is: far from sRGB
-    plain.save(tmp_path/'gamma.png', pnginfo=gamma)
-    plain.save(tmp_path/'broken.jpg', quality=95, icc_profile=b'no profile')
-    plain.convert('L').save(tmp_path/'grey.png')
-    for name in ('p3.png', 'gamma.png', 'broken.jpg', 'grey.png') if format=='onnx' else ('p3.png',):
-        done = subprocess.run([sys.executable, 'run.py', name], capture_output=True, text=True, cwd=tmp_path)
+    plain.save('gamma.png', pnginfo=gamma)
+    plain.save('broken.jpg', quality=95, icc_profile=b'no profile')
+    plain.convert('L').save('grey.png')
+    for name in ('p3.png', 'gamma.png', 'broken.jpg', 'grey.png'):
+        done = run(name)
         [want] = deepfid.score(tmp_path/name, saved)[0].faces[0].scores
         assert done.returncode==0 and float(done.stdout.split()[0])==pytest.approx(want.fidelity, abs=4e-3), (name, done.stderr)
-    if format=='onnx':
-        Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path/'deep.png')
-        coded = PngImagePlugin.PngInfo()
-        coded.add(b'cICP', bytes([9, 16, 0, 1]))
-        plain.save(tmp_path/'hdr.png', pnginfo=coded)
-        for name in ('deep.png', 'hdr.png'):
-            done = subprocess.run([sys.executable, 'run.py', name], capture_output=True, text=True, cwd=tmp_path)
-            assert done.returncode==1 and done.stderr.strip()=='give a photograph with 8 bits a channel and colours in sRGB'
-    blank = tmp_path/'blank.png'
-    blank.write_bytes(__import__('cv2').imencode('.png', np.full((200, 200, 3), 128, np.uint8))[1].tobytes())
-    done = subprocess.run([sys.executable, 'run.py', str(blank)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode==1 and done.stderr.strip()=='no face found'
-    done = subprocess.run([sys.executable, 'run.py', 'nowhere.jpg'], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode==1 and done.stderr.strip().endswith('give a photograph that Pillow can read')
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save('deep.png')
+    coded.add(b'cICP', bytes([9, 16, 0, 1]))
+    plain.save('hdr.png', pnginfo=coded)
+    cv2.imwrite('blank.png', np.full((200, 200, 3), 128, np.uint8))
+    refused = {'deep.png': 'give a photograph with 8 bits a channel and colours in sRGB', 'blank.png': 'no face found',
+        'hdr.png': 'give a photograph with 8 bits a channel and colours in sRGB', 'nowhere.jpg': 'give a photograph that Pillow can read'}
+    for name, line in refused.items():
+        done = run(name)
+        assert done.returncode==1 and done.stderr.strip()==line
 
 def test_a_file_says_what_it_is(saved, capsys, tmp_path):
     import hashlib, json

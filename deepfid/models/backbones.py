@@ -19,7 +19,8 @@ import deepfid
 from ..core import (DataMissingError, DeepfidError, WeightsError, check_choice,
     install_hint, raise_as)
 from ..io import file_hash, read_safetensors
-from .layers import SeparableConv2d, XceptionBlock, round_channels
+from deepfid.models.layers import (SeparableConv2d, XceptionBlock, replace_depthwise,
+    round_channels)
 from .registry import get_detector_class, list_detectors
 
 # %% ../../nbs/30_backbones.ipynb #fcb517a9
@@ -229,7 +230,8 @@ BACKBONE_ALIASES = dict(efficientnet_lite0='tf_efficientnet_lite0')
 def _timm_network(name, pretrained, **kwargs)->nn.Module:
     "Create a network of timm, where wanted with the weights that timm's hub has for it"
     import timm
-    def make(pretrained): return timm.create_model(name, pretrained=pretrained, **kwargs)
+    def make(pretrained):
+        return replace_depthwise(timm.create_model(name, pretrained=pretrained, **kwargs))
     if not pretrained: return make(False)
     if name=='tf_efficientnet_lite0':
         return _load_matching(make(False), efficientnet_lite0_weights(),

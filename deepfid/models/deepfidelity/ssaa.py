@@ -9,7 +9,7 @@ __all__ = ['SSAA', 'MirrorMix', 'FoldedMirrorMix', 'add_mirror_mix']
 import torch
 from torch import nn
 from ...core import check_choice
-from ..layers import scale_conv
+from ..layers import DepthwiseConv2d, scale_conv
 
 # %% ../../../nbs/20_ssaa.ipynb #f8d6a2b3
 class SSAA(nn.Module):
@@ -22,7 +22,7 @@ class SSAA(nn.Module):
         super().__init__()
         self.weights = check_choice('weights', weights, ('softmax', 'free', None))
         self.conv1 = nn.Conv2d(dim, dim, 1)
-        self.attn = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size//2, groups=dim)
+        self.attn = DepthwiseConv2d(dim, dim, kernel_size, padding=kernel_size//2, groups=dim)
         self.conv2 = nn.Conv2d(dim, dim, 1)
         if weights is not None:
             self.w = nn.Parameter(torch.full((2,), 1. if weights=='softmax' else .5))
