@@ -1059,6 +1059,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'deepfid/experiments/deepfidelity.py'),
                                                   'deepfid.experiments.deepfidelity._bands_row': ( 'experiments_deepfidelity.html#_bands_row',
                                                                                                    'deepfid/experiments/deepfidelity.py'),
+                                                  'deepfid.experiments.deepfidelity._blocks_row': ( 'experiments_deepfidelity.html#_blocks_row',
+                                                                                                    'deepfid/experiments/deepfidelity.py'),
                                                   'deepfid.experiments.deepfidelity._mixing': ( 'experiments_deepfidelity.html#_mixing',
                                                                                                 'deepfid/experiments/deepfidelity.py'),
                                                   'deepfid.experiments.deepfidelity._quality_row': ( 'experiments_deepfidelity.html#_quality_row',

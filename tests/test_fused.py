@@ -12,7 +12,7 @@ from deepfid.models.deepfidelity.ssaaformer import SSAAFormer, ssaaformer_tiny
 
 SMALL = dict(depths=(2,1,1,1), dims=(16,16,32,32), head_dim=16)
 KINDS = dict(scaled=dict(layer_scale=1e-6), stem=dict(conv_stem=True), free=dict(ssaa_weights='free', ssaa_blocks=3), plain=dict(ssaa_blocks=0),
-    heads=dict(aux_head=True), grey=dict(in_chans=1), headless=dict(num_classes=0))
+    heads=dict(aux_head=True), grey=dict(in_chans=1), headless=dict(num_classes=0), vertical=dict(axis=-2))
 
 @pytest.fixture(autouse=True)
 def inference():

@@ -7,6 +7,7 @@ import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from deepfid.core import DeepfidError, WeightsError
 from deepfid.models.deepfidelity.checkpoint import load_checkpoint
+from deepfid.models.deepfidelity.ssaa import SSAA
 from deepfid.models.deepfidelity.ssaaformer import SSAAFormer, TokenOutput, SSAAFORMER_CONFIGS, checkpoint_filter_fn, random_box, register_with_timm, ssaaformer_tiny, swap_box
 
 
@@ -141,6 +142,19 @@ def test_filter_unwraps_and_drops_heads():
     missing, extra = m.load_state_dict(got, strict=False)
     assert not extra and sorted(missing)==['aux_head.bias','aux_head.weight','head.bias','head.weight']
     assert torch.equal(m.norm.weight, other.norm.weight)
+
+def test_the_control_flips_from_top_to_bottom():
+    torch.manual_seed(0)
+    mirrored, control, x = SSAA(8), SSAA(8, axis=-2), torch.randn(2, 8, 6, 6)
+    control.load_state_dict(mirrored.state_dict())
+    assert torch.allclose(control(x.transpose(2, 3)), _transposed(mirrored)(x).transpose(2, 3), atol=1e-6)
+    assert {b.axis for b in SSAAFormer(**SMALL, axis=-2).modules() if isinstance(b, SSAA)}=={-2}
+    with pytest.raises(DeepfidError, match='axis=0'): SSAA(8, axis=0)
+
+def _transposed(block):
+    "A block whose depthwise kernel is turned by the diagonal"
+    block.attn.weight.data = block.attn.weight.data.transpose(2, 3).contiguous()
+    return block
 
 def test_filter_reports_plain_uniformer():
     m, plain = SSAAFormer(**SMALL), SSAAFormer(**SMALL, ssaa_blocks=0)

@@ -65,7 +65,7 @@ def test_premise_is_told_before_the_rows_and_recorded(faces, tmp_path):
 def test_tables_about_quality_have_a_premise_and_controls():
     ablation, quality, ranges = map(get_table, ('ablation', 'quality', 'ranges'))
     assert ablation.premise and quality.premise and ranges.premise
-    assert ablation.controls['mapping']=='mapping, shuffled quality' and ablation.controls['SSAA']=='SSAA, mirror off'
+    assert ablation.controls['mapping']=='mapping, shuffled quality' and ablation.controls['SSAA']=='flipped top to bottom'
     assert all(quality.controls[k]=='shuffled quality' for k in ('NIQE', 'BRISQUE', 'SER-FIQ', 'predicted difficulty'))
     for t in (ablation, quality, ranges):
         assert {'label SVR', 'shuffled quality', 'target: fidelity', 'target: fidelity, shuffled quality'}<={r.name for r in t.rows}

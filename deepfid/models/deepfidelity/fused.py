@@ -140,13 +140,14 @@ class FoldedConvBlock(nn.Module):
         self.conv2 = fold_linear(block.conv2, gamma=block.gamma_1)
         self.fc1,self.fc2 = fold_linear(block.mlp.fc1, block.norm2),fold_linear(block.mlp.fc2, gamma=block.gamma_2)
         self.mirror = None if block.weights is None else block.mixing_weights().tolist()
+        self.axis = 2 if block.axis==-1 else 1 # of NHWC
 
     def forward(self,
         x:torch.Tensor, # (B,H,W,C)
     )->torch.Tensor: # (B,H,W,C)
         x = conv_nhwc(self.pos_embed, x)
         a = conv_nhwc(self.attn, self.conv1(x))
-        if self.mirror: a = torch.add(self.mirror[0]*a, a.flip(2), alpha=self.mirror[1])
+        if self.mirror: a = torch.add(self.mirror[0]*a, a.flip(self.axis), alpha=self.mirror[1])
         x = self.conv2(a, add=x)
         return self.fc2(self.fc1(x, gelu=True), add=x)
 

@@ -18,9 +18,11 @@ class SSAA(nn.Module):
         dim:int, # channels in and out
         weights:str|None='softmax', # 'softmax': w1+w2=1; 'free': any; None: no mirror (eq. 5)
         kernel_size:int=5, # side of the depthwise convolution, odd
+        axis:int=-1, # along which to flip; -2, top to bottom, is a control without symmetry
     ):
         super().__init__()
         self.weights = check_choice('weights', weights, ('softmax', 'free', None))
+        self.axis = check_choice('axis', axis, (-1, -2))
         self.conv1 = nn.Conv2d(dim, dim, 1)
         self.attn = DepthwiseConv2d(dim, dim, kernel_size, padding=kernel_size//2, groups=dim)
         self.conv2 = nn.Conv2d(dim, dim, 1)
@@ -50,7 +52,7 @@ class SSAA(nn.Module):
         "Add the mirrored map: `w1*A + w2*flip(A)`, flipped left to right (eq. 2 and 3)"
         if self.weights is None: return a
         w1,w2 = self.mixing_weights()
-        return w1*a + w2*a.flip(-1)
+        return w1*a + w2*a.flip(self.axis)
 
 # %% ../../../nbs/20_ssaa.ipynb #mir00002
 class MirrorMix(nn.Module):

@@ -39,8 +39,9 @@ class ConvBlock(SSAA):
         drop_path:float=0., # stochastic depth: probability of dropping a branch for a sample
         layer_scale:float|None=None, # initial layer scale; None or False: none
         weights:str|None=None, # see `SSAA`; None is UniFormer's own block
+        axis:int=-1, # that maps are flipped along, see `SSAA`
     ):
-        super().__init__(dim, weights)
+        super().__init__(dim, weights, axis=axis)
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm1,self.norm2 = nn.BatchNorm2d(dim),nn.BatchNorm2d(dim)
         self.mlp = Mlp(dim, int(dim*mlp_ratio), use_conv=True)
@@ -151,6 +152,7 @@ class SSAAFormer(nn.Module):
         layer_scale:float|None=None, # initial layer scale of every branch; None or False: none
         ssaa_blocks:int|None=None, # first blocks with SSAA; None: stage 1; 0: a plain UniFormer
         ssaa_weights:str='softmax', # 'softmax' or 'free', see `SSAA`
+        axis:int=-1, # that maps are flipped along; -2: a control
         drop_path_rate:float=0., # stochastic depth of the last block; rises linearly from 0
         mlp_ratio:float=4., # hidden channels of the MLPs, as a multiple of the stage's
         in_chans:int=3, # channels of the images
@@ -166,7 +168,7 @@ class SSAAFormer(nn.Module):
         self.feature_info = [dict(num_chs=d, reduction=4*2**i, module=f'blocks{i+1}')
             for i,d in enumerate(dims)]
         self.ssaa_blocks = first if ssaa_blocks is None else ssaa_blocks
-        self.ssaa_weights = ssaa_weights
+        self.ssaa_weights,self.axis = ssaa_weights,axis
         check_number('ssaa_blocks', self.ssaa_blocks, 0, first+second, integer=True)
         self._add_stems(ConvEmbed if conv_stem else PatchEmbed)
         drops = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
@@ -267,8 +269,8 @@ class SSAAFormer(nn.Module):
             blocks = nn.ModuleList()
             for j in range(n, n+depth):
                 weights = self.ssaa_weights if j<self.ssaa_blocks else None
-                blocks.append(ConvBlock(dim, weights=weights, drop_path=drops[j], **kw) if i<=2
-                    else AttentionBlock(dim, head_dim, drop_path=drops[j], **kw))
+                blocks.append(ConvBlock(dim, weights=weights, axis=self.axis, drop_path=drops[j],
+                    **kw) if i<=2 else AttentionBlock(dim, head_dim, drop_path=drops[j], **kw))
             n += depth
             setattr(self, f'blocks{i}', blocks)
 
