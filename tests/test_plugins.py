@@ -51,16 +51,18 @@ class Colourful(NetworkDetector):
 
 register_table(Table('colours', 'What colours tell', [Row('colourful', Colourful), Row('wider', Colourful, dict(width=16))], within_columns))
 '''
-# Commands one after the other in one process, which imports torch once: a line of JSON in, a line out
+# Commands and programs one after the other in one process, which imports torch once: a line of JSON in, a line out
 SERVER = '''
-import contextlib, io, json, sys
+import contextlib, io, json, sys, traceback
 from deepfid.cli import main
+def run(asked):
+    try: return exec(asked, {}) if isinstance(asked, str) else main(asked)
+    except SystemExit as ended: return ended.code
+    except Exception: return traceback.format_exc()
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: status = main(json.loads(line))
-        except SystemExit as ended: status = ended.code or 0
-    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): status = run(json.loads(line))
+    print(json.dumps([status or 0, out.getvalue(), err.getvalue()]), flush=True)
 '''
 
 @pytest.fixture(scope='module')
@@ -80,11 +82,11 @@ def installed(tmp_path_factory):
 def run(installed):
     root, env, _ = installed
     with subprocess.Popen([sys.executable, '-c', SERVER], cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        def command(*args):
-            server.stdin.write(json.dumps([str(a) for a in args])+'\n')
+        def command(*args, code=None):
+            server.stdin.write(json.dumps(code or [str(a) for a in args])+'\n')
             server.stdin.flush()
             status, out, err = json.loads(server.stdout.readline())
-            assert status==0, err[-2000:]
+            assert status==0, (status, err[-2000:])
             return out
         yield command
 
@@ -109,8 +111,7 @@ def test_it_scores_and_evaluates(installed, run, model):
     cv2.imwrite(str(photo), cv2.resize(image, (300, 300))[..., ::-1])
     assert 'AUC' in run('evaluate', model, manifest)
     code = f'import deepfid; from deepfid.core import Face; import cv2; d = deepfid.load({str(model)!r}); print(d.name, len(d.predict([cv2.imread({str(photo)!r})])))'
-    done = subprocess.run([sys.executable, '-c', code], env=installed[1], capture_output=True, text=True)
-    assert done.stdout.split()==['colourful', '1'], done.stderr
+    assert run(code=code).split()==['colourful', '1']
 
 def test_it_scores_photographs(installed, run, model, data):
     photo = sorted((data/'london/neutral_front').glob('*.jpg'))[0]
@@ -125,8 +126,8 @@ def test_its_table_and_figure(installed, run, model):
     run('figure', 'attention', '--manifest', manifest, '--detector', model, '--out', root/'attention.jpg')
     assert (root/'features.jpg').stat().st_size>1000 and (root/'attention.jpg').stat().st_size>1000
 
-def test_it_is_exported_and_explored(installed, model):
-    root, env, _ = installed
+def test_it_is_exported_and_explored(installed, run, model):
+    root = installed[0]
     code = f'''if True:
         import numpy as np, deepfid
         from deepfid.core import Face
@@ -144,5 +145,4 @@ def test_it_is_exported_and_explored(installed, model):
         explorer = ScoreExplorer(d, dict(face=Face(face)))
         assert 'colourful' in explorer.gauges.value, explorer.gauges.value
         print('done')'''
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
-    assert done.stdout.strip().endswith('done'), done.stderr[-2000:]
+    assert run(code=code).strip().endswith('done')
