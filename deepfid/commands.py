@@ -856,10 +856,11 @@ def maps_command(args:Namespace)->dict:
     check_output_file(args.out, IMAGE_FILE_SUFFIXES, [args.image])
     check_choice(f'{args.detector}: detector', saved_detector_name(find_detector(args.detector)), ['deepfidelity'])
     check_input(args.image)
-    from deepfid.data.faces import align_face, find_face
+    from deepfid.data.faces import crop_face_file
     from deepfid.experiments.deepfidelity import block_maps_image
     detector = load(args.detector)
-    face = align_face(find_face(args.image), detector.size)
+    align, margin = detector.crop_rule
+    face = crop_face_file(args.image, size=detector.size, margin=margin, align=align)
     save_image(block_maps_image(detector, face), args.out)
     return dict(saved=str(args.out))
 

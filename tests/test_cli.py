@@ -623,6 +623,16 @@ def test_maps_of_the_bundled_detector(capsys, photos, tmp_path):
     status, out, err = run(capsys, 'maps', '--detector', 'deepfidelity', photos[0], '--out', tmp_path/'m.jpg')
     assert status==0 and (tmp_path/'m.jpg').is_file() and not error_lines(err)
 
+def test_maps_are_of_the_face_that_is_scored(capsys, photos, tmp_path, monkeypatch):
+    "Cropped by the detector's rule"
+    from deepfid.experiments import deepfidelity
+    seen = []
+    monkeypatch.setattr(deepfidelity, 'block_maps_image', lambda detector, face: seen.append(face.image) or np.zeros((8, 8, 3), np.uint8))
+    assert run(capsys, 'maps', '--detector', 'deepfidelity', photos[0], '--out', tmp_path/'m.jpg')[0]==0
+    detector = deepfid.load('deepfidelity')
+    [want] = deepfid.score(photos[0], detector)[0].faces[0].scores
+    assert detector.predict(seen)[0].fidelity==pytest.approx(want.fidelity, abs=2e-3)
+
 def test_a_figure_of_another_detector_is_refused_before_any_face_is_made(capsys, tmp_path):
     one_line(run(capsys, 'figure', 'blocks', '--detector', 'lisiam', '--manifest', 'gone.csv', '--out', tmp_path/'f.png'), "detector='lisiam'", 'deepfidelity')
 
