@@ -262,6 +262,10 @@ def test_scores_that_do_not_rise_have_no_threshold_to_believe(manifest):
     assert d.calibration==(0., 0.) and np.isfinite(d.threshold)
 
 # -- step two again --
+@pytest.mark.parametrize('bands', ['x', 5, ((0, .4), (.6,)), ((0, 'a'), (.6, 1)), ((0, .4), (.6, 2))])
+def test_bands_that_are_none_are_refused_before_training(bands):
+    with pytest.raises(DeepfidError, match='^bands: '): DeepFidelity(bands=bands).configure('tiny')
+
 def test_refit_shares_the_network_and_leaves_the_first_alone(manifest, trained):
     before = scores(trained, manifest)
     other = trained.refit(manifest, mapping='rank', bands=((0., .2), (.8, 1.)))

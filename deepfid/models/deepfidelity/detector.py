@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
-from deepfid.core import (DeepfidError, ManifestError, Prediction, check_choice, check_number,
-    raise_as)
+from ...core import (DeepfidError, ManifestError, Prediction, check_array, check_choice,
+    check_number, raise_as)
 from ..base import DetectorConfig, setting
 from .base import SSAADetector
 from .recipes import DEEPFIDELITY_RECIPES
@@ -77,6 +77,7 @@ class DeepFidelityConfig(DetectorConfig):
 
     def check(self)->None:
         check_number('epochs', self.epochs, 1, integer=True) # there is one phase
+        check_array('bands', self.bands, (2, 2), np.float64, 0, 1)
         mapped, as_class = self.mapping is not None, self.target=='label'
         on, is_lite0 = {k for k, v in self.network.items() if v}, self.arch=='ssaa_lite0'
         stride = self.mirror_stride()
