@@ -22,11 +22,9 @@ VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # The environment is up to date if this file exists: its name is a checksum of all that decides what is installed, and where.
 READY := $(VENV)/.ready-$(firstword $(shell (cat settings.ini setup.py constraints.txt; pwd) | cksum))
-# One thread to each process, or two workers fight over two cores; `agg` draws without a screen. Memory: what a step of training has
-# freed is kept for the next one (glibc gives it back and asks for it anew), and comes in huge pages where the system has them: a step
-# on a CPU takes four fifths of the time.
-NBENV := PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 MPLBACKEND=agg MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 \
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+# One thread to each process, or two workers fight over two cores; `agg` draws without a screen; what a step of training has freed
+# is kept for the next one (glibc gives it back and asks for it anew: a twentieth of the time).
+NBENV := PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 MPLBACKEND=agg MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
 .PHONY: help setup demo bundle check test test-notebooks test-python lab export docs site run clean
 .DEFAULT_GOAL := help

@@ -739,7 +739,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'deepfid.doctor.check_detectors': ('lib/doctor.html#check_detectors', 'deepfid/doctor.py'),
                                 'deepfid.doctor.check_device': ('lib/doctor.html#check_device', 'deepfid/doctor.py'),
                                 'deepfid.doctor.check_face_finder': ('lib/doctor.html#check_face_finder', 'deepfid/doctor.py'),
-                                'deepfid.doctor.check_memory': ('lib/doctor.html#check_memory', 'deepfid/doctor.py'),
                                 'deepfid.doctor.check_packages': ('lib/doctor.html#check_packages', 'deepfid/doctor.py'),
                                 'deepfid.doctor.parse_requirements': ('lib/doctor.html#parse_requirements', 'deepfid/doctor.py'),
                                 'deepfid.doctor.run_checks': ('lib/doctor.html#run_checks', 'deepfid/doctor.py')},
