@@ -91,7 +91,9 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self,
         x:torch.Tensor # (B,C,H,W)
     )->torch.Tensor: # (B,C,h,w)
-        by_convolution = self.stride==(1, 1) and max(*self.kernel_size, *self.dilation*2)>3
+        padding:Any = self.padding # pixels: never by name, see `replace_depthwise`
+        within = all(p<=d*(k-1) for k, d, p in zip(self.kernel_size, self.dilation, padding))
+        by_convolution = within and self.stride==(1, 1) and max(*self.kernel_size, *self.dilation*2)>3
         if by_convolution and x.is_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
             return _DepthwiseConvolution.apply(x, self.weight, self.bias, self.padding, self.dilation)
         return super().forward(x)
