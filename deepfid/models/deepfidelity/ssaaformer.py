@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from ...core import DeepfidError, check_choice, check_number
 from .ssaa import MirrorMix, SSAA, add_mirror_mix
+from ..efficientnet import EfficientNetLite0
 from ..layers import DropPath, LayerNorm2d, Mlp, init_truncated_normal
 
 # %% ../../../nbs/21_ssaaformer.ipynb #83960043
@@ -467,28 +468,22 @@ def ssaaformer_large(
     return _create('ssaaformer_large', pretrained, kwargs)
 
 # %% ../../../nbs/21_ssaaformer.ipynb #lit00002
-class SSAALite0(nn.Module):
-    "EfficientNet-Lite0 of timm with mirror mixing in its first stages, used like `SSAAFormer`"
-    conv_stem:nn.Module; bn1:nn.Module; blocks:nn.Sequential; conv_head:nn.Module; bn2:nn.Module
-    classifier:nn.Module
+class SSAALite0(EfficientNetLite0):
+    "EfficientNet-Lite0 with mirror mixing in its first stages, used like `SSAAFormer`"
     def __init__(self,
         num_classes:int=2, # logits
-        mirror:bool=True, # False: the network as timm has it
+        mirror:bool=True, # False: the network as it is
         stages:tuple[int, ...]=(0, 1), # with `MirrorMix`, of seven, counted from 0
         axis:int=-1, # that the maps are flipped along; -2: a control
         drop_path_rate:float=0., # stochastic depth of the last block; rises linearly from 0
     ):
-        super().__init__()
-        import timm
         for i in stages: check_number('stages', i, 0, 6, integer=True)
         check_choice('axis', axis, (-1, -2))
-        net = timm.create_model('tf_efficientnet_lite0', num_classes=num_classes,
-            drop_path_rate=drop_path_rate)
-        for name,child in net.named_children(): self.add_module(name, child)
-        _init_linear(self.classifier) # timm's own start is too wide for few classes
+        super().__init__(num_classes, drop_path_rate)
+        _init_linear(self.classifier) # TensorFlow's start is too wide for few classes
         self.mirrored = add_mirror_mix(self, tuple(stages), axis) if mirror else 0
         self.aux,self.mix_token,self.grad_checkpointing = False,False,False
-        self.num_classes,self.num_features,self.in_chans = num_classes,1280,3
+        self.num_classes,self.in_chans = num_classes,3
 
     embed = SSAAFormer.embed
     set_grad_checkpointing = SSAAFormer.set_grad_checkpointing
