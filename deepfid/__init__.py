@@ -21,13 +21,3 @@ def __getattr__(name):
     return getattr(import_module(f'{__name__}.{_LAZY[name]}'), name)
 
 def __dir__()->list[str]: return sorted({*globals(), *_LAZY})
-
-def run_command()->int:
-    "Run the `deepfid` command, as its script does: Ctrl-C is one line also while the modules of `cli` are imported"
-    try:
-        from .cli import main
-        return main()
-    except KeyboardInterrupt:
-        import sys
-        print('deepfid: interrupted', file=sys.stderr, flush=True)
-        return 130

@@ -93,7 +93,7 @@ def test_an_interruption_while_the_commands_are_imported_is_one_line(module):
             def find_spec(name, path, target=None):
                 if name=={module!r}: signal.raise_signal(signal.SIGINT)
         sys.meta_path.insert(0, Interrupting)
-        from deepfid import run_command
+        from deepfid.__main__ import run_command
         sys.exit(run_command())'''
     done = subprocess.run([sys.executable, '-c', code, 'list'], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr)==(130, '', 'deepfid: interrupted\n')

@@ -336,7 +336,7 @@ def test_wheel_describes_itself(wheel):
         read = lambda end: z.read(next(n for n in names if n.endswith(end))).decode()
         metadata, entry_points = read('METADATA'), read('entry_points.txt')
     assert f'Version: {deepfid.__version__}' in metadata and 'License-Expression: Apache-2.0' in metadata
-    assert 'deepfid = deepfid:run_command' in entry_points
+    assert 'deepfid = deepfid.__main__:run_command' in entry_points
     assert any(n.endswith('licenses/LICENSE') for n in names) and not any(n.startswith(('tests', 'nbs')) for n in names)
     body = metadata.split('\n\n', 1)[1]
     relative = [l for l in re.findall(r'\]\(([^)\s]+)\)|<img src="([^"]+)"', body) for l in l if l and not re.match(r'\w+:|#', l)]
