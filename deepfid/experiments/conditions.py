@@ -347,12 +347,14 @@ def _with_masks(manifest, column):
 
 def ssim_masks(
     manifest:Manifest, # of `mask_source_manifests`
+    seed:int=0,        # not used: nothing is drawn
 )->Manifest:           # the test faces as they were
     "Train on masks by SSIM"
     return _with_masks(manifest, 'mask_SSIM')
 
 def diff_masks(
     manifest:Manifest, # of `mask_source_manifests`
+    seed:int=0,        # not used: nothing is drawn
 )->Manifest:           # the test faces as they were
     "Train on masks by DIFF"
     return _with_masks(manifest, 'mask_DIFF')

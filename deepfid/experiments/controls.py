@@ -110,13 +110,14 @@ def shuffle_quality(
     manifest:Manifest, # with the quality of its training faces
     seed:int=0,
 )->Manifest:
-    "Permute the quality of the training faces within each class: its spread stays, its meaning goes"
+    "Permute the quality of training and of validation faces within each class: its spread stays, its meaning goes"
     table, rng = manifest.table.copy(), np.random.default_rng(seed)
     if table.loc[table['split']=='train', 'quality'].isna().any():
         raise DeepfidError(f'{manifest.name}: its training faces have no quality to shuffle; measure it first')
-    for label in (0, 1):
-        rows = ((table['split']!='test')&(table['label']==label)).to_numpy()
-        table.loc[rows, 'quality'] = rng.permutation(table.loc[rows, 'quality'].to_numpy())
+    for split in ('train', 'valid'):
+        for label in (0, 1):
+            rows = ((table['split']==split)&(table['label']==label)).to_numpy()
+            table.loc[rows, 'quality'] = rng.permutation(table.loc[rows, 'quality'].to_numpy())
     return Manifest(table, manifest.folder, f'{manifest.name}, shuffled quality')
 
 # %% ../../nbs/lib/experiments.controls.ipynb #c6e26934
@@ -218,16 +219,19 @@ def row_verdict(
     open_cells = [c for c in cells if not c['problem']]
     if not open_cells: return 'could not be answered', '; '.join(problems)
     found = [c for c in open_cells if better(c['difference'])]
-    explained = [c for c in found if c['control'] and not better(c['control_difference'])]
+    explained = [c for c in found if not (c['control'] and better(c['control_difference']))]
     helps = [c for c in found if c not in explained]
+    worse = [c for c in open_cells if significance(c['difference'], metric)=='significantly worse']
+    harm = f"; worse: {', '.join(map(points, worse))}" if worse else ''
     if helps:
-        elsewhere = [c['column'] for c in cells if c not in helps]
-        if not elsewhere: return 'helps', ', '.join(map(points, helps))
-        return 'only when', f"{', '.join(map(points, helps))}; not seen: {', '.join(elsewhere)}"
+        unseen = [c['column'] for c in open_cells if c not in helps and c not in worse]
+        unknown = [c['column'] for c in cells if c['problem']]
+        more = [f"; {what}: {', '.join(names)}"
+            for what, names in (('not seen', unseen), ('unanswered', unknown)) if names]
+        return ('only when' if len(helps)<len(cells) else 'helps'), ', '.join(map(points, helps))+''.join(more)+harm
     if explained:
         c = explained[0]
-        return 'could not be answered', f"{points(c)}, but {c['control']} does not do significantly worse"
+        but = f"{c['control']} does not do significantly worse" if c['control'] else 'there is no control'
+        return 'could not be answered', f'{points(c)}, but {but}{harm}'
     seen = ', '.join(f"{100*c['smallest']:.1f} ({c['column']})" for c in open_cells)
-    worse = [c for c in open_cells if significance(c['difference'], metric)=='significantly worse']
-    harm = f"; worse by {', '.join(map(points, worse))}" if worse else ''
     return 'does not', f'a difference of {seen} points could have been seen{harm}'

@@ -51,7 +51,7 @@ def refit_shuffled(
     **settings:Any     # of `DeepFidelity.refit`
 )->Any:                # `DeepFidelity`
     "Refit a detector on targets whose quality belongs to other faces of the class"
-    return detector.refit(shuffle_quality(manifest), **settings)
+    return detector.refit(shuffle_quality(manifest, detector.config.seed), **settings)
 
 # controls: regression without quality, with the quality of others; and a network that hears of it
 LABEL_SVR_ROW = Row('label SVR', after='SSAA',
@@ -420,12 +420,13 @@ def switch_mirror_off(
     detector:Any,      # trained `DeepFidelity`
     manifest:Manifest, # that it was trained on
 )->Any:                # `DeepFidelity`, calibrated anew
-    "Give the mirrored side of a trained network the weight 0"
+    "Give the mirrored side of a trained network the weight 0; that of the own side stays"
     other = copy(detector)
     other.model = deepcopy(detector.model)
     for m in _mixing(other.model):
-        softmax = isinstance(m, SSAA) and m.weights=='softmax'
-        with torch.no_grad(): m.w.copy_(m.w.new_tensor([80. if softmax else 1., 0.]))
+        with torch.no_grad():
+            if isinstance(m, SSAA) and m.weights=='softmax': m.w.copy_(m.w.new_tensor([80., 0.]))
+            else: m.w[1] = 0
     return other.calibrate_on(other.loaders(manifest).valid)
 
 # %% ../../nbs/55_experiments_deepfidelity.ipynb #d9f72016

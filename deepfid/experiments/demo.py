@@ -130,12 +130,13 @@ def table_pairs(
     pairs:int|None=None, # in all; default: as in `DEMO_SETS`
     size:int=112,      # side of the faces, pixels
 )->Manifest:
-    "Make the pairs of an experiment; photographs of every set are cropped, and sent through a channel, alike"
+    """Make the pairs of an experiment: photographs of every set cropped about the axis of the face, which the mirror of
+    SSAA needs and no other idea minds, and sent through one channel"""
     if data=='synthetic': return demo_pairs(data, folder, pairs, size=size)
     from deepfid.data import datasets
     from deepfid.data.crops import cut_wide_crops
     sources = None if data=='london' else cut_wide_crops(getattr(datasets, data)(), folder.with_name(f'wide-{data}'))
-    return demo_pairs(data, folder, pairs, size=size, sources=sources, **PHOTOGRAPH_STYLE)
+    return demo_pairs(data, folder, pairs, size=size, sources=sources, **PHOTOGRAPH_STYLE|dict(align='symmetric'))
 
 # %% ../../nbs/lib/experiments.demo.ipynb #18a7ee7e
 @contextmanager

@@ -23,6 +23,7 @@ from ..evaluate.metrics import average_over_seeds, localisation_report, score_fa
 from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, premise_lines,
     margin_of_mean, row_verdict, shuffle_labels, shuffle_quality, smallest_difference, starting_weights,
     training_length, validation_auc)
+from .records import holm, p_value
 from .provenance import describe_code, describe_machine, describe_run, source_hash
 from ..io import file_hash, mark_folder, read_json, to_json, write_json
 from ..parallel import limit_threads, map_processes, map_ray
@@ -48,7 +49,8 @@ class Row:
     check:Callable|None = None          # called before any training; raises `DeepfidError` if something is missing
     why:str = ''                        # reason for another start, length or schedule of training than the baseline's
     frozen:bool = False                 # not trained: a logistic regression on the features of the untrained network
-    change:Callable|None = None         # (manifest) -> manifest that the row is trained on; at the top of a module
+    baseline:str = ''                   # name of the row that it is compared with; default: the table's
+    change:Callable|None = None         # (manifest, seed) -> manifest to train on; at the top of a module
     measure:Callable|None = None        # (trained detector, `Manifest` of the test) -> {name: number} to record
 
     def create(self, **overrides:Any)->Any: # a `Detector`
@@ -252,6 +254,10 @@ class TableScores:
         cells = [(s, c) for (r, t, _, s), c in self.cells.items() if (r, t)==(row.name, train) and not row.frozen]
         return {s: why for s, c in cells if (why := collapse(c['validation'], c['fidelity']))}
 
+    def baseline_of(self, row:Row)->Row:
+        "Return the row that a row is compared with: its own baseline, or the table's"
+        return self.rows[row.baseline] if row.baseline else self.baseline
+
     def _used_seeds(self, column, *rows):
         "The seeds whose trainings count: those that did not collapse in any of the rows; all, where every one did"
         collapsed = {s for row in rows for s in self.collapsed_seeds(row, column.train)}
@@ -298,7 +304,8 @@ class TableScores:
         "Mean over seeds with its interval, each seed's value, and the difference from the baseline row"
         own = self.compare(row, None, column, metric, n_boot)
         if own is None: return dict(value=None, low=None, high=None, seeds=[], difference=None, collapsed=[])
-        difference = None if row is self.baseline else self.compare(row, self.baseline, column, metric, n_boot)
+        base = self.baseline_of(row)
+        difference = None if row is base else self.compare(row, base, column, metric, n_boot)
         return dict(own, difference=difference, collapsed=list(self.collapsed_seeds(row, column.train)))
 
     def mean_mask(self, train:str)->np.ndarray|None: # (H,W)
@@ -335,28 +342,30 @@ class TableScores:
     def verdicts(self,
         results:list[dict], # of `results`
         permutation:dict,   # of `permutation`
-    )->tuple[list[dict], dict]: # row, control, verdict, reason; and the smallest detectable difference of each column
-        "Judge each row by its differences from the baseline and from its control"
+    )->tuple[list[dict], dict]: # row, control, verdict, reason, cells; smallest detectable difference of each column
+        "Judge each idea by its differences from its baseline and from its control"
         found, smallest = {}, {}
         for c in self.columns:
             for r in results:
                 if (r['column'], r['metric'])==(c.name, self.headline(c)) and r['difference']:
                     found.setdefault(r['row'], []).append((c, r))
-        ideas = [r for r in self.table.rows if r.name in found and not r.frozen
-            and r.name not in self.table.controls.values()]
+        judged = self.table.controls or self.rows # with controls, the rows that have one
+        ideas = [r for r in self.table.rows if r.name in found and r.name in judged and not r.frozen]
         trained = [row for row in ideas if not row.after] or ideas
         for c in self.columns:
             own = [r['difference'] for row in trained for column, r in found[row.name] if column is c]
             smallest[c.name] = smallest_difference(own) if own else None
+        cells = [dict(row=row.name, column=c.name, baseline=self.baseline_of(row).name, difference=r['difference'],
+            control=(control := self.table.controls.get(row.name, '')),
+            control_difference=self.compare(row, self.rows[control], c, self.headline(c)) if control else None,
+            p=p_value(r['difference']), smallest=smallest_difference([r['difference']]),
+            problem=self._problem(row, c, permutation)) for row in ideas for c, r in found[row.name]]
+        for cell, p in zip(cells, holm([c['p'] for c in cells])): cell['p_holm'] = p
         out = []
         for row in ideas:
-            control = self.table.controls.get(row.name, '')
-            cells = [dict(column=c.name, difference=r['difference'], control=control,
-                smallest=smallest_difference([r['difference']]),
-                control_difference=self.compare(row, self.rows[control], c, self.headline(c)) if control else None,
-                problem=self._problem(row, c, permutation)) for c, r in found[row.name]]
-            verdict, reason = row_verdict(cells, self.table.metric)
-            out.append(dict(row=row.name, control=control, verdict=verdict, reason=reason))
+            own = [c for c in cells if c['row']==row.name]
+            verdict, reason = row_verdict(own, self.table.metric)
+            out.append(dict(row=row.name, control=own[0]['control'], verdict=verdict, reason=reason, cells=own))
         return out, smallest
 
     def _problem(self, row, column, permutation):
@@ -364,7 +373,7 @@ class TableScores:
         if len(self.seeds)<2: return 'one seed: the spread of trainings is not known'
         if not permutation.get(column.name, dict(passed=True))['passed']:
             return 'something was found in shuffled labels'
-        for r in (row, self.baseline):
+        for r in (row, self.baseline_of(row)):
             if len(self.collapsed_seeds(r, column.train))>=len(self.seeds)-1: return f'{r.name}: trainings collapsed'
         return ''
 
@@ -421,7 +430,8 @@ class TableScores:
             for seed, why in self.collapsed_seeds(row, train).items()]
         return describe_run(dict(table=self.table.name, preset=self.preset, rows=rows, overrides=self.overrides),
             self.data, self.seeds, sum(t['seconds'] for t in trained), metrics,
-            title=self.table.title, baseline=self.baseline.name, results=results,
+            title=self.table.title, baseline=self.baseline.name,
+            baselines={r.name: r.baseline for r in self.table.rows if r.baseline}, results=results,
             mean_mask_baseline=self.mean_mask_baselines(), hardware='; '.join(machines),
             trained_at=[code[k] for k in sorted(code)], faces=splits, metric=self.table.metric, seeds=self.seeds,
             steps={t['row']: t.get('steps') for t in trainings}, start={t['row']: t.get('start') for t in trainings},
@@ -575,6 +585,9 @@ class TableRun(TableScores):
         for name, control in t.controls.items():
             if name in self.rows and control not in self.rows: yield f'no row {control!r}, the control of {name!r}'
         for row in t.rows: yield from _row_problems(row, self.rows)
+        for row in t.rows:
+            if row.baseline and row.baseline not in self.rows:
+                yield f'no row {row.baseline!r} to compare {row.name!r} with'
         for c in self.columns: yield from (f'no manifest {m!r}' for m in (c.train, c.test) if m not in self.manifests)
         for c in self.columns:
             if set(c.metrics)&set(VIDEO_METRICS) and '' in set(self.test_table(c)[0]['video']):
@@ -643,8 +656,7 @@ class TableRun(TableScores):
 
     def training_manifest(self, row:Row, train:str, seed:int)->Manifest:
         "Return the faces that a row is trained on"
-        if row.change is shuffle_labels: return shuffle_labels(self.manifests[train], seed)
-        return row.change(self.manifests[train]) if row.change else self.manifests[train]
+        return row.change(self.manifests[train], seed) if row.change else self.manifests[train]
 
     def _load_or_train(self, row, train, seed):
         folder = self.cache/'detectors'/self.key(row, (train,), seed)

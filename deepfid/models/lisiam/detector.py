@@ -103,6 +103,7 @@ class LiSiamConfig(DetectorConfig):
     li_on:str = setting('logits', choices=('logits', 'prob')) # what must agree in both branches
     seg_loss_at:str = setting('input', choices=('input', 'feature')) # where masks are compared
     w_aux:float = setting(.4, low=0) # weight of OCR's auxiliary loss
+    w_li:float = setting(1., low=0) # weight of the agreement's loss; 0: a control that lacks it
     released_quirks:tuple = () # of `RELEASED_QUIRKS`: done by the released code, not in the paper
     freeze_bn:bool = True # frozen modules keep their batch-norm statistics; False: as released
     opt:str = setting('AdamW', choices=('SGD', 'AdamW')) # optimiser
@@ -177,7 +178,8 @@ class LiSiamTraining(NetworkDetector):
         terms = self.phases()[phase].terms
         if c.opt=='SGD': opt = optimizer(torch.optim.SGD, momentum=c.momentum)
         else: opt = optimizer(torch.optim.AdamW)
-        loss = SiameseLoss(terms, li_on=c.li_on, w_aux=c.w_aux, seg_loss_at=c.seg_loss_at)
+        loss = SiameseLoss(terms, li_on=c.li_on, w_aux=c.w_aux, w_li=c.w_li,
+            seg_loss_at=c.seg_loss_at)
         branches = SiameseBranches(self.model, terms)
         learn = Learner(dls, branches, loss, opt_func=opt, lr=c.lr, wd=c.wd,
             metrics=[*map(LossTerm, terms), FidelityAUC()],

@@ -196,6 +196,7 @@ def siamese_losses(
     terms:Collection[str]=FULL_METHOD_TERMS,
     li_on:str='logits',         # L_li compares 'logits' or 'prob'
     w_aux:float=.4,             # weight of OCR's coarse segmentation; 0: the strict paper
+    w_li:float=1.,              # weight of the agreement; 0: a control, branches that are not tied
     seg_loss_at:str='input'     # size of the segmentation loss, see `segmentation_loss`
 )->dict:                        # a loss for each term, and their weighted sum `total`
     "Compute the losses of eq. 19 and their sum"
@@ -206,7 +207,8 @@ def siamese_losses(
         elif t.startswith('cls'):
             losses[t] = F.cross_entropy(branches[t[-1]].logits.float(), 1-label.long())
         else: losses[t] = segmentation_loss(getattr(branches[t[-1]], t[:3]), mask, seg_loss_at)
-    total = sum(v*(w_aux if t.startswith('aux') else 1) for t, v in losses.items())
+    weight = dict(aux1=w_aux, aux2=w_aux, li=w_li)
+    total = sum(v*weight.get(t, 1.) for t, v in losses.items())
     return losses|dict(total=total)
 
 # %% ../../../nbs/41_lisiam.ipynb #218d3860
