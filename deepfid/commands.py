@@ -10,9 +10,9 @@ __all__ = ['METRIC_TITLES', 'SHORT_METRICS', 'BUNDLED_LICENCE', 'TABLE_MARKS', '
            'detector_argument', 'next_command', 'print_notes', 'train_command', 'training_summary', 'quality_command',
            'export_command', 'check_score_outputs', 'expand_sources', 'format_scores', 'format_error_rate',
            'print_scored_file', 'save_explanations', 'score_command', 'auc_by_group', 'format_metrics', 'outcome_lines',
-           'evaluation_page', 'save_figure', 'evaluate_command', 'save_table', 'table_command', 'save_image',
-           'figure_command', 'maps_command', 'list_tutorials', 'open_command', 'notebooks_command', 'voila_warning',
-           'explore_command', 'doctor_command']
+           'evaluation_page', 'save_figure', 'evaluate_command', 'save_table', 'table_overrides', 'table_command',
+           'save_image', 'figure_command', 'maps_command', 'list_tutorials', 'open_command', 'notebooks_command',
+           'voila_warning', 'explore_command', 'doctor_command']
 
 # %% ../nbs/lib/commands.ipynb #com0004
 import contextlib, json, os, re, subprocess, sys, tempfile
@@ -789,6 +789,21 @@ def save_table(
     if run.table.figure: save_figure(run.table.figure(record), path.with_suffix('.svg'))
     return dict(text=text.replace('<br>', ', '), record=record, saved=str(path))
 
+_TABLE_OPTIONS = dict(epochs='--epochs', seeds='--seeds', seed='--seeds', preset='--preset', cache='--out',
+    table='TABLE', manifests='--manifest') # names that no --set of a table may give -> what gives them
+
+def table_overrides(
+    args:Namespace # options of `deepfid table`
+)->dict: # setting -> value
+    "Collect the settings of every row; one that another option gives is refused"
+    from deepfid.core import DeepfidError
+    found = dict(args.set or [])
+    for name in found:
+        if name in ('log', 'probes'): raise DeepfidError(f'--set {name}: is no setting of a detector')
+        if name in _TABLE_OPTIONS and (name!='epochs' or args.epochs):
+            raise DeepfidError(f'--set {name}: is given by {_TABLE_OPTIONS[name]}')
+    return found|(dict(epochs=args.epochs) if args.epochs else {})
+
 def table_command(args:Namespace)->dict:
     "Run tables of the papers on any manifests, and show them beside the published numbers"
     check_output_folder(args.out)
@@ -803,7 +818,7 @@ def table_command(args:Namespace)->dict:
         for suffix, mark in TABLE_MARKS.items(): check_overwrite(args.out/f'table-{t.name}{suffix}', mark)
     from deepfid.experiments.runner import TableRun, run_tables
     def log(line): print(line, file=sys.stderr, flush=True)
-    overrides = dict(args.set or [])|(dict(epochs=args.epochs) if args.epochs else {})
+    overrides = table_overrides(args)
     manifests = _manifests(args.manifest, args.out, args.pairs, args.size, 'tables')
     runs = [TableRun(t, manifests, args.seeds, args.preset, args.out, log, **overrides) for t in tables]
     done = [save_table(run, args.out) for run in run_tables(runs, args.jobs, args.engine)]

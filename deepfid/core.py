@@ -401,7 +401,8 @@ class Detector:
         slope, offset = self.calibration = platt_scaling(scores, labels)
         self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
         self.measured_rates = {} # of other thresholds
-        if slope > 0 and np.ptp(scores) > 1e-6: self.threshold = -offset/slope # where the probability is one half
+        if slope > 0 and np.ptp(scores) > 1e-6: # where the probability is one half, unless that is far from every score
+            self.threshold = float(np.clip(-offset/slope, scores.min()-1, scores.max()+1))
         else:
             self.calibration, self.threshold = (0., 0.), float(np.median(scores))
             warnings.warn('on validation faces the scores do not rise from fake to real: the threshold is their median '

@@ -161,6 +161,12 @@ def test_wrong_usage_is_status_two(capsys, argv): assert run(capsys, *argv)[0]==
         ('faces', 'celeb', 'in', 'out', '--workers', '257'), ('score', 'a.jpg', '--threshold', 'nan'), ('score', 'a.jpg', '--threshold', '1.5'), ('score', 'a.jpg', '--workers', '0'), ('score', 'a.jpg', '--misses', '0'), ('score', 'a.jpg', '--false-alarms', '.9')])
 def test_numbers_out_of_range(capsys, argv): wrong_usage(run(capsys, *argv), 'is not a')
 
+@pytest.mark.parametrize('given, option', [('seed=1', '--seeds'), ('seeds=1', '--seeds'), ('preset=full', '--preset'), ('cache=x', '--out'),
+    ('table=x', 'TABLE'), ('manifests=x', '--manifest'), ('log=x', 'no setting'), ('probes=x', 'no setting'), ('epochs=2', '--epochs')])
+def test_settings_of_a_table_that_an_option_gives(capsys, tmp_path, given, option):
+    status, out, err = run(capsys, 'table', 'ablation', '--manifest', 'synthetic', '--epochs', '1', '--set', given, '--out', tmp_path/'x')
+    assert status==1 and err.count('\n')==1 and f'--set {given.split("=")[0]}: is' in err and option in err and not (tmp_path/'x').exists()
+
 def test_every_number_states_its_range():
     "In --help; a number that is only converted, by int or float, has none"
     import re

@@ -1,14 +1,17 @@
 "Controls of the tables: equal starts and steps, frozen probe, shuffled labels, collapsed trainings, verdicts"
-import importlib.util, json
+import importlib.util, json, shutil
 from dataclasses import replace
+from pathlib import Path
 import numpy as np
 import pytest
-from deepfid.core import DeepfidError, Detector, Prediction
+from scipy.stats import t as student_t
+import deepfid
+from deepfid.core import DeepfidError, Detector, ManifestError, Prediction
 from deepfid.data.manifest import Manifest
-from deepfid.experiments.controls import (FORGERY_WEIGHTS, FrozenProbe, collapse, row_verdict, shuffle_labels,
+from deepfid.experiments.controls import (FORGERY_WEIGHTS, FrozenProbe, collapse, row_verdict, shuffle_labels, shuffle_quality,
     margin_of_mean, smallest_difference, starting_weights)
 from deepfid.experiments.markdown import record_markdown
-from deepfid.experiments.records import upgrade_record
+from deepfid.experiments.records import holm, p_value, upgrade_record
 from deepfid.experiments.runner import Row, Table, TableRun, within_columns
 from deepfid.models.lisiam.detector import LiSiam
 from deepfid.models.local_similarity.detector import LocalSimilarity
@@ -139,6 +142,73 @@ def test_verdicts(cells, verdict, said):
     found, reason = row_verdict(cells)
     assert found==verdict and said in reason
 
+class Scored(Detector):
+    "Scores that a test writes down; never trained"
+    name = 'test_scored'
+
+def judged(faces, tmp_path, collapsed, control='b'):
+    "The verdict on row `a` where some trainings collapsed: (row, seed) pairs; the scores of `a` are better than those of the others"
+    rows = [Row(n, Scored) for n in ('plain', 'b', 'a')]
+    table = Table('t', 't', rows, within_columns, controls=dict(a=control) if control else {})
+    run = TableRun(table, {'x': faces}, 4, 'tiny', tmp_path, lambda line: None, probes=False)
+    label = faces.of('test').table['label'].to_numpy()
+    for row in ('plain', 'b', 'a'):
+        for seed in range(4):
+            noise = np.random.default_rng([seed, len(row)]).normal(size=len(label))
+            flat = (row, seed) in collapsed
+            scores = np.zeros(len(label)) if flat else (9. if row=='a' else .1)*label+noise
+            run.cells[row, 'x', 'x', seed] = dict(fidelity=scores.tolist(), threshold=.5, masks=None, seconds=1., measured={},
+                validation=dict(value=.9, low=.8, high=1.), trained=dict(seconds=1.))
+    return run, run.verdicts(run.results(50), {})[0]
+
+@pytest.mark.parametrize('collapsed, verdict', [
+    ((), 'helps'), ({('a', 0)}, 'helps'), ({('a', 0), ('plain', 1), ('a', 2)}, 'could not be answered'), # one seed is left
+    ({('a', 0), ('a', 1), ('plain', 2), ('plain', 3)}, 'could not be answered'), ({('b', k) for k in range(4)}, 'could not be answered')])
+def test_no_verdict_from_collapsed_trainings(faces, tmp_path, collapsed, verdict):
+    run, [about] = judged(faces, tmp_path, collapsed)
+    assert about['verdict']==verdict and ('collapsed' in about['reason'])==(verdict!='helps')
+    [cell] = about['cells']
+    assert cell['baseline']=='plain' and cell['control']=='b' and cell['p']<=cell['p_holm']
+    if verdict=='helps': assert cell['control_difference']['value']>.1 and cell['p_holm']<.05
+    json.dumps(about)
+
+def test_a_gain_without_a_control_is_no_verdict(faces, tmp_path):
+    _, about = judged(faces, tmp_path, (), control='')
+    assert [a['row'] for a in about]==['b', 'a'] and about[1]['verdict']=='could not be answered' and 'no control' in about[1]['reason']
+
+def test_rows_are_compared_with_their_own_plain_network(faces, tmp_path):
+    rows = [Row('plain', Scored), Row('other', Scored), Row('a', Scored, baseline='other')]
+    run = TableRun(Table('t', 't', rows, within_columns), {'x': faces}, 2, 'tiny', tmp_path, lambda line: None, probes=False)
+    assert run.baseline_of(rows[2]) is rows[1] and run.baseline_of(rows[1]) is rows[0]
+    with pytest.raises(DeepfidError, match="no row 'gone' to compare 'a' with"):
+        TableRun(Table('t', 't', [replace(rows[0]), replace(rows[2], baseline='gone')], within_columns), {'x': faces}, 2, 'tiny', tmp_path, probes=False)
+
+def test_p_values_by_hand():
+    d = dict(value=.03, low=.01, high=.05, seeds=[.02, .03, .04])
+    assert p_value(d)==pytest.approx(2*student_t.sf(.03/(.01/3**.5), 2)) and p_value(dict(d, seeds=[.03]))==1
+    assert p_value(dict(d, seeds=[.03, .0301, .0299]))==pytest.approx(.003, abs=.001) # of the people
+    assert holm([.01, .04, .03])==pytest.approx([.03, .06, .06]) and holm([])==[] and holm([.6, .6])==[1, 1]
+
+def test_quality_is_shuffled_within_each_split(faces):
+    t = faces.table.copy()
+    t['quality'] = np.arange(len(t), dtype=float)
+    t.loc[t['split']=='valid', 'quality'] = np.nan
+    new = shuffle_quality(Manifest(t, faces.folder, 'x'), 1).table
+    assert new.loc[t['split']=='train', 'quality'].notna().all() and new.loc[t['split']=='valid', 'quality'].isna().all()
+
+def test_probe_needs_validation_faces(faces):
+    with pytest.raises(ManifestError, match="'valid' has no faces"): FrozenProbe(LocalSimilarity(**PLAIN)).fit(faces.where(split=['train', 'test']), 'tiny')
+
+def test_starts_are_told_apart_by_what_is_in_them(tmp_path):
+    packaged = Path(deepfid.__file__).parent/'weights'/'xception_tiny.safetensors'
+    shutil.copy(packaged, tmp_path/'innocent.safetensors')
+    names = []
+    for folder in ('a', 'b'):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/'w.safetensors').write_text(folder)
+        names.append(starting_weights(dict(weights=str(tmp_path/folder/'w.safetensors'))))
+    assert len(set(names))==2 and starting_weights(dict(weights=str(tmp_path/'innocent.safetensors')))==FORGERY_WEIGHTS
+
 def test_margin_of_a_mean_by_hand():
     assert margin_of_mean([.4, .5, .6])==pytest.approx(4.3027*.1/3**.5, rel=1e-4) and margin_of_mean([.7])==0
 
@@ -193,7 +263,7 @@ def test_symmetry_table_at_toy_size(tmp_path):
     measured = {t['row']: t['measured'] for t in record['trainings']}
     assert set(measured['2 blocks'])=={f'{w} of block {k}' for w in ('w1', 'w2') for k in (1, 2)}
     assert measured['0 blocks']=={} and measured['1 blocks']['w1 of block 1']==pytest.approx(.5, abs=.1)
-    assert record['steps']['2 blocks']==2 and record['prediction']==table.prediction and record['controls']
+    assert {record['steps'][f'2 blocks, {c.train}'] for c in run.columns}=={2} and record['prediction']==table.prediction and record['controls']
     assert record['verdicts'][0]['verdict']=='could not be answered' # one seed
     assert 'w2 of block 1' in record_markdown(record, table)
 

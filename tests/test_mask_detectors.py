@@ -137,6 +137,38 @@ def test_degradations_of_an_epoch_are_its_own(Callback, faces):
         return torch.cat(seen)
     assert torch.equal(batches(), batches())
 
+def test_agreement_of_weight_0_is_the_training_without_it(faces):
+    "Both branches run, and only the loss that ties them is gone"
+    dls = dataloaders(faces, 'label+mask', size=64, bs=4, seed=0)
+    def step(**settings):
+        d = LiSiam(**SMALL, **settings).configure('tiny')
+        learn = d.learner(dls)
+        for cb in learn.cbs: cb.learn = learn
+        torch.manual_seed(0)
+        clean = torch.rand(4, 3, 64, 64)
+        degraded, y = clean*.9, (torch.tensor([1, 0, 1, 0]), torch.zeros(4, 1, 64, 64))
+        degraded.requires_grad_()
+        learn.model.eval() # in training, the branches meet in the batch norms too
+        loss = learn.loss_func(learn.model(clean, degraded), y)
+        return loss.item(), {k: v.item() for k, v in learn.loss_func.terms.items()}, torch.autograd.grad(loss, degraded, allow_unused=True)[0].abs().max().item()
+    (tied, terms, gradient), (loose, same, none) = step(), step(w_li=0.)
+    assert terms['li']>0 and terms==pytest.approx(same) and tied-loose==pytest.approx(terms['li'], rel=1e-3)
+    assert gradient>0 and none==0
+
+def test_one_cycle_leaves_the_momentum_of_sgd(Callback, faces):
+    seen = []
+    class Momentum(Callback):
+        def after_batch(self):
+            if self.training: seen.append(self.opt.hypers[-1]['mom'])
+    LiSiam(epochs=(1, 1, 1), opt='SGD', momentum=.9, schedule='one-cycle', **SMALL).fit(faces, 'tiny', cbs=[Momentum()])
+    assert set(seen)=={.9}
+
+def test_a_manifest_that_is_refused_leaves_the_trained_network(faces):
+    d = LocalSimilarity(epochs=1, **SMALL).fit(faces, 'tiny')
+    before = d.predict(test_images(faces))[0].fidelity
+    with pytest.raises(ManifestError, match="'valid' has no faces"): d.fit(faces.where(split=['train', 'test']), 'tiny')
+    assert d.predict(test_images(faces))[0].fidelity==before
+
 @pytest.mark.parametrize('variant', 'CEFG') # one phase, one degraded branch, no transformer, mixed; A is the fixture
 def test_every_variant_trains(faces, variant):
     d = LiSiam(ablation=variant, epochs=(1, 1, 1), **SMALL).fit(faces, 'tiny')
@@ -191,7 +223,8 @@ def test_start_from_a_file(faces, tmp_path):
     f = d.predict(test_images(faces))[0].fidelity
     d.save(tmp_path/'d'); path.unlink()
     assert read_json(tmp_path/'d'/'detector.json', WeightsError)['config']['weights']=='start.safetensors' # no folders of this computer
-    assert LocalSimilarity.load(tmp_path/'d').predict(test_images(faces))[0].fidelity==f
+    again = LocalSimilarity.load(tmp_path/'d')
+    assert again.predict(test_images(faces))[0].fidelity==f and 'weights' not in again.settings # its training would look for that name
     with pytest.raises(WeightsError, match='no such file'): LocalSimilarity(weights=path, **LITE0).configure('tiny')
     save_safetensors(path, timm.create_model('resnet18').state_dict())
     with pytest.raises(WeightsError, match='conv_stem.weight.*do not fit'): LocalSimilarity(weights=path, **LITE0).configure('tiny')

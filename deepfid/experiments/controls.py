@@ -15,9 +15,11 @@ from scipy.stats import rankdata, t as student_t
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+import deepfid
 from ..core import DeepfidError, Detector, Prediction
 from ..data.loaders import paired_rows
 from ..data.manifest import Manifest
+from ..io import file_hash
 from ..evaluate.metrics import auc, auc_interval, average_over_seeds, bootstrap_counts
 from .records import significance
 
@@ -28,7 +30,12 @@ def starting_weights(
     config:dict, # settings of a detector, as `to_dict` returns them
 )->str: # 'noise', 'ImageNet', `FORGERY_WEIGHTS`, or the name of a file
     "Say which weights a training starts from"
-    if weights := config.get('weights'): return 'ImageNet' if weights=='imagenet' else Path(weights).name
+    if weights := config.get('weights'):
+        if weights=='imagenet': return 'ImageNet'
+        path, packaged = Path(weights), Path(deepfid.__file__).parent/'weights'/'xception_tiny.safetensors'
+        if not path.is_file(): return path.name
+        digest = file_hash(path)
+        return FORGERY_WEIGHTS if digest==file_hash(packaged) else f'{path.name} {digest[:8]}'
     if not config.get('pretrained'): return 'noise'
     backbone = config.get('backbone', 'xception')
     small = backbone=='xception_tiny' or (backbone=='xception' and config.get('preset')=='tiny')
@@ -53,14 +60,14 @@ def training_length(
 # %% ../../nbs/lib/experiments.controls.ipynb #ctl00009
 class FrozenProbe(Detector):
     "Logistic regression on the features of an untrained network"
-    name = 'frozen_probe'
     def __init__(self,
         detector:Any, # of a network, untrained
-    ): self.detector = detector
+    ): self.name, self.detector = 'frozen_probe', detector
 
     def fit(self, manifest:Manifest, preset:str|None=None, recipe:str|None=None, cbs:list|None=None)->'FrozenProbe':
         "Fit the regression on the training faces; its strength and the threshold come from validation faces"
         self.detector.configure(preset, recipe)
+        self.detector.check_classes(manifest)
         (x, y), (xv, yv) = (self._features(manifest.of(split)) for split in ('train', 'valid'))
         def fitted(c): return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(x, y)
         self.regression = max(map(fitted, (1e-4, 1e-3, .01, .1, 1.)),
@@ -178,7 +185,7 @@ def validation_auc(
 
 def collapse(
     validation:dict, # of `validation_auc`
-    fidelity:Any,    # (n,) of the test faces
+    fidelity:Any,    # (n,) of all test faces
 )->str:              # why a training counts as collapsed; '' where it does not
     "Tell whether a training has collapsed"
     if np.ptp(np.quantile(fidelity, [.01, .99]))<.005: return 'constant output'
@@ -200,7 +207,7 @@ def smallest_difference(
     "Compute the smallest true difference that would be found significant with a probability of 80 %"
     seeds = [d['seeds'] for d in differences if len(d['seeds'])>1]
     if not seeds: return None
-    n = max(map(len, seeds))
+    n = min(map(len, seeds)) # after collapses
     sd = np.sqrt(np.mean([np.var(s, ddof=1) for s in seeds])) # of the paired differences between trainings
     by_seeds = (student_t.ppf(.975, n-1)+student_t.ppf(.8, n-1))*sd/n**.5
     by_people = (1.96+.84)*np.mean([d['high']-d['low'] for d in differences])/(2*1.96)

@@ -48,28 +48,32 @@ def overall_columns(
 # %% ../../nbs/lib/experiments.overall.ipynb #ovr00007
 _EQUAL = dict(bs=8, size=96, epochs=8)
 
-def _row(name, detector, measure=None, baseline='', **settings):
-    return Row(name, detector, _EQUAL|settings, 'finetune', measure=measure, baseline=baseline)
+def _local(name, **settings):
+    settings = dict(backbone='efficientnet_lite0', use_llsm=False, use_flm=False)|_EQUAL|settings
+    return Row(name, LocalSimilarity, settings, 'finetune')
 
-_PLAIN = dict(backbone='efficientnet_lite0', use_llsm=False, use_flm=False)
-_LLSM = _row('LLSM', LocalSimilarity, **_PLAIN|dict(use_llsm=True))
-_DECODER = _row('decoder', LocalSimilarity, **_PLAIN|dict(use_flm=True))
-_LOGITS = _row('plain, two logits', DeepFidelity, mapping=None, ssaa_blocks=0)
-_VERTICAL = _row('flipped top to bottom', DeepFidelity, mirror_weights, _LOGITS.name, mapping=None,
-    network=dict(axis=-2))
-_DEGRADED = _row('plain, degraded', LocalSimilarity, **_PLAIN|dict(degrade_p=.5))
-# the classifier is trained in two of three phases, for eight epochs
-_AGREEMENT = dict(epochs=(2, 2, 6))
-_MAPPED = dict(after=_LOGITS.name, baseline=_LOGITS.name)
+_LLSM, _DECODER = _local('LLSM', use_llsm=True), _local('decoder', use_flm=True)
+_DEGRADED = _local('plain, degraded', degrade_p=.5)
+
+_LOGITS = Row('plain, two logits', DeepFidelity, dict(mapping=None, ssaa_blocks=0)|_EQUAL, 'finetune')
+
+def _mirrored(name, **settings):
+    return Row(name, DeepFidelity, dict(mapping=None)|_EQUAL|settings, 'finetune', measure=mirror_weights,
+        baseline=_LOGITS.name)
+
+_VERTICAL = _mirrored('flipped top to bottom', network=dict(axis=-2))
+
+def _mapped(name, refit=None, **settings):
+    return Row(name, None, dict(mapping='minmax')|settings, after=_LOGITS.name, refit=refit, baseline=_LOGITS.name)
+
+def _siamese(name, **settings): # the classifier is trained in two of three phases, for eight epochs
+    return Row(name, LiSiam, _EQUAL|dict(epochs=(2, 2, 6))|settings, 'finetune', baseline=_DEGRADED.name)
+
 overall_rows = [
-    _row('plain', LocalSimilarity, **_PLAIN),
-    _LLSM, with_masks_of_others(_LLSM), _DECODER, with_masks_of_others(_DECODER),
-    _LOGITS, _row('SSAA', DeepFidelity, mirror_weights, _LOGITS.name, mapping=None), _VERTICAL,
-    Row('mapping', settings=dict(mapping='minmax'), **_MAPPED),
-    Row('shuffled quality', refit=refit_shuffled, settings=dict(mapping='minmax'), **_MAPPED),
-    Row('label SVR', settings=dict(mapping='minmax', bands=((0., 0.), (1., 1.))), **_MAPPED),
-    _DEGRADED, _row('agreement', LiSiam, baseline=_DEGRADED.name, **_AGREEMENT),
-    _row('agreement, weight 0', LiSiam, baseline=_DEGRADED.name, w_li=0., **_AGREEMENT)]
+    _local('plain'), _LLSM, with_masks_of_others(_LLSM), _DECODER, with_masks_of_others(_DECODER),
+    _LOGITS, _mirrored('SSAA'), _VERTICAL,
+    _mapped('mapping'), _mapped('shuffled quality', refit_shuffled), _mapped('label SVR', bands=((0., 0.), (1., 1.))),
+    _DEGRADED, _siamese('agreement'), _siamese('agreement, weight 0', w_li=0.)]
 
 overall_table = Table('overall', 'One table over all: each idea on EfficientNet-Lite0', overall_rows, overall_columns,
     derive_manifests=overall_manifests, seeds=5, train_steps=2000,

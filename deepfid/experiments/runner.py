@@ -8,7 +8,7 @@ __all__ = ['MASK_METRICS', 'VIDEO_METRICS', 'SCORE_METRICS', 'SCORE_AND_MASK_MET
            'mean_training_mask', 'mean_mask_baseline', 'TableScores', 'TableRun', 'run_tables']
 
 # %% ../../nbs/lib/experiments.runner.ipynb #07adf0aa
-import hashlib, inspect, json, os, shutil, time
+import hashlib, inspect, json, marshal, os, shutil, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial, reduce
@@ -141,6 +141,11 @@ def resolve_settings(
     if hasattr(detector, 'resolve_config'): return detector.resolve_config(preset, row.recipe).to_dict()
     return dict(row.settings|overrides, preset=preset, recipe=row.recipe)
 
+def _compiled(f)->str:
+    "Hash the compiled code of a function, or of a class's methods"
+    functions = [m for m in vars(f).values() if inspect.isfunction(m)] if isinstance(f, type) else [f]
+    return hashlib.sha256(b''.join(marshal.dumps(m.__code__) for m in functions)).hexdigest()
+
 @cache
 def _identity(f)->tuple[str, str]:
     "Module and qualified name of a class or function; and its source, where that is no part of this package"
@@ -148,7 +153,7 @@ def _identity(f)->tuple[str, str]:
     name = f'{f.__module__}:{f.__qualname__}'
     if name.startswith('deepfid.'): return name, '' # `source_hash` covers it
     try: return name, inspect.getsource(f)
-    except (OSError, TypeError, SyntaxError): return name, '' # defined in a notebook
+    except (OSError, TypeError, SyntaxError): return name, _compiled(f) # defined in a notebook
 
 def cache_key(
     row:Row,
@@ -205,14 +210,23 @@ def mean_training_mask(
 def mean_mask_baseline(
     mean:np.ndarray|None, # of `mean_training_mask`
     test:Manifest,  # its fake test faces are scored
+    counted:np.ndarray|None=None # bool (n,): which of the test faces count; default: all
 )->dict|None:       # mean of iou, boundary_f1 and f1; None where masks are missing
     "Score the mean training mask on every fake test face"
-    test = test.where(split='test', label=0)
+    test = test.of('test')
+    fake = test.table['label'].to_numpy()==0
+    rows:Any = test.table[fake if counted is None else fake&counted]
+    test = Manifest(rows.reset_index(drop=True), test.folder, test.name)
     if mean is None or not len(test) or '' in set(test.table['mask']): return None
     scores = [s for i in range(len(test)) if 'iou' in (s := score_face_mask(mean, test.mask(i)))]
     return {k: float(np.mean([s[k] for s in scores])) for k in ('iou', 'boundary_f1', 'f1')} if scores else None
 
 # %% ../../nbs/lib/experiments.runner.ipynb #run00002
+def _by_training(trainings, key):
+    "One value of each training, by row; with several training sets, by 'row, set'"
+    several = len({t['train'] for t in trainings})>1
+    return {t['row']+(f", {t['train']}" if several else ''): t.get(key) for t in trainings}
+
 class TableScores:
     "What follows from the scores of a table's cells: values, differences, verdicts and the record"
     table:Table; rows:dict; columns:list; seeds:list; manifests:dict; baseline:Row; shuffled:Row|None
@@ -250,18 +264,25 @@ class TableScores:
         return counted&np.array([m.get(metric) is not None for m in scored[0]])
 
     def collapsed_seeds(self, row:Row, train:str)->dict: # seed -> why
-        "List the trainings of a row that collapsed; the frozen probe is not trained"
-        cells = [(s, c) for (r, t, _, s), c in self.cells.items() if (r, t)==(row.name, train) and not row.frozen]
-        return {s: why for s, c in cells if (why := collapse(c['validation'], c['fidelity']))}
+        "List the trainings of a row that collapsed, by all of their test faces; the frozen probe is not trained"
+        if row.frozen: return {}
+        tests = {}
+        for (r, t, _, seed), cell in self.cells.items():
+            if (r, t)==(row.name, train): tests.setdefault(seed, []).append(cell)
+        found = {}
+        for seed, cells in tests.items():
+            why = collapse(cells[0]['validation'], [f for c in cells for f in c['fidelity']])
+            if why: found[seed] = why
+        return found
 
     def baseline_of(self, row:Row)->Row:
         "Return the row that a row is compared with: its own baseline, or the table's"
         return self.rows[row.baseline] if row.baseline else self.baseline
 
     def _used_seeds(self, column, *rows):
-        "The seeds whose trainings count: those that did not collapse in any of the rows; all, where every one did"
+        "The seeds whose trainings did not collapse in any of the rows"
         collapsed = {s for row in rows for s in self.collapsed_seeds(row, column.train)}
-        return [s for s in self.seeds if s not in collapsed] or self.seeds
+        return [s for s in self.seeds if s not in collapsed]
 
     def _seed_runs(self, row, column, metric, seeds):
         "(values (n,), threshold) for each seed; none where masks are wanted and the row predicts none"
@@ -285,15 +306,16 @@ class TableScores:
         column:Column,
         metric:str = 'auc',
         n_boot:int = 1000, # bootstrap resamples of the people
-    )->dict|None: # value, low, high, seeds; None where one of them lacks faces, masks or one of the classes
+    )->dict|None: # value, low, high, seeds; None where one lacks faces, masks, a class, or has only collapsed trainings
         "Compute a row's mean over its seeds, or by how much it differs from another row's, with the people's interval"
         rows = [row] if base is None else [row, base]
         seeds, faces = self._used_seeds(column, *rows), self.counted_faces(column, metric)
+        if not seeds and base is None: seeds = self.seeds # all collapsed, and are shown as they are
         test = self.test_table(column)[0]
         label, groups = test['label'].to_numpy()[faces], test['identity'].to_numpy()[faces]
         runs = [self._seed_runs(r, column, metric, seeds) for r in rows]
         one_suffices = metric in ('accuracy', 'video_accuracy', *MASK_METRICS)
-        if not all(runs) or not len(label) or not (one_suffices or len(set(label))==2): return None
+        if not all(runs) or not seeds or not len(label) or not (one_suffices or len(set(label))==2): return None
         if metric in VIDEO_METRICS: label, groups, runs = self._video_runs(column, faces, label, metric, *runs)
         kind = 'mean' if metric in MASK_METRICS else VIDEO_METRICS.get(metric, (metric,))[0]
         by_seed = np.array([[average_over_seeds([r], label, kind, n_boot=0).value for r in some] for some in runs])
@@ -316,7 +338,8 @@ class TableScores:
     def mean_mask_baselines(self)->dict: # column -> mask metric -> value
         "Score the mean-mask baseline of each column in which masks were scored"
         columns = [c for c in self.columns if set(c.metrics)&set(MASK_METRICS) and self.counted_faces(c, 'iou').any()]
-        scores = {c.name: mean_mask_baseline(self.mean_mask(c.train), self.manifests[c.test]) for c in columns}
+        scores = {c.name: mean_mask_baseline(self.mean_mask(c.train), self.manifests[c.test], self.test_table(c)[1])
+            for c in columns}
         return {name: s for name, s in scores.items() if s}
 
     def headline(self, column:Column)->str:
@@ -347,18 +370,22 @@ class TableScores:
         found, smallest = {}, {}
         for c in self.columns:
             for r in results:
-                if (r['column'], r['metric'])==(c.name, self.headline(c)) and r['difference']:
+                if (r['column'], r['metric'])!=(c.name, self.headline(c)) or r['value'] is None: continue
+                if self.rows[r['row']] is not self.baseline_of(self.rows[r['row']]):
                     found.setdefault(r['row'], []).append((c, r))
         judged = self.table.controls or self.rows # with controls, the rows that have one
         ideas = [r for r in self.table.rows if r.name in found and r.name in judged and not r.frozen]
         trained = [row for row in ideas if not row.after] or ideas
         for c in self.columns:
-            own = [r['difference'] for row in trained for column, r in found[row.name] if column is c]
+            own = [r['difference'] for row in trained for column, r in found[row.name]
+                if column is c and r['difference']]
             smallest[c.name] = smallest_difference(own) if own else None
-        cells = [dict(row=row.name, column=c.name, baseline=self.baseline_of(row).name, difference=r['difference'],
+        cells:list[dict] = [dict(row=row.name, column=c.name, baseline=self.baseline_of(row).name,
+            difference=r['difference'],
             control=(control := self.table.controls.get(row.name, '')),
             control_difference=self.compare(row, self.rows[control], c, self.headline(c)) if control else None,
-            p=p_value(r['difference']), smallest=smallest_difference([r['difference']]),
+            p=p_value(r['difference']) if r['difference'] else 1.,
+            smallest=smallest_difference([r['difference']]) if r['difference'] else None,
             problem=self._problem(row, c, permutation)) for row in ideas for c, r in found[row.name]]
         for cell, p in zip(cells, holm([c['p'] for c in cells])): cell['p_holm'] = p
         out = []
@@ -373,9 +400,11 @@ class TableScores:
         if len(self.seeds)<2: return 'one seed: the spread of trainings is not known'
         if not permutation.get(column.name, dict(passed=True))['passed']:
             return 'something was found in shuffled labels'
-        for r in (row, self.baseline_of(row)):
-            if len(self.collapsed_seeds(r, column.train))>=len(self.seeds)-1: return f'{r.name}: trainings collapsed'
-        return ''
+        needed = [row, self.baseline_of(row), *(self.rows[c] for c in [self.table.controls.get(row.name)] if c)]
+        left = self._used_seeds(column, *needed)
+        if len(left)>1: return ''
+        names = [r.name for r in needed if self.collapsed_seeds(r, column.train)]
+        return f"trainings collapsed: {', '.join(names)}"
 
     def localisation(self)->list[dict]: # row, column, and what `localisation_report` returns
         "Summarise the masks of each row, averaged over seeds"
@@ -385,7 +414,7 @@ class TableScores:
             test, counted = self.test_table(c)
             label = test['label'].to_numpy()[counted]
             for row in self.table.rows:
-                cells = [self.cells[row.name, c.train, c.test, s] for s in self._used_seeds(c, row)]
+                cells = [self.cells[row.name, c.train, c.test, s] for s in self._used_seeds(c, row) or self.seeds]
                 if not all(cell['masks'] for cell in cells): continue
                 reports = [localisation_report([m for m, use in zip(cell['masks'], counted) if use], label,
                     np.array(cell['fidelity'])[counted]<cell['threshold']) for cell in cells]
@@ -434,7 +463,7 @@ class TableScores:
             baselines={r.name: r.baseline for r in self.table.rows if r.baseline}, results=results,
             mean_mask_baseline=self.mean_mask_baselines(), hardware='; '.join(machines),
             trained_at=[code[k] for k in sorted(code)], faces=splits, metric=self.table.metric, seeds=self.seeds,
-            steps={t['row']: t.get('steps') for t in trainings}, start={t['row']: t.get('start') for t in trainings},
+            steps=_by_training(trainings, 'steps'), start=_by_training(trainings, 'start'),
             controls=self.table.controls, prediction=self.table.prediction, premise=self.premise,
             smallest_difference=smallest,
             permutation=permutation, collapsed=collapsed, verdicts=verdicts, trainings=trainings,

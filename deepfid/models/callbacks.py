@@ -132,6 +132,8 @@ class BestWeights(TypedCallback):
         metric:str='auc', # name of a metric of the `Learner`
     ): self.metric, self.best, self.weights = metric, -float('inf'), None
 
+    def before_fit(self)->None: self.best, self.weights = -float('inf'), None # `Checkpoint` comes later, and restores
+
     def current_value(self)->float|None:
         "Return the metric of this epoch; a subclass may measure something else"
         values = {m.name: m.value for m in self.recorder.metrics}
@@ -316,6 +318,10 @@ def distributed_callbacks(
         learn:Any
         def after_create(self): # `learn.distrib_ctx()` would add fastai's own beside it
             self.learn.to_distributed = self.learn.detach_distributed = lambda *args, **kwargs: self.learn
+        def before_fit(self):
+            norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            self.sync_bn = self.sync_bn and not any(hasattr(m, 'act') for m in norms) # torch would drop the activation
+            super().before_fit()
         def _wrap_dl(self, dl): return dl.shard(rank_distrib(), num_distrib()) if dl.shuffle else dl
     cpu = torch.device(device).type=='cpu'
     return [ShardedTrainer(sync_bn=not cpu, cpu=cpu)]

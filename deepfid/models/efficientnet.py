@@ -19,8 +19,9 @@ class SameConv2d(nn.Conv2d):
     def forward(self,
         x:torch.Tensor # (B,C,H,W)
     )->torch.Tensor: # (B,nf,ceil(H/stride),ceil(W/stride))
-        high, wide = (k-1-(n-1)%s for k, n, s in zip(self.kernel_size, x.shape[2:], self.stride))
-        return super().forward(F.pad(x, (wide//2, wide-wide//2, high//2, high-high//2)))
+        # pixels that are missing where the last step begins: s*(ceil(n/s)-1)+k-n
+        pad_h, pad_w = (k-1-(n-1)%s for k, n, s in zip(self.kernel_size, x.shape[2:], self.stride))
+        return super().forward(F.pad(x, (pad_w//2, pad_w-pad_w//2, pad_h//2, pad_h-pad_h//2)))
 
 class BatchNormAct2d(nn.BatchNorm2d):
     "BatchNorm and the activation after it, as one module"
@@ -148,9 +149,9 @@ class EfficientNetLite0Features(_Trunk):
         in_chans:int=3        # channels of the image
     ):
         super().__init__(in_chans, output_stride)
-        self.stages = [LITE0_STAGES[i] for i in out_indices]
-        self.feature_info = FeatureInfo([self.channels[s] for s in self.stages],
-            [self.reductions[s] for s in self.stages])
+        self.stage_indices = [LITE0_STAGES[i] for i in out_indices]
+        self.feature_info = FeatureInfo([self.channels[s] for s in self.stage_indices],
+            [self.reductions[s] for s in self.stage_indices])
         self.init_weights()
 
     def forward(self,
@@ -161,4 +162,4 @@ class EfficientNetLite0Features(_Trunk):
         for stage in self.blocks:
             x = stage(x)
             maps.append(x)
-        return [maps[s] for s in self.stages]
+        return [maps[s] for s in self.stage_indices]

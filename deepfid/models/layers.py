@@ -80,11 +80,12 @@ class _DepthwiseConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         n, c = x.shape[:2]
         padding = [d*(k-1)-p for d, k, p in zip(ctx.dilation, weight.shape[2:], ctx.padding)]
-        of_x = F.conv2d(grad, weight.flip(2, 3), None, 1, padding, ctx.dilation, c)
+        grad_x = F.conv2d(grad, weight.flip(2, 3), padding=padding, dilation=ctx.dilation, groups=c)
+        # each image is correlated with its own output gradient; the dilation becomes the stride
         images, kernels = x.reshape(1, n*c, *x.shape[2:]), grad.reshape(n*c, 1, *grad.shape[2:])
-        of_weight = F.conv2d(images, kernels, None, ctx.dilation, ctx.padding, 1, n*c)
-        of_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return of_x, of_weight.view(n, *weight.shape).sum(0), of_bias, None, None
+        grad_weight = F.conv2d(images, kernels, padding=ctx.padding, stride=ctx.dilation, groups=n*c)
+        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight.view(n, *weight.shape).sum(0), grad_bias, None, None
 
 class DepthwiseConv2d(nn.Conv2d):
     "A depthwise convolution, whose gradients on a CPU take no longer than need be"

@@ -126,8 +126,8 @@ class QualityTargets(SSAADetector):
     "Fidelity targets of the training faces: the quality of each, mapped onto the band of its class"
     config:DeepFidelityConfig
 
-    def required_splits(self)->tuple:
-        return ('train', 'valid')+(('test',) if self.config.select=='test' else ())
+    def required_splits(self, config:Any)->tuple[str, ...]:
+        return ('train', 'valid')+(('test',) if config.select=='test' else ())
 
     def before_training(self, manifest:'Manifest')->'Manifest':
         "Try out the settings of regression and mapping, measure quality, fit the targets"

@@ -199,7 +199,8 @@ class LiSiamTraining(NetworkDetector):
         from fastai.callback.schedule import ParamScheduler, combined_cos
         c = self.config
         schedules = dict(lr=LISIAM_SCHEDULES[c.schedule](c.lr, warmup=c.warmup))
-        if c.schedule=='one-cycle': schedules['mom'] = combined_cos(c.warmup, .95, .85, .95)
+        if c.schedule=='one-cycle' and c.opt=='AdamW': # of SGD it would be the momentum
+            schedules['mom'] = combined_cos(c.warmup, .95, .85, .95)
         learn.fit(phase.epochs, cbs=ParamScheduler(schedules))
 
 # %% ../../../nbs/41_lisiam.ipynb #lsl00001c
