@@ -281,6 +281,21 @@ def test_every_registered_table_can_be_set_up(manifests, tmp_path, monkeypatch):
             continue
         assert r.columns and len({r.key(row, ('x', 'x'), 0) for row in t.rows})==len(t.rows), name
 
+@pytest.mark.parametrize('options', [dict(preset='full'), dict(preset='full', train_steps=100), dict(recipe='finetune', backbone='efficientnet_lite0'),
+    dict(recipe='finetune', backbone='efficientnet_lite0', preset='full')])
+def test_tables_of_masks_are_set_up_as_their_notebooks_say(manifests, tmp_path, options):
+    "Equal steps, schedules, batches and starts; the classifier of each row where its name says"
+    x = Manifest(manifests['x'].table.assign(video=manifests['x'].table['pair']), manifests['x'].folder, 'x')
+    derived = {f'{m}, {v}': x for m in 'xy' for v in ('c0', 'c23', 'c40')}
+    for name in (n for n in list_tables() if n.startswith(('lisiam-', 'similarity-'))):
+        t = Table(**vars(get_table(name))|dict(derive_manifests=lambda manifests, folder: derived))
+        r = TableRun(t, {'x': x, 'y': x}, 1, cache=tmp_path, **dict(preset='tiny')|options)
+        steps = {row.name: r.training_length(row, 'x')['steps'] for row in r.table.rows if row.detector and not row.frozen}
+        wanted = options.get('train_steps', 2000)
+        assert all(abs(n-wanted)<=.02*wanted for n in steps.values()), (name, steps)
+        for row in r.table.rows:
+            if row.detector and 'cls_from' in row.settings: assert r.rows[row.name].settings['cls_from']==('encoder' if 'encoder head' in row.name else 'decoder')
+
 def test_rows_that_depend_on_the_networks_size(manifests, tmp_path):
     two = {'x': manifests['x'], 'y': manifests['x']}
     def rows(preset, **kw): return list(TableRun(get_table('blocks'), two, 1, preset, tmp_path, probes=False, **kw).rows)

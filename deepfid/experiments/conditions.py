@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['COMPRESSION_LEVELS', 'QUALITY_CORRUPTIONS', 'SEEN_CORRUPTIONS', 'UNSEEN_CORRUPTIONS', 'CORRUPTION_STRENGTHS',
-           'DEGRADED_BLUR', 'DEGRADED_JPEG', 'compressed_manifests', 'level_columns', 'uncompressed_columns',
-           'forgers_manifest', 'forger_manifests', 'forger_columns', 'transfer_matrix', 'add_noise', 'tint', 'recode',
-           'lanczos_resample', 'simulate_screenshot', 'denoise_and_sharpen', 'corrupted_manifests',
-           'corruption_columns', 'corruption_curves', 'plot_corruption_curves', 'plot_corruption_table', 'degrade_pair',
-           'degraded_manifest', 'degraded_manifests', 'degraded_columns', 'remask_training', 'mask_source_manifests',
-           'ssim_masks', 'diff_masks', 'render_clip_pair', 'synthetic_video_set']
+           'DEGRADED_BLUR', 'DEGRADED_JPEG', 'ClipCompression', 'compressed_manifests', 'level_columns',
+           'uncompressed_columns', 'forgers_manifest', 'forger_manifests', 'forger_columns', 'transfer_matrix',
+           'add_noise', 'tint', 'recode', 'lanczos_resample', 'simulate_screenshot', 'denoise_and_sharpen',
+           'corrupted_manifests', 'corruption_columns', 'corruption_curves', 'plot_corruption_curves',
+           'plot_corruption_table', 'degrade_pair', 'degraded_manifest', 'degraded_manifests', 'degraded_columns',
+           'remask_training', 'mask_source_manifests', 'ssim_masks', 'diff_masks', 'render_clip_pair',
+           'synthetic_video_set']
 
 # %% ../../nbs/lib/experiments.conditions.ipynb #ff880504
 import re, zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 import cv2, numpy as np, pandas as pd
 from ..data.degrade import blur, jpeg
@@ -34,14 +36,41 @@ from ..io import atomic_folder
 # %% ../../nbs/lib/experiments.conditions.ipynb #84fd741d
 COMPRESSION_LEVELS = dict(c0=0, c23=23, c40=40) # name -> constant rate factor of H.264
 
+class ClipCompression:
+    "H.264 for the frames of clips, each clip as one video: with motion prediction, as a face in a video has it"
+    def __init__(self,
+        manifest:Manifest, # of frames, with `video` and `frame`
+        crf:int,           # constant rate factor
+        fps:float=8.       # frames a second
+    ):
+        self.manifest, self.crf, self.fps, self.frames = manifest, crf, fps, {}
+        t = manifest.table.reset_index(drop=True).sort_values('frame', kind='stable')
+        clips = t.groupby(['dataset', 'video', 'label'], sort=False).indices.values()
+        self.clip_of = {int(r): t.index[rows] for rows in clips for r in t.index[rows]}
+
+    def __call__(self,
+        image:np.ndarray, # uint8 RGB (H,W,3), of that row
+        row:int           # of the manifest
+    )->np.ndarray:        # uint8 RGB (H,W,3)
+        "Return the compressed frame of a row; its clip is compressed once, and kept until another one is asked for"
+        if row not in self.frames:
+            rows = self.clip_of[row]
+            with TemporaryDirectory() as tmp:
+                images = (self.manifest.image(int(r)) for r in rows)
+                clip = write_video(images, Path(tmp)/'clip.mp4', self.fps, self.crf)
+                self.frames = {int(r): f.image for r, f in zip(rows, sample_frames(clip, None), strict=True)}
+        return self.frames[row]
+
 def compressed_manifests(
     manifests:dict, # name -> `Manifest`
     folder:Path,    # for the new images
     levels:tuple = tuple(COMPRESSION_LEVELS),
 )->dict:            # 'name, c23' -> `Manifest`
-    "Compress each manifest at each level; c0 is the manifest itself"
+    "Compress each manifest at each level, clips as videos and photographs as single frames; c0 is the manifest itself"
     def compress(m, level, crf):
-        return map_images(m, partial(compress_image_h264, crf=crf), folder/f'{m.key()[:12]}-{level}')
+        clips = '' not in set(m.table['video'])
+        how = ClipCompression(m, crf) if clips else partial(compress_image_h264, crf=crf)
+        return map_images(m, how, folder/f'{m.key()[:12]}-{level}', by_row=clips)
     return {f'{name}, {level}': compress(m, level, COMPRESSION_LEVELS[level]) if COMPRESSION_LEVELS[level] else m
         for name, m in manifests.items() for level in levels}
 
@@ -365,7 +394,7 @@ def render_clip_pair(
     person:int,              # seed of the synthetic person
     forger:str,              # one of `FORGERS`
     frames:int=8, size:int=112, # per clip; side of the crops, pixels
-    crf:int=23, seed:int=0,  # compression; of motion, manipulation and camera
+    crf:int=0, seed:int=0,   # compression, 0: lossless; of motion, manipulation and camera
 )->tuple[list, list, list]:  # frames of the real clip and of the fake one, uint8 RGB; masks, float (size,size)
     "Render a clip of a synthetic person and its manipulated version, both cropped and compressed"
     work = round(size*WORKING_SCALE)//2*2
@@ -399,7 +428,7 @@ def synthetic_video_set(
     folder:Path,                # for clips, frames, masks and manifest.csv; an existing one is read
     people:tuple=(60, 16, 40),  # of train, valid and test: one real and one fake clip each
     frames:int=8, size:int=112, # per clip; side of the crops, pixels
-    crf:int=23, seed:int=0,
+    crf:int=0, seed:int=0,      # compression of the clips, 0: lossless
 )->Manifest:                    # with the columns `video` and `frame`
     "Render clips of synthetic people in motion, one forger per clip, with exact masks"
     folder, rows, forgers = Path(folder), [], tuple(FORGERS)

@@ -20,6 +20,7 @@ from ..data.manifest import Manifest
 from deepfid.experiments.conditions import (QUALITY_CORRUPTIONS, compressed_manifests,
     corrupted_manifests, corruption_columns, forger_columns, forger_manifests, level_columns,
     transfer_matrix)
+from .designed import with_masks_of_others
 from .figures import example_faces
 from deepfid.experiments.runner import (SCORE_AND_MASK_METRICS, Row, Table, cross_columns,
     within_columns)
@@ -33,8 +34,9 @@ def _cross(names): return cross_columns(names, SCORE_AND_MASK_METRICS)
 
 XCEPTION_ROW = _row('Xception', use_llsm=False, use_flm=False)
 LLSM_ROW = _row('LLSM', use_llsm=True, use_flm=False)
-FLM_ROW = _row('FLM', use_llsm=False, use_flm=True)
-LLSM_FLM_ROW = _row('LLSM and FLM')
+_PUBLISHED = dict(cls_from='decoder') # the classifier behind the decoder
+FLM_ROW = _row('FLM', use_llsm=False, use_flm=True, **_PUBLISHED)
+LLSM_FLM_ROW = _row('LLSM and FLM', **_PUBLISHED)
 
 # %% ../../nbs/56_experiments_local_similarity.ipynb #98eec828
 _PAPER_TABLE_IV = """| AUC, trained on FF++, tested on Celeb-DF v2 | |
@@ -47,14 +49,17 @@ _STEPS = 2000 # of every training, so that tables share trainings
 # the classifier beside the decoder instead of behind it
 ENCODER_HEAD_ROW = _row('LLSM and FLM, encoder head', cls_from='encoder')
 # and behind a decoder that no mask teaches
-_HEAD_ROWS = [_row('Xception, decoder head', use_llsm=False, beta=0.),
-    _row('LLSM, decoder head', beta=0.)]
+_HEAD_ROWS = [_row('Xception, decoder head', use_llsm=False, beta=0., **_PUBLISHED),
+    _row('LLSM, decoder head', beta=0., **_PUBLISHED)]
+# the controls: as many parameters and losses, and masks that say nothing of the face
+_OTHERS_ROWS = [with_masks_of_others(r) for r in (LLSM_FLM_ROW, ENCODER_HEAD_ROW)]
+_CONTROLS = {r.name: c.name for r, c in zip((LLSM_FLM_ROW, ENCODER_HEAD_ROW), _OTHERS_ROWS)}
 similarity_ablation_table = Table('similarity-ablation',
     'Table IV: ablation of LLSM and FLM, by the position of the classifier', [
     XCEPTION_ROW, LLSM_ROW, FLM_ROW, LLSM_FLM_ROW,
     _row('FLM, encoder head', use_llsm=False, use_flm=True, cls_from='encoder'),
-    ENCODER_HEAD_ROW, *_HEAD_ROWS], _cross, _PAPER_TABLE_IV,
-    seeds=5, train_steps=_STEPS, prediction=(
+    ENCODER_HEAD_ROW, *_HEAD_ROWS, *_OTHERS_ROWS], _cross, _PAPER_TABLE_IV,
+    controls=_CONTROLS, seeds=5, train_steps=_STEPS, prediction=(
         'Behind the decoder every row loses points against Xception, whatever is taught, since '
         'the gradient reaches the backbone hundreds of times weaker. Beside it, neither LLSM nor '
         'FLM changes the AUC by more than a point, in set and out of set, and the masks gain 20 '
@@ -80,20 +85,21 @@ _PAPER_TABLE_III = """| trained on | Deepfakes | Face2Face | FaceSwap | NeuralTe
 (AUC of the paper's detector)"""
 
 # %% ../../nbs/56_experiments_local_similarity.ipynb #36e43a39
-_BOTH_ROWS = [XCEPTION_ROW, LLSM_FLM_ROW, ENCODER_HEAD_ROW]
+_BOTH_ROWS = [XCEPTION_ROW, LLSM_FLM_ROW, ENCODER_HEAD_ROW, *_OTHERS_ROWS]
 _SAME = ('With the classifier at the encoder LLSM and FLM stay within a point of Xception; behind '
     'the decoder they lose one and more.')
 similarity_cross_table = Table('similarity-cross', 'Table I: trained on one set, tested on others',
-    _BOTH_ROWS, _cross, _PAPER_TABLE_I, min_manifests=2, train_steps=_STEPS,
+    _BOTH_ROWS, _cross, _PAPER_TABLE_I, min_manifests=2, controls=_CONTROLS, train_steps=_STEPS,
     prediction=f'{_SAME} On foreign sets all rows lie between 50 and 65.')
 similarity_intra_table = Table('similarity-intra',
     'Table II: trained and tested on one set, at each compression level',
     _BOTH_ROWS, level_columns, _PAPER_TABLE_II, derive_manifests=compressed_manifests,
-    train_steps=_STEPS, prediction=f'{_SAME} At c40 all lose ten points and more.')
+    controls=_CONTROLS, train_steps=_STEPS,
+    prediction=f'{_SAME} At c40 all lose ten points and more.')
 similarity_forgers_table = Table('similarity-forgers',
     'Table III: trained on one forger, tested on each, and on other sets',
     _BOTH_ROWS, forger_columns, _PAPER_TABLE_III, derive_manifests=forger_manifests,
-    notes=transfer_matrix, train_steps=_STEPS, prediction=(
+    notes=transfer_matrix, controls=_CONTROLS, train_steps=_STEPS, prediction=(
         f'{_SAME} No row leads on the forgers that it was not trained on.'))
 
 # %% ../../nbs/56_experiments_local_similarity.ipynb #01e3ea60
@@ -114,7 +120,8 @@ def _corruption_columns(names): return corruption_columns(names, SCORE_AND_MASK_
 
 similarity_quality_table = Table('similarity-quality',
     'Low-quality images, with and without enhancement', _BOTH_ROWS,
-    _corruption_columns, derive_manifests=_corrupted, train_steps=_STEPS, prediction=(
+    _corruption_columns, derive_manifests=_corrupted, controls=_CONTROLS, train_steps=_STEPS,
+    prediction=(
         'Enhancement wins nothing back: what compression took is gone.'))
 
 # %% ../../nbs/56_experiments_local_similarity.ipynb #ccde7b57

@@ -113,6 +113,17 @@ def _control_text(record):
         smallest, 'Collapsed trainings, outside the means': collapsed or 'none'}
     return '\n'.join(f'- {k}: {v}.' for k, v in texts.items() if v)
 
+# %% ../../nbs/lib/experiments.markdown.ipynb #mkd00c01
+def _against_controls_text(record):
+    "Each idea above its plain network and above its control, by column, with the chance of the first"
+    def points(d): return '–' if not d else f"{100*d['value']:+.1f} [{100*d['low']:+.1f}, {100*d['high']:+.1f}]"
+    cells = [c for v in record.get('verdicts', []) for c in v.get('cells', []) if c['control']]
+    table = _lines(['idea', 'column', 'above', 'in points', 'above its control', 'in points', 'p', 'p (Holm)'],
+        [[c['row'], c['column'], c['baseline'], points(c['difference']), c['control'], points(c['control_difference']),
+            f"{c['p']:.3f}", f"{c['p_holm']:.3f}"] for c in cells])
+    return table and (f'**Ideas and their controls**, in {METRIC_LABELS[record["metric"]]}. *p* is the larger of that '
+        f'over people and that over seeds; Holm’s corrects for all {len(cells)} comparisons.\n\n{table}')
+
 def _verdicts_text(record):
     "The verdict on each row"
     table = _lines(['row', 'control', 'verdict', 'in points'],
@@ -122,15 +133,15 @@ def _verdicts_text(record):
 
 # %% ../../nbs/lib/experiments.markdown.ipynb #de9a0eb9
 def _premise_text(record):
-    "Whether better faces are judged with more certainty, by the plain network"
+    "Whether the plain network's scores rise with the quality of the faces, in each class"
     def interval(c): return f"{c['value']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]"
     def quartile(q): return '–' if q['value'] is None else f"{100*q['value']:.1f}"
-    rows = [[p['trained'], p['faces'], interval(p['correlation']), f"{p['of_fakes']:+.2f}", f"{p['of_reals']:+.2f}",
+    rows = [[p['trained'], p['faces'], interval(p['of_fakes']), interval(p['of_reals']),
         ', '.join(map(quartile, p['quartiles'])), 'yes' if p['holds'] else 'no'] for p in record.get('premise', [])]
-    table = _lines(['premise: trained on', 'tested on', 'rank correlation of quality and margin', 'fakes', 'reals',
+    table = _lines(['premise: trained on', 'tested on', 'rank correlation of quality and score: fakes', 'reals',
         'AUC by quartile of quality, from the worst', 'holds'], rows)
-    return table and ('**Premise**, tested before the table: a network without the idea is surer of better faces.\n\n'
-        +table)
+    return table and ('**Premise**, tested before the table: the scores of a network without the idea rise with the '
+        'quality, of fakes and of real faces.\n\n'+table)
 
 # %% ../../nbs/lib/experiments.markdown.ipynb #mkd00011
 def verdict_sentences(
@@ -149,7 +160,7 @@ def verdict_sentences(
             return 'no verdict, since trainings on shuffled labels did not average to one half'
         if found=='not significant':
             smallest = smallest_difference([d])
-            seen = f'; one of {100*smallest:.1f} would have been' if smallest else ''
+            seen = f'; one of {100*smallest:.1f} would have been, four times in five' if smallest else ''
             return f'no difference was seen, {points(d)}{seen}'
         what = 'a gain' if found=='significantly better' else 'a loss'
         return f"{what}, {points(d)}; of its control {'too' if alike==found else 'none'}, {points(beside)}"
@@ -166,8 +177,10 @@ def record_markdown(
     settings = ''.join(f', {k}={v}' for k, v in record['config']['overrides'].items())
     compared = comparison_table(record['results'])
     if compared:
-        compared = (f"Compared with *{record['baseline']}*. *Significant*: at 95 %, both over the people tested "
-            f"(paired bootstrap) and over the seeds (paired *t* test).\n\n{compared}")
+        others = '; '.join(f'{row} with *{base}*' for row, base in record.get('baselines', {}).items())
+        others = others and f' ({others})'
+        compared = (f"Compared with *{record['baseline']}*{others}. *Significant*: at 95 %, both over the people "
+            f"tested (paired bootstrap) and over the seeds (paired *t* test).\n\n{compared}")
     parts = [f"**{table.title if table else record['title']}**", _premise_text(record),
         markdown_table(record['results']),
         f"Trained and tested on {record['data']} ({len(record['seed'])} seeds, preset "
@@ -175,7 +188,8 @@ def record_markdown(
         '[95 % interval over the people tested] ± standard deviation of the seeds. Positive class: fake. Threshold '
         'chosen on validation faces.',
         _trainings_text(record), _baseline_text(record), _localisation_text(record),
-        table.notes(record) if table and table.notes else '', compared, _control_text(record), _verdicts_text(record)]
+        table.notes(record) if table and table.notes else '', compared, _control_text(record),
+        _against_controls_text(record), _verdicts_text(record)]
     if table and table.paper_results:
         parts += ['**Published numbers**, on the paper’s data. These are *other data* and cannot be compared with ours '
             'cell by cell:', table.paper_results]

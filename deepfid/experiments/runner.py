@@ -20,7 +20,7 @@ import deepfid
 from ..core import DeepfidError, check_choice, get_preset
 from ..data.manifest import Manifest
 from ..evaluate.metrics import average_over_seeds, localisation_report, score_face_mask, video_scores
-from .controls import (FORGERY_WEIGHTS, FrozenProbe, classifier_epochs, collapse, premise_lines,
+from .controls import (FORGERY_WEIGHTS, FrozenProbe, collapse, equal_steps, premise_lines,
     margin_of_mean, row_verdict, shuffle_labels, shuffle_quality, smallest_difference, starting_weights,
     training_length, validation_auc)
 from .records import holm, p_value
@@ -572,7 +572,7 @@ class TableRun(TableScores):
         detector, more = row.create(**self.overrides), {}
         detector.config = detector.resolve_config(self.preset, row.recipe)
         if starting_weights(detector.config.to_dict())==FORGERY_WEIGHTS: more['pretrained'] = False
-        if self.train_steps: more['steps'] = max(1, round(self.train_steps/classifier_epochs(detector)))
+        if self.train_steps: more |= equal_steps(detector, self.train_steps)
         return replace(row, settings=row.settings|more)
 
     def check(self)->None:
