@@ -572,11 +572,11 @@ def score_command(args:Namespace)->dict:
     from deepfid.io import claim_folder, missing_file_problem
     sources, names = expand_sources(args.sources), args.detector or [DEFAULT_DETECTOR]
     check_score_outputs(args.results, args.csv, args.report, sources)
-    if args.explain: claim_folder(args.explain, 'explanations')
     offered, left_out = list_offered() if 'all' in names else ([], [])
     for line in left_out: print_error(line)
     folders = {n: find_detector(n) for name in names for n in (name=='all' and offered or [name])}
     detector_names = {n: saved_detector_name(folder) for n, folder in folders.items()}
+    if args.explain: claim_folder(args.explain, 'explanations')
     if not any(s=='-' or os.path.lexists(s) for s in sources): # said before anything heavy is imported
         for s in sources: print_scored_file(ScoredFile(s, error=f'{s}: {missing_file_problem(s)}'), args.json)
         return dict(status=1)
@@ -854,6 +854,8 @@ def figure_command(args:Namespace)->dict:
     figure = get_figure(args.name)
     if figure.max_detectors and not args.detector:
         raise DeepfidError(f'figure {args.name!r} needs a trained detector: give --detector')
+    if args.baseline and figure.max_detectors<2:
+        raise DeepfidError(f'figure {args.name!r} shows one detector: leave --baseline out')
     given = [d for d in (args.detector, args.baseline)[:figure.max_detectors] if d]
     for d in given:
         name = saved_detector_name(find_detector(d))

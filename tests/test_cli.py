@@ -167,6 +167,14 @@ def test_settings_of_a_table_that_an_option_gives(capsys, tmp_path, given, optio
     status, out, err = run(capsys, 'table', 'ablation', '--manifest', 'synthetic', '--epochs', '1', '--set', given, '--out', tmp_path/'x')
     assert status==1 and err.count('\n')==1 and f'--set {given.split("=")[0]}: is' in err and option in err and not (tmp_path/'x').exists()
 
+def test_a_baseline_that_a_figure_has_no_place_for_is_refused(capsys, tmp_path):
+    for figure in ('blocks', 'masks'):
+        status, _, err = run(capsys, 'figure', figure, '--manifest', 'synthetic', '--detector', 'deepfidelity', '--baseline', 'lisiam', '--out', tmp_path/'x.png')
+        assert status==1 and 'leave --baseline out' in err and not list(tmp_path.iterdir())
+
+def test_a_detector_that_does_not_exist_leaves_no_folder(capsys, photos, tmp_path):
+    assert run(capsys, 'score', photos, '--detector', 'nosuch', '--explain', tmp_path/'x')[0]==1 and not (tmp_path/'x').exists()
+
 def test_every_number_states_its_range():
     "In --help; a number that is only converted, by int or float, has none"
     import re

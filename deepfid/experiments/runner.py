@@ -424,7 +424,7 @@ class TableScores:
         return out
 
     def trainings(self)->list[dict]: # row, train, start, steps, bs, schedule, why, seconds, images_per_second, measured
-        "Describe each training: start, length, duration, and what was measured of the trained detector"
+        "Describe each training: start, length, duration; images scored a second; what was measured of the detector"
         out = []
         for train in dict.fromkeys(c.train for c in self.columns):
             for row in [*self.table.rows, *([self.shuffled] if self.shuffled else [])]:
@@ -433,8 +433,9 @@ class TableScores:
                 length = self.training_length(self.base_row(row), train) or {}
                 if row.frozen: length |= dict(steps=0)
                 names = dict.fromkeys(k for c in cells for k in c['measured'])
+                whole = [c for c in cells if not c['trained'].get('resumed')] or cells
                 out.append(dict(row=row.name, train=train, **length, why=row.why,
-                    seconds=float(np.mean([c['trained']['seconds'] for c in cells])),
+                    seconds=float(np.mean([c['trained']['seconds'] for c in whole])),
                     images_per_second=faces/max(seconds, 1e-9),
                     measured={k: float(np.mean([c['measured'][k] for c in cells])) for k in names}))
         return out
@@ -448,7 +449,7 @@ class TableScores:
             recipe=resolve_settings(r, self.preset, self.overrides)['recipe'] if r.detector else r.recipe)
             for r in self.table.rows]
         trained = list({to_json(c['trained']): c['trained'] for c in self.cells.values()}.values())
-        code = {to_json(t): t for t in ({k: v for k, v in t.items() if k!='seconds'} for t in trained)}
+        code = {to_json(t): t for t in ({k: v for k, v in t.items() if k not in ('seconds', 'resumed')} for t in trained)}
         machines = sorted({t['hardware'] for t in trained if 'hardware' in t}) or [describe_machine()['hardware']]
         splits = {k: {s: int(n) for s, n in m.table['split'].value_counts().items()}
             for k, m in self.manifests.items()}
@@ -695,6 +696,7 @@ class TableRun(TableScores):
         start, provenance = time.time(), describe_code()|describe_machine()
         detector:Any = row.create(seed=seed, **self.overrides)
         unfinished, options = self.cache/'unfinished'/folder.name, {}
+        if unfinished.exists(): provenance['resumed'] = True # its seconds are those since then
         if row.frozen: detector = FrozenProbe(detector)
         elif hasattr(detector, 'phases'): options = dict(resume=unfinished) # an interrupted training is resumed
         detector.fit(self.training_manifest(row, train, seed), preset=self.preset, recipe=row.recipe, **options)

@@ -403,6 +403,7 @@ class NetworkDetector(Detector, ABC):
         batch_size:int=32,
     )->np.ndarray: # float32 (N,D)
         "Compute the features behind the score"
+        self.check_trained()
         if not (faces := _as_list(faces)): return self.features([np.zeros((self.size, self.size, 3), np.uint8)])[:0]
         return self.run_batches(self.batches(faces, batch_size), self.embed)
 
