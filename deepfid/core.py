@@ -397,8 +397,8 @@ class Detector:
         for k, (person, score, label) in enumerate(zip(people, scores.tolist(), np.asarray(labels).tolist())):
             known = k if person in ('', None) else str(person) # nobody named is a person of their own
             first.setdefault(label, {}).setdefault(known, float(f'{score:.6g}'))
+        slope, offset = self.calibration = platt_scaling(scores, labels) # refuses one class, before anything is kept
         self.validation_scores = dict(real=sorted(first[1].values()), fake=sorted(first[0].values()))
-        slope, offset = self.calibration = platt_scaling(scores, labels)
         self.validated_ranges = dict(score_range=[float(scores.min()), float(scores.max())])
         self.measured_rates = {} # of other thresholds
         if slope > 0 and np.ptp(scores) > 1e-6: # where the probability is one half, unless that is far from every score

@@ -377,7 +377,7 @@ def test_a_very_small_demo(capsys, tmp_path, request, monkeypatch, data_name):
     for key in ('auc', 'auc_low', 'auc_high', 'baseline_auc', 'data', 'preset', 'seconds'): assert key in summary, key
     excludes_zero = summary['difference_low']>0 or summary['difference_high']<0
     assert f"the difference is {'' if excludes_zero else 'not '}significant" in page and summary['data']==data_name
-    if data_name=='portraits': assert 'fakes with the lowest fidelity' not in page and 'fakes taken for real' not in page
+    if data_name=='portraits': assert 'fakes with the lowest fidelity' not in page and 'fakes with the highest fidelity' not in page
     detector = deepfid.load(tmp_path/'demo'/'model')
     assert detector.name==summary['detector'] and detector.size==summary['config']['size']
     if data_name!='london': return

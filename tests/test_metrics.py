@@ -3,7 +3,7 @@ import json
 import numpy as np, pandas as pd, pytest
 from sklearn import metrics as sk
 from deepfid.core import DeepfidError
-from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, average_precision, bootstrap_counts, boundary_f1, choose_threshold, confusion_matrix, equal_error_rate, evaluate, localisation_report, mask_iou, oracle_threshold, auc_per_method, pixel_auc, roc_curve, score_face_mask, video_keys, video_scores
+from deepfid.evaluate.metrics import MetricError, auc, auc_difference, auc_interval, average_precision, bootstrap_counts, boundary_f1, calibration_error, choose_threshold, confusion_matrix, equal_error_rate, evaluate, localisation_report, mask_iou, oracle_threshold, auc_per_method, pixel_auc, reliability_curve, roc_curve, score_face_mask, video_keys, video_scores
 
 
 def scores(n=60, seed=0, gap=.2, decimals=None, p_real=.5):
@@ -186,6 +186,18 @@ def test_masks():
         with pytest.raises(DeepfidError, match='mask'): mask_iou(bad, a)
     with pytest.raises(MetricError, match='0 fake'): pixel_auc(a, a*0)
 
+
+def test_a_full_mask_is_not_an_empty_one():
+    full, none = np.ones((8, 8)), np.zeros((8, 8))
+    assert boundary_f1(full, none)==boundary_f1(none, full)==0 and boundary_f1(full, full)==boundary_f1(none, none)==1
+
+def test_equal_probabilities_are_one_group_of_a_reliability_curve():
+    "However the faces are ordered"
+    half, label = np.full(100, .5), np.repeat([1, 0], 50)
+    curve = reliability_curve(half, label)
+    assert curve.count.tolist()==[100] and curve.observed.tolist()==[.5] and calibration_error(half, label)==0
+    p = np.linspace(.005, .995, 100)
+    assert reliability_curve(p, label).count.tolist()==[10]*10
 
 def test_boundary_f1_by_hand():
     a = np.zeros((20, 20)); a[5:15, 5:15] = 1 # an outline of 36 pixels

@@ -404,6 +404,18 @@ def test_outputs_that_cannot_be_written(tmp_path):
 
 # -- warnings -------------------------------------------------------------------------------------------------------
 
+def test_error_rates_cannot_be_chosen_without_validation_scores(tmp_path):
+    folder = shutil.copytree(Path(__file__).parent/'golden'/'detectors'/'deepfidelity', tmp_path/'d')
+    assert not load(folder).validation_scores # of version 0.1
+    with pytest.raises(DeepfidError, match='keeps no scores of validation faces'): load(folder, false_alarms=.01)
+
+def test_what_file_managers_leave_in_a_folder_is_no_change(tmp_path):
+    folder = shutil.copytree(hub.BUNDLED_DIR/'lisiam', tmp_path/'d')
+    for name in ('.DS_Store', 'Thumbs.db', 'desktop.ini'): (folder/name).write_bytes(b'x')
+    hub.verify_checksums(folder)
+    (folder/'more.json').write_bytes(b'{}')
+    with pytest.raises(WeightsError, match='more.json: is missing, new or changed'): hub.verify_checksums(folder)
+
 def test_warnings_outside_the_validation_ranges():
     detector = Brightness()
     detector.validated_ranges = dict(score_range=[.3, .8], quality_range=[-1000, 0])
@@ -413,7 +425,7 @@ def test_warnings_outside_the_validation_ranges():
     detector.validated_ranges['quality_range'] = [-2., -1.]
     assert 'quality is lower' in score_grid(grey(127), detector)[0].faces[0].scores[0].reliability
     assert 'unknown' in reliability_sentence([], {})
-    assert any('either' in w for w in score_warnings(.5, -5, {}, calibrated_rule((8, -4)))) and not score_warnings(.95, -5, {}, calibrated_rule((8, -4)))
+    assert any('two thresholds' in w for w in score_warnings(.5, -5, {}, calibrated_rule((8, -4)))) and not score_warnings(.95, -5, {}, calibrated_rule((8, -4)))
 
 def test_validation_ranges_hold_every_validation_face():
     from deepfid.testing import tiny_manifest
@@ -440,8 +452,8 @@ def test_three_decisions_by_two_thresholds(tmp_path):
     assert rule.false_alarms==4/99 and rule.misses==19/99 and .8<rule.coverage<.85
     scores = [f.faces[0].scores[0] for f in scorer.run([grey(60), grey(118), grey(200)])]
     assert [s.decision for s in scores]==[DECISIONS[0], DECISIONS[2], DECISIONS[1]]==['manipulated', 'undecided', 'no manipulation found']
-    assert scores[0].probability>.9>.1>scores[2].probability and 'could be either' in scores[1].reliability
-    assert all('4 % of real faces manipulated (false alarms)' in s.error_rates and '19 % of fakes (misses)' in s.error_rates for s in scores)
+    assert scores[0].probability>.9>.1>scores[2].probability and 'between the two thresholds' in scores[1].reliability
+    assert all('4 % of real faces manipulated (false alarms)' in s.error_rates and '19 % of fakes like those of its training (misses)' in s.error_rates for s in scores)
     strict, loose = (make_scorer(detector, **o).rules['brightness'] for o in (dict(false_alarms=.01, misses=.02), dict(false_alarms=.3, misses=.3)))
     assert strict.low<rule.low<loose.low==loose.high and strict.high>rule.high and strict.coverage<rule.coverage<loose.coverage==1
     [one] = score_grid(grey(118), detector, threshold=.4)

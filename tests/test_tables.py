@@ -1,9 +1,10 @@
 "The tables of the papers at toy size: premises, controls, derived faces and what their records say"
 import json
 from pathlib import Path
-import numpy as np
+import cv2, numpy as np, pandas as pd
 import pytest
 from deepfid.core import DeepfidError
+from deepfid.data.manifest import Manifest
 from deepfid.experiments import conditions
 from deepfid.experiments.controls import premise_lines, quality_premise
 from deepfid.experiments.designed import CONDITION_TABLES
@@ -77,6 +78,26 @@ def test_tables_about_quality_have_a_premise_and_controls():
         assert {'label SVR', 'shuffled quality', 'target: fidelity', 'target: fidelity, shuffled quality'}<={r.name for r in t.rows}
     names = ['x', 'x, degraded'] # both are asked of faces whose quality varies
     assert {c.train for t in (quality, ranges) for c in t.columns(names)}=={'x, degraded'}
+
+def test_clips_of_several_methods_and_one_name_stay_apart(tmp_path):
+    "A forgery of a clip has its name, in published sets, by each method"
+    frames, rows = {}, []
+    for k, method in enumerate(('real', 'swap', 'mouth')):
+        for i in range(3):
+            path = f'{method}-{i}.png'
+            frames[path] = np.full((32, 32, 3), 60*(k+1), np.uint8)
+            cv2.imwrite(str(tmp_path/path), frames[path])
+            rows.append(dict(path=path, label=int(method=='real'), identity='a', split='test', method=method, video='000', frame=i))
+    m = Manifest(pd.DataFrame(rows), tmp_path, 'm')
+    made = conditions.compressed_manifests({'m': m}, tmp_path/'out', ('c40',))['m, c40']
+    for i in range(len(m)): assert np.abs(made.image(i).astype(int)-m.image(i)).mean()<8, m.table['path'][i]
+
+def test_altered_faces_of_people_who_did_not_agree_are_not_drawn(faces):
+    from deepfid.experiments.figures import example_faces
+    for method in ('selfblend', 'sbi', 'reconstruct', 'region_eye'):
+        t = faces.table.assign(consent=False)
+        t.loc[t['label']==0, 'method'] = method
+        with pytest.raises(DeepfidError, match='did not agree'): example_faces(Manifest(t, faces.folder, 'x'))
 
 def test_every_table_says_what_it_expects():
     missing = [n for n in list_tables() if not (t := get_table(n)).prediction or not t.train_steps]

@@ -390,7 +390,7 @@ def _with_pairs(rows)->pd.DataFrame:
     "The rows as a table, with a pair's name for each real frame that has fakes, and for those"
     t = pd.DataFrame(rows)
     frame = t['source']+'-'+t['frame'].map('{:06d}'.format)
-    key, fake = t['dataset']+'/'+frame, t['label']==0
+    key, fake = t['dataset']+'/'+t['split']+'/'+frame, t['label']==0 # of two splits, no fake and its source are a pair
     t['pair'] = frame.where((t['source']!='') & key.isin(list(key[fake])) & key.isin(list(key[~fake])), '')
     return t.drop(columns='source')
 

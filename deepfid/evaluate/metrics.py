@@ -395,7 +395,9 @@ def reliability_curve(
     check_number('bins', bins, 1, integer=True)
     p, lab = validate_scores(probability, label, need_both=False)
     check_array('probability', p, low=0, high=1)
-    groups = [g for g in np.array_split(np.argsort(1-p, kind='stable'), bins) if len(g)]
+    rank = np.searchsorted(np.sort(1-p), 1-p) # of equal probabilities the same: one group
+    group = np.minimum(rank*bins//len(p), bins-1)
+    groups = [np.flatnonzero(group==k) for k in np.unique(group)]
     return ReliabilityCurve(*(np.array([f(g) for g in groups])
         for f in (lambda g: 1-p[g].mean(), lambda g: (lab[g]==0).mean(), len)))
 
@@ -535,8 +537,10 @@ def boundary_f1(
     "Compute the harmonic mean of precision and recall of the outline's pixels"
     check_number('tolerance', tolerance, 0, 1)
     check_array('predicted mask', pred, (None, None), low=0, high=1)
-    p, t = (_outline(m>threshold) if m.size else m for m in _masks(pred, target))
-    if not p.any() or not t.any(): return float(p.any()==t.any())
+    masks = [m>threshold for m in _masks(pred, target)]
+    if not all(m.any() for m in masks): return float(masks[0].any()==masks[1].any())
+    p, t = map(_outline, masks)
+    if not p.any() or not t.any(): return float(p.any()==t.any()) # a full mask has none
     near = max(1, tolerance*max(p.shape))
     def share(a, b): # of the outline a that lies near the outline b
         away = cv2.distanceTransform((~b).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

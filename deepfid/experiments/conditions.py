@@ -45,8 +45,10 @@ class ClipCompression:
     ):
         self.manifest, self.crf, self.fps, self.frames = manifest, crf, fps, {}
         t = manifest.table.reset_index(drop=True).sort_values('frame', kind='stable')
-        clips = t.groupby(['dataset', 'video', 'label'], sort=False).indices.values()
-        self.clip_of = {int(r): t.index[rows] for rows in clips for r in t.index[rows]}
+        self.clip_of = {} # row -> the rows of its clip, in order of their frames
+        for _, clip in t.groupby(['dataset', 'video', 'method', 'label'], sort=False):
+            rows = [int(r) for r in clip.index]
+            self.clip_of |= dict.fromkeys(rows, rows)
 
     def __call__(self,
         image:np.ndarray, # uint8 RGB (H,W,3), of that row
@@ -56,9 +58,9 @@ class ClipCompression:
         if row not in self.frames:
             rows = self.clip_of[row]
             with TemporaryDirectory() as tmp:
-                images = (self.manifest.image(int(r)) for r in rows)
+                images = (self.manifest.image(r) for r in rows)
                 clip = write_video(images, Path(tmp)/'clip.mp4', self.fps, self.crf)
-                self.frames = {int(r): f.image for r, f in zip(rows, sample_frames(clip, None), strict=True)}
+                self.frames = {r: f.image for r, f in zip(rows, sample_frames(clip, None), strict=True)}
         return self.frames[row]
 
 def compressed_manifests(

@@ -224,7 +224,7 @@ def extreme_cases(
     order = np.argsort(fidelity)
     real, fake = order[label[order]==1], order[label[order]==0]
     return {'real faces with the highest fidelity': real[::-1][:n], 'fakes with the lowest fidelity': fake[:n],
-        'real faces taken for fakes': real[:n], 'fakes taken for real': fake[::-1][:n]}
+        'real faces with the lowest fidelity': real[:n], 'fakes with the highest fidelity': fake[::-1][:n]}
 
 # %% ../../nbs/lib/experiments.demo.ipynb #bef6fa0d
 def _significance(s):

@@ -20,6 +20,7 @@ from ..data.video import compress_image_h264
 from .conditions import COMPRESSION_LEVELS
 from .controls import smallest_difference
 from .records import METRIC_LABELS
+from ..data.blending import SELF_MANIPULATIONS
 from ..explain import cam_grid, detector_grad_cam, localization_scores, plot_tsne, resize_map, tsne
 from ..io import montage
 from ..plotting import GRID, INK, REAL, new_figure
@@ -31,7 +32,7 @@ def example_faces(
     "Choose the first real test face and the first fake of each forger"
     test = manifest.of('test')
     t = test.table.reset_index(drop=True)
-    if ((t['method']=='selfblend')&~t['consent']).to_numpy().any():
+    if (t['method'].isin(SELF_MANIPULATIONS)&~t['consent']).to_numpy().any(): # made here, of whoever it was
         raise DeepfidError(f'{manifest.name}: holds altered faces of people who did not agree to being shown so; take '
             'synthetic faces, London’s, or a published data set')
     fakes = t.loc[t['label']==0].drop_duplicates('method').sort_values('method') # pyright: ignore[reportCallIssue]

@@ -449,7 +449,8 @@ class TableScores:
             recipe=resolve_settings(r, self.preset, self.overrides)['recipe'] if r.detector else r.recipe)
             for r in self.table.rows]
         trained = list({to_json(c['trained']): c['trained'] for c in self.cells.values()}.values())
-        code = {to_json(t): t for t in ({k: v for k, v in t.items() if k not in ('seconds', 'resumed')} for t in trained)}
+        about = ({k: v for k, v in t.items() if k not in ('seconds', 'resumed')} for t in trained)
+        code = {to_json(t): t for t in about}
         machines = sorted({t['hardware'] for t in trained if 'hardware' in t}) or [describe_machine()['hardware']]
         splits = {k: {s: int(n) for s, n in m.table['split'].value_counts().items()}
             for k, m in self.manifests.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ipywidgets as w
 import numpy as np
 import pandas as pd
+from ..core import DeepfidError
 from ..io import InlineImage
 from ..data.loaders import resize_square
 from deepfid.evaluate.metrics import (MetricError, RocCurve, confusion_matrix, roc_curve,
@@ -33,6 +34,8 @@ def quality_groups(
     names:Sequence[str]=QUALITY_QUARTERS # of equally large groups, worst first
 )->pd.Categorical: # (n,) names, worst first
     "Divide faces into equally large groups by quality"
+    if np.isnan(quality).any():
+        raise DeepfidError('some faces have no quality; measure it first: deepfid quality')
     edges = np.quantile(quality, np.linspace(0, 1, len(names)+1)[1:-1])
     codes = np.searchsorted(edges, quality, side='right')
     return pd.Categorical.from_codes(codes, list(names), ordered=True)

@@ -139,12 +139,13 @@ def error_rates_sentence(
     if alarms is not None and misses is not None:
         text = (f"{'On people that it was not trained on' if tested else 'In validation'}, it called "
             f'{100*alarms:.0f} % of real faces manipulated (false alarms) and found no manipulation in '
-            f'{100*misses:.0f} % of fakes (misses).')
+            f'{100*misses:.0f} % of fakes like those of its training (misses).')
     elif measured: text = 'On people that it was not trained on, it was wrong for '+', '.join(
         f'{100*rate:.0f} % of {name} faces' for name, rate in measured.items())+'.'
     else: text = 'How often it is wrong was not measured.'
     if video and (measured or None not in (alarms, misses)):
-        text += " That was on single photographs; for the mean of a video's frames it is not known."
+        text += (" That was on single photographs; for the mean of a video's frames neither it nor the probability is "
+            'known.')
     return text+(f' {rule.note[0].upper()}{rule.note[1:]}.' if rule.note else '')
 
 # %% ../../nbs/lib/inference.decisions.ipynb #dec0n10
@@ -243,7 +244,7 @@ def score_warnings(
         found.append(
             f"it lies {'below' if fidelity<low else 'above'} everything seen in validation ({low:.2f} to {high:.2f})")
     if rule is not None and decide(fidelity, rule.low, rule.high)==UNDECIDED:
-        found.append('it lies so close to the threshold that the face could be either')
+        found.append(f'it lies between the two thresholds, {rule.low:.2f} and {rule.high:.2f}, so nothing is decided')
     low, high = ranges.get('quality_range', (-np.inf, np.inf))
     if not low<=quality<=high:
         found.append(

@@ -21,10 +21,13 @@ from ..models.registry import get_detector_class, list_detectors
 BUNDLED_DIR = Path(deepfid.__file__).parent/'weights'/'detectors'
 CHECKSUM_FILE = 'SHA256SUMS' # in the format that `sha256sum --check` reads
 
+# the list itself, our marker, and what file managers leave in every folder
+_NOT_CHECKED = (CHECKSUM_FILE, MARKER_FILE, '.DS_Store', 'Thumbs.db', 'desktop.ini')
+
 def _checksums(folder):
     "Compute the SHA-256 of every file in a folder but the checksum file and the marker, by relative path"
     return {p.relative_to(folder).as_posix(): file_hash(p)
-        for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name not in (CHECKSUM_FILE, MARKER_FILE)}
+        for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name not in _NOT_CHECKED}
 
 def write_checksums(
     folder:str|Path # a saved detector
@@ -158,6 +161,9 @@ def load(
     options = {} if device is None else dict(device=resolve_device(device))
     detector = get_detector_class(saved_detector_name(folder)).load(folder, **options)
     chosen = dict(false_alarms=false_alarms, misses=misses)
+    if set(chosen.values())!={None} and not detector.validation_scores:
+        raise DeepfidError(f'{name}: keeps no scores of validation faces, so that error rates cannot be chosen; give '
+            'a threshold, or train or calibrate it again')
     for name, rate in chosen.items():
         if rate is not None: setattr(detector, name, check_number(name, rate, 0, 1, above=True, below=True))
     settings = (folder/'detector.json', folder/'regressor'/'regressor.json') # with the digests of the weights

@@ -232,9 +232,9 @@ class ResultsFile:
     )->ScoredFile: # without mask arrays
         "Return the result of the same content, under the name and path of `file`"
         row = self._read_row(self._by_content[file.sha256])
-        error, old, new = row.error, printable(row.source), printable(file.source) # errors hold printable names
-        if error.startswith(old): error = new+error.removeprefix(old)
-        return replace(row, source=file.source, path=file.path, error=error)
+        old, new = printable(row.source), printable(file.source) # errors and notes hold printable names
+        def renamed(text): return new+text.removeprefix(old) if text.startswith(old) else text
+        return replace(row, source=file.source, path=file.path, error=renamed(row.error), note=renamed(row.note))
 
     def append(self, file:ScoredFile)->None:
         "Write a finished file, unless it is there already; it is with the operating system when this returns"

@@ -159,12 +159,12 @@ class BestWeights(TypedCallback):
 
 # %% ../../nbs/lib/models.callbacks.ipynb #549b4439
 class EpochSeed(TypedCallback):
-    "Begin each epoch with random numbers of its own, whether or not the epoch before has just been run"
+    "Begin each epoch, in each process, with random numbers of its own, whether or not the one before has just been run"
     order = 1
     def __init__(self,
         seed:int, # of the training
     ): self.seed = seed
-    def before_epoch(self)->None: set_seed(self.seed*1_000_003+self.epoch)
+    def before_epoch(self)->None: set_seed(self.seed*1_000_003+self.epoch+rank_distrib()*1_000_000_007)
 
 def read_checkpoint(
     path:Path,   # `training.pt`
@@ -241,6 +241,13 @@ class FreshFaces(TypedCallback):
         make:Callable, # number of the epoch, counted over all phases -> `Manifest`
         epochs:int,    # of all phases
     ): self.make, self.epochs, self.jobs, self.pool = make, epochs, {}, ThreadPoolExecutor(1)
+
+    def after_fit(self)->None: self.stop()
+    def after_cancel_fit(self)->None: self.stop()
+    def stop(self)->None:
+        "Make no more faces than those that are being made"
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.jobs, self.pool = {}, ThreadPoolExecutor(1) # another phase may follow
 
     def request(self, epoch:int)->None:
         "Have the faces of an epoch made, if it is one and they are not yet"

@@ -186,6 +186,9 @@ class FidelityRegression(QualityTargets):
         "Fit the regression from the features of the training faces to their fidelity targets"
         self.history = [{('auc' if k=='roc_auc_score' else k): v for k, v in h.items()}
             for h in self.history]
+        train = manifest.of('train')
+        if dls.train.dataset.manifest.table['path'].tolist()!=train.table['path'].tolist():
+            dls.train.show(train) # other faces were made for later epochs
         self.fit_regressor(dls.train, self.fit_targets(manifest), dls.valid)
 
     def fit_regressor(self,

@@ -91,6 +91,11 @@ class _ScoringForm(NamedTuple):
     function:Callable # elementwise: exponential or cosine
 
 # %% ../../../nbs/22_regressor.ipynb #f32a96ce
+def _scales(X)->np.ndarray:
+    "Standard deviation of each column; 1 of a constant one, also where rounding leaves a little"
+    std = X.std(0)
+    return np.where(std>10*np.finfo(X.dtype).eps*np.abs(X.mean(0)), std, 1.)
+
 class _Estimator:
     "scikit-learn's estimator interface: settings, checks of the data, rows to solve with"
     C:float; epsilon:float; gamma:float|str; scale:bool; two_classes:bool
@@ -162,7 +167,7 @@ class _Estimator:
         X,y = check(self, X, y, dtype=np.float64, y_numeric=True)
         check_targets(X, y, self.two_classes, self._min_rows())
         self.mean_ = X.mean(0) if self.scale or self._center else np.zeros(X.shape[1])
-        self.std_ = np.where(X.std(0)>0, X.std(0), 1.) if self.scale else np.ones(X.shape[1])
+        self.std_ = _scales(X) if self.scale else np.ones(X.shape[1])
         U = (X-self.mean_)/self.std_
         self.gamma_,self._forms = resolve_gamma(U if self.scale else X, self.gamma),{}
         if self.max_rows is None or self.max_rows>=len(y): return U,y,np.arange(len(y))

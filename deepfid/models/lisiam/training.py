@@ -9,6 +9,7 @@ __all__ = ['SiameseBranches', 'AddDegradedBranch', 'SiameseLoss', 'FreezeExcept'
 from collections.abc import Collection
 from typing import Any
 import numpy as np, torch
+from fastai.torch_core import rank_distrib
 from torch import nn
 from ..callbacks import TypedCallback, unwrap_model
 from .degradation import DegradeBatch
@@ -43,7 +44,7 @@ class AddDegradedBranch(TypedCallback):
     ): self.degrade, self.seed, self.mixed = degrade, np.atleast_1d(seed).tolist(), mixed
 
     def before_epoch(self)->None:
-        self.degrade.sampler.rng = np.random.default_rng([*self.seed, self.epoch])
+        self.degrade.sampler.rng = np.random.default_rng([*self.seed, self.epoch, rank_distrib()])
 
     def before_batch(self)->None:
         if not self.training: return
