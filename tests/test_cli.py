@@ -246,7 +246,7 @@ def test_error_rates_of_bundled_detectors_are_printed(capsys, photos):
         rates = measured_rates(find_detector(name))
         assert rates, name
         for key, rate in rates.items():
-            what = dict(false_alarms='real faces manipulated (false alarms)', misses='fakes (misses)').get(key, f'{key} faces')
+            what = dict(false_alarms='real faces manipulated (false alarms)', misses='fakes like those of its training (misses)').get(key, f'{key} faces')
             assert f'{100*rate:.0f} % of {what}' in line and 'not trained on' in line, name
     assert status==0 and len(lines)>=3*len(names)+1 and lines[-1]==BLIND_SPOT
 

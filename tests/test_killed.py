@@ -8,7 +8,7 @@ from deepfid import cli
 PRELOADED = ['deepfid.cli', 'deepfid.data.extract', 'deepfid.evaluate.training', 'deepfid.experiments.deepfidelity',
     'deepfid.experiments.registry', 'deepfid.inference.report', 'deepfid.inference.scorer', 'deepfid.models.deepfidelity.detector',
     'deepfid.models.local_similarity.detector', 'deepfid.quality.niqe', 'deepfid.quality.serfiq', __name__]
-TEMPORARY, SECONDS = '.tmp-', ('seconds', 'images_per_second') # differ from run to run
+TEMPORARY, SECONDS = '.tmp-', ('seconds', 'images_per_second', 'resumed') # differ from run to run
 
 def small_table():
     "One detector and what every table adds: a frozen probe, shuffled labels"
