@@ -177,6 +177,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deepfid.data.blending.manipulate': ( 'lib/data.blending.html#manipulate',
                                                                              'deepfid/data/blending.py'),
                                        'deepfid.data.blending.poisson': ('lib/data.blending.html#poisson', 'deepfid/data/blending.py'),
+                                       'deepfid.data.blending.pyramid_support': ( 'lib/data.blending.html#pyramid_support',
+                                                                                  'deepfid/data/blending.py'),
                                        'deepfid.data.blending.reconstruct': ( 'lib/data.blending.html#reconstruct',
                                                                               'deepfid/data/blending.py'),
                                        'deepfid.data.blending.sample_region_mask': ( 'lib/data.blending.html#sample_region_mask',

@@ -1,9 +1,9 @@
 "Blending of published strength, neural re-rendering, Poisson swaps, and the channel that real and fake share"
 from dataclasses import replace
-import numpy as np, pytest
+import cv2, numpy as np, pytest
 from deepfid.core import ConsentError, DeepfidError, face_region
-from deepfid.data.blending import (BLEND_REGIONS, MANIPULATIONS, SELF_MANIPULATIONS, blend_images, blend_landmarks, manipulate, sample_region_mask,
-    sbi, soften_mask)
+from deepfid.data.blending import (BLEND_REGIONS, MANIPULATIONS, SELF_MANIPULATIONS, blend_images, blend_landmarks, clone_gradients, manipulate,
+    pyramid_support, sample_region_mask, sbi, soften_mask)
 from deepfid.data.channel import CHANNEL_STEPS, Channel, apply_history, encode_frame
 from deepfid.data.forge import global_statistics, shortcut_probe
 from deepfid.data.london import london_faces
@@ -59,6 +59,29 @@ def test_each_region_lies_on_the_face(region, faces):
     assert np.hypot(where[0]-y, where[1]-x)<60
     soft = soften_mask(mask, 40, rng)
     assert 0<=soft.min() and soft.max()<=1+1e-6
+
+def test_a_clone_of_itself_is_itself_and_nothing_changes_outside(faces):
+    "Wherever the region lies: a patch that is put in a pixel aside leaves a seam on one side"
+    image = faces[0].image
+    for height, width in ((40, 41), (41, 40), (40, 40), (41, 41)):
+        inside = np.zeros(image.shape[:2], bool); inside[60:60+height, 50:50+width] = True
+        for mixed in (False, True):
+            assert np.abs(clone_gradients(image, image, inside, mixed)-image).max()<1e-3
+            other = clone_gradients(faces[1].image, image, inside, mixed)
+            assert np.array_equal(other[~inside], np.float32(image)[~inside])
+    brighter = np.clip(image.astype(np.float32)*.5+60, 0, 255)
+    same = clone_gradients(brighter+40, brighter, inside)
+    assert np.abs(same-brighter).max()<1e-2 # gradients alone are taken, and the colour is that of the surroundings
+    assert np.array_equal(clone_gradients(image, image*0, inside & False), np.zeros_like(image, np.float32))
+
+def test_a_pyramid_ends_where_its_mask_does(faces):
+    "Bands are blended further than the mask: cut off there, they would leave a line around it"
+    image = faces[0].image.astype(np.float32)
+    inside = np.zeros(image.shape[:2], np.float32); inside[60:120, 60:120] = 1
+    mask = cv2.GaussianBlur(inside, (0, 0), 1)
+    changed = np.abs(blend_images(np.clip(image+20, 0, 255), image, mask, 'pyramid')-image).max(2)
+    assert changed[mask<1/512].max()>2 and changed[pyramid_support(mask)<1/512].max()<.5
+
 
 @pytest.mark.parametrize('how', ['alpha', 'linear', 'lab', 'pyramid'])
 def test_blends_keep_source_inside_and_target_outside(how, faces):

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 import cv2
 import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import splu
 from ..core import DeepfidError, Face, check_choice, check_number
 from .degrade import jpeg
 from .forge import (FORGERS, REGIONS, Forgery, check_consent, check_donor, check_landmarks, forge,
@@ -17,8 +19,8 @@ from .london import fit_mean_shape
 # %% auto #0
 __all__ = ['BLEND_REGIONS', 'REGION_MANIPULATIONS', 'MANIPULATIONS', 'SELF_MANIPULATIONS', 'DONOR_MANIPULATIONS',
            'LANDMARK_MANIPULATIONS', 'blend_landmarks', 'eye_distance', 'sample_region_mask', 'elastic_warp',
-           'soften_mask', 'jitter_colour', 'jitter_detail', 'blend_images', 'clone_gradients', 'sbi', 'sbi_part',
-           'reconstruct', 'poisson', 'manipulate']
+           'soften_mask', 'jitter_colour', 'jitter_detail', 'blend_images', 'pyramid_support', 'clone_gradients', 'sbi',
+           'sbi_part', 'reconstruct', 'poisson', 'manipulate']
 
 # %% ../../nbs/lib/data.blending.ipynb #ef9bc55e
 BLEND_REGIONS:dict[str, tuple] = dict( # indices of landmarks, and by how much the hull grows, in eye distances
@@ -142,7 +144,8 @@ def jitter_detail(
     kind = rng.choice(('resize', 'sharpen', 'blur', 'jpeg', 'noise'), p=(.45, .2, .15, .12, .08))
     if kind=='resize':
         down = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_NEAREST, cv2.INTER_CUBIC)[rng.integers(4)]
-        small = cv2.resize(image, None, fx=(k := rng.uniform(.25, .85)), fy=k, interpolation=down)
+        k = rng.uniform(.25, .85)
+        small = cv2.resize(image, (round(k*w), round(k*h)), interpolation=down) # by its size: a factor would shift it
         return cv2.resize(small, (w, h), interpolation=_KINDS_OF_INTERPOLATION[rng.integers(3)])
     if kind=='sharpen':
         return image+(image-cv2.GaussianBlur(image, (0, 0), rng.uniform(.7, 2.5)))*rng.uniform(.3, 1.3)
@@ -151,6 +154,8 @@ def jitter_detail(
     return image+rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
 
 # %% ../../nbs/lib/data.blending.ipynb #bld00010
+_PYRAMID_LEVELS = 3
+
 def blend_images(
     source:np.ndarray, target:np.ndarray, # float32 RGB (H,W,3), 0 to 255
     mask:np.ndarray,  # float32 (H,W) in [0,1]
@@ -170,7 +175,7 @@ def blend_images(
         a, b = (cv2.cvtColor(np.clip(x, 0, 255).astype(np.float32)/255, cv2.COLOR_RGB2LAB) for x in (source, target))
         return 255*cv2.cvtColor((b+m*(a-b)).astype(np.float32), cv2.COLOR_LAB2RGB)
     out, low = 0, (source, target, mask)
-    for _ in range(3): # each band is blended with a mask as smooth as the band
+    for _ in range(_PYRAMID_LEVELS): # each band is blended with a mask as smooth as the band
         down = [cv2.pyrDown(x) for x in low]
         size = low[0].shape[1::-1]
         bands = [x-cv2.pyrUp(y, dstsize=size) for x, y in zip(low[:2], down)]
@@ -179,19 +184,15 @@ def blend_images(
         low = down
     return out+_enlarge(low[1]+low[2][..., None]*(low[0]-low[1]), target.shape)
 
-def clone_gradients(
-    source:np.ndarray, target:np.ndarray, # float32 or uint8 RGB (H,W,3), 0 to 255
-    inside:np.ndarray, # bool (H,W)
-    mixed:bool=False   # keep the stronger gradient of the two images
-)->np.ndarray: # uint8 RGB (H,W,3)
-    "Put the gradients of a source into a region of a target, by Poisson's equation (Perez and others 2003)"
-    inside = inside.astype(np.uint8)
-    inside[:3], inside[-3:], inside[:, :3], inside[:, -3:] = 0, 0, 0, 0
-    if not inside.any(): return _as_bytes(target)
-    rows, columns = np.nonzero(inside.any(1))[0], np.nonzero(inside.any(0))[0]
-    middle = int(columns[0]+columns[-1])//2, int(rows[0]+rows[-1])//2
-    return cv2.seamlessClone(_as_bytes(source), _as_bytes(target), 255*inside, middle,
-        cv2.MIXED_CLONE if mixed else cv2.NORMAL_CLONE)
+def pyramid_support(
+    mask:np.ndarray # float32 (H,W) in [0,1]
+)->np.ndarray: # float32 (H,W) in [0,1]
+    "Find where a blend by pyramid changes a pixel: the largest of the masks of its bands"
+    support = low = mask
+    for _ in range(_PYRAMID_LEVELS):
+        low = cv2.pyrDown(low)
+        support = np.maximum(support, _enlarge(low, mask.shape))
+    return np.clip(support, 0, 1)
 
 def _enlarge(x, shape):
     "An image of a pyramid's level, enlarged by steps of two to the shape of the first"
@@ -199,6 +200,32 @@ def _enlarge(x, shape):
     while sizes[-1][0]>x.shape[0]: sizes.append(((sizes[-1][0]+1)//2, (sizes[-1][1]+1)//2))
     for h, w in sizes[-2::-1]: x = cv2.pyrUp(x, dstsize=(w, h))
     return x
+
+# %% ../../nbs/lib/data.blending.ipynb #bld0c010
+def clone_gradients(
+    source:np.ndarray, target:np.ndarray, # float32 or uint8 RGB (H,W,3), 0 to 255
+    inside:np.ndarray, # bool (H,W)
+    mixed:bool=False   # keep the stronger gradient of the two images
+)->np.ndarray: # float32 RGB (H,W,3); outside the region the target, to the bit
+    "Put the gradients of a source into a region of a target, by Poisson's equation (Perez and others 2003)"
+    inside, out = inside.copy(), np.array(target, np.float32)
+    inside[[0, -1]], inside[:, [0, -1]] = False, False
+    n = int(inside.sum())
+    if not n: return out
+    source, target = np.asarray(source, float), np.asarray(target, float)
+    number, (y, x) = np.full(inside.shape, -1), np.nonzero(inside) # of each unknown pixel; -1: known
+    number[inside] = np.arange(n)
+    matrix, right = 4*sparse.identity(n, format='csc'), np.zeros((n, source.shape[2]))
+    for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        there = y+dy, x+dx
+        step, own = source[y, x]-source[there], target[y, x]-target[there]
+        right += np.where(np.abs(own)>np.abs(step), own, step) if mixed else step
+        known = number[there]<0
+        right[known] += target[there][known]
+        rows = np.flatnonzero(~known)
+        matrix -= sparse.csc_matrix((np.ones(len(rows)), (rows, number[there][rows])), (n, n))
+    out[inside] = splu(matrix.tocsc(), 'MMD_AT_PLUS_A', 0., options=dict(SymmetricMode=True)).solve(right)
+    return out
 
 # %% ../../nbs/lib/data.blending.ipynb #f1ba2529
 _RATIOS = (.25, .5, .75, 1., 1., 1.) # Shiohara and Yamasaki 2022, section 3.2
@@ -219,6 +246,7 @@ def _finish(face, source, target, mask, rng, method, ratio):
     "Blend by a random routine, and return the pair"
     how = rng.choice(('alpha', 'linear', 'lab', 'pyramid', 'poisson'), p=(.6, .1, .1, .12, .08))
     fake = _as_bytes(blend_images(source, target, mask*np.float32(ratio), str(how)))
+    if how=='pyramid': mask = pyramid_support(mask) # its coarse bands reach further
     real = _as_bytes(target)
     fake = np.where(mask[..., None]>1/512, fake, real) # what the mask leaves out is the same to the bit
     return Forgery(real, fake, mask, method, face)
@@ -304,8 +332,7 @@ def poisson(
     unit = eye_distance(target)
     copy = landmark_warp(copy, target, source@back[:, :2].T+back[:, 2], .3*unit)
     mask = sample_region_mask(target, _sampled(rng, dict(face=.3, inner=.7)), (h, w), rng)
-    fake = clone_gradients(copy, image, mask>0, mixed=rng.random()>=.8)
-    fake = np.where(mask[..., None]>0, fake, image)
+    fake = _as_bytes(clone_gradients(copy, image, mask>0, mixed=rng.random()>=.8))
     return Forgery(image, fake, mask, 'poisson', face)
 
 # %% ../../nbs/lib/data.blending.ipynb #7b72e6ba
